@@ -1,0 +1,26 @@
+"""Fine-tuning recipes on Hugging Face Trainer and DeepSpeed.
+
+    from dsrecipes import load_recipe
+    load_recipe("gpt2_clm", max_steps=10).run()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "recipes").is_dir():
+    # A checkout keeps recipes/ and ds_configs/ at its top; setup.cfg maps them into the package only when installed.
+    __path__.append(str(_HERE.parent))
+
+_EXPORTS = {"load_recipe": "dsrecipes.base", "RecipeBase": "dsrecipes.base", "UserError": "dsrecipes.errors"}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use: `dsrecipes list` and `show` must not wait for torch."""
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'dsrecipes' has no attribute {name!r}")

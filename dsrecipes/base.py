@@ -1,0 +1,300 @@
+"""RecipeBase: the whole story of a run, top to bottom."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dsrecipes.config import Config, TrainConfig, build_config
+from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
+from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.data.load import Row, load_splits
+from dsrecipes.data.prepare import Split, prepare
+from dsrecipes.errors import UserError
+from dsrecipes.find import Layers, RecipeFiles, layer
+from dsrecipes.model.load import check_model, load_config, load_model, load_tokenizer, pad_id
+from dsrecipes.place import Place, find_place
+from dsrecipes.runs import report
+from dsrecipes.runs.console import Console
+from dsrecipes.runs.curve import draw_curve
+from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint
+from dsrecipes.runs.record import Recorder
+from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
+from dsrecipes.zero.runtime import check_started, keep_gradient_norm
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves: its folder, the step reached and the figures of metrics.json."""
+
+    path: Path
+    step: int
+    metrics: dict[str, Any]
+
+
+class RecipeBase(ABC):
+    """A recipe: what a row means. The rest of a run is here and the same for all.
+
+    The row hooks are static, for what they are given is all that may change tokens: it is the cache key.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+    """The transformers class that loads the model."""
+    cut_into_blocks = False
+    """True joins all rows to one stream of tokens and cuts it into blocks of max_length."""
+
+    @staticmethod
+    @abstractmethod
+    def format_row(row: Row) -> dict:
+        """A row as a record of plain Python; ValueError says what is wrong with it."""
+
+    @staticmethod
+    @abstractmethod
+    def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
+        """Records as columns: input_ids and labels (-100: not trained on), one entry a record."""
+
+    # ---- may be replaced ----
+
+    def load_rows(self) -> dict[str, Iterable[Row]]:
+        """Rows by split: train, and validation and test where there are some."""
+        data = self.config.data
+        splits = load_splits(data.dataset, data.dataset_config)
+        if data.eval_dataset:
+            held = load_splits(data.eval_dataset, data.dataset_config)
+            splits["validation"] = held.get("validation", held.get("train", held.get("test")))
+        if "train" not in splits:
+            raise UserError(
+                f"--dataset {data.dataset} has no training rows, only {', '.join(splits)}: name files with --dataset and --eval_dataset"
+            )
+        return splits
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.config.model)
+
+    def load_model(self) -> PreTrainedModel:
+        """The model with weights, ready to train."""
+        return load_model(
+            self.config.model, self.model_config, self.auto_class, self.place.dtype(self.config.model),
+            self.config.train["seed"], self.place.zero is not None,
+        )  # fmt: skip
+
+    def collator(self) -> Callable[[list], dict[str, torch.Tensor]]:
+        """Rows to tensors."""
+        if not self.auto_class.endswith("ForCausalLM"):
+            return PaddingCollator(pad_id(self.tokenizer))
+        return CausalCollator(pad_id(self.tokenizer), select_logits=is_causal_lm(self.model))
+
+    def metrics(self, split: Split) -> Metrics | None:
+        """Figures beside the loss for a split: a function of all logits and labels, in row order."""
+        return None
+
+    def write_extras(self, folder: Path) -> None:
+        """Files of the recipe's own in the run folder; called on rank 0 when training ends."""
+
+    # ---- never replaced: the story ----
+
+    def __init__(self, layers: Layers, console: Console | None = None) -> None:
+        """Check the configuration; nothing is loaded yet."""
+        self.config: Config = build_config(layers)
+        self.console = console or Console()
+
+    def build_trainer(self) -> RecipeTrainer:
+        """Everything up to a Trainer: data before the process group, the process group before the model."""
+        train, data = self.config.train, self.config.data
+        self.place: Place = find_place(self.config)
+        self.console.main = self.place.ranks.rank == 0
+        self.console.say(report.first_line(self.config, self.place))
+        folder, self.checkpoint = self._choose_folder()
+        self.model_config: PretrainedConfig = load_config(self.config.model, self.auto_class)
+        stage = self.place.zero.stage if self.place.zero else None
+        check_model(self.model_config, self.config.model, data.max_length, stage)
+        engine = self.place.resolve_zero(self.config, self.model_config)
+        self.tokenizer = self.load_tokenizer()
+        self.splits: dict[str, Split] = prepare(
+            type(self), self.load_rows(), self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+            validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
+        )  # fmt: skip
+        self.args = self._start(engine)
+        self.folder = RunFolder(self._open_folder(folder))
+        self.args.output_dir = str(self.folder.path)
+        self.model = self.load_model()
+        trainer = RecipeTrainer(
+            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self._sequences("train"),
+            eval_dataset=self._sequences("validation") if "validation" in self.splits else None,
+            processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
+            compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_BeforeFirstStep(self, trainer))
+        if self.console.main and not train["dry_run"]:
+            trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
+        return trainer
+
+    def run(self) -> RunResult:
+        """Train, save the model, evaluate, and leave one run folder that holds everything.
+
+        Raises:
+            UserError: whatever the user can mend.
+        """
+        began = time.monotonic()
+        try:
+            trainer = self.build_trainer()
+            try:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            except _DryRunEnds:
+                return RunResult(self.folder.path, trainer.state.global_step, {})
+            return self._finish(trainer, began)
+        finally:
+            # transformers finds ZeRO-3 through a global: a later run in this process must not meet this one's
+            unset_hf_deepspeed_config()
+
+    # ---- the story's steps ----
+
+    def _choose_folder(self) -> tuple[Path | None, Path | None]:
+        """The run folder where it is named, and the checkpoint to go on from; both checked before anything starts."""
+        asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
+        path = Path(asked).expanduser() if asked else None
+        if resume == "auto" and path is None:
+            raise UserError("--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start")
+        checkpoint = find_checkpoint(resume, RunFolder(path) if path else None) if resume else None
+        if checkpoint and path is None:
+            path = checkpoint.parent.parent
+        if checkpoint:
+            self.place.check_checkpoint(checkpoint)
+        if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
+            check_output(path or Path("runs"), resuming=resume is not None or path is None, overwrite=self.config.train["overwrite_output_dir"])
+        return path, checkpoint
+
+    def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
+        """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
+        values = dict(self.config.train)
+        if "validation" not in self.splits:
+            if values["load_best_model_at_end"]:
+                raise UserError("--load_best_model_at_end: there are no validation rows; give --eval_dataset or --validation_split")
+            values["eval_strategy"] = "no"
+        values |= {
+            "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
+            "bf16": self.place.precision == "bf16", "fp16": self.place.precision == "fp16",
+            "gradient_accumulation_steps": self.place.accumulation, "resume_from_checkpoint": None,
+            "disable_tqdm": True, "remove_unused_columns": False,
+        }  # fmt: skip
+        try:
+            args = TrainConfig(**values)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
+        return args
+
+    def _open_folder(self, named: Path | None) -> Path:
+        """Agree on the run folder, make it and send the log there."""
+        if self.config.train["dry_run"]:
+            return Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))
+        path = [named or default_path(self.config.layers.recipe.name)]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(path, src=0)
+        folder = RunFolder(path[0])
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self.console.log_to(folder.console)
+        if self.console.main:
+            report.write_start(folder, self.config, self.place)
+        return folder.path
+
+    def _sequences(self, name: str) -> Sequences:
+        packs = self.config.data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+        return Sequences(self.splits[name].data, self.config.data.max_length if packs else None)
+
+    def _resume_step(self) -> int:
+        return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
+
+    def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
+        self.console.say("saving the model")
+        trainer.save_model(str(self.folder.model))
+        metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": trainer.last_loss()}
+        for name, prefix in (("validation", "eval"), ("test", "test")):
+            if name not in self.splits:
+                continue
+            last = next((line for line in reversed(trainer.state.log_history) if f"{prefix}_loss" in line), {})
+            if last.get("step") != trainer.state.global_step:
+                trainer.compute_metrics = self.metrics(self.splits[name])
+                last = trainer.evaluate(self._sequences(name), metric_key_prefix=prefix)
+            metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
+            metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
+        result = RunResult(self.folder.path, trainer.state.global_step, metrics)
+        if self.console.main:
+            report.write_metrics(self.folder, metrics)
+            self.write_extras(self.folder.path)
+            draw_curve(self.folder.log, self.folder.curve, f"{self.config.layers.recipe.name}: {self.config.model.model_name_or_path}")
+            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
+        trainer.accelerator.wait_for_everyone()
+        return result
+
+
+class _DryRunEnds(Exception):
+    """Raised before the first step of a dry run."""
+
+
+class _BeforeFirstStep(TrainerCallback):
+    """Engine and optimizer stand: check and show them, write the resolved ZeRO JSON, end a dry run."""
+
+    def __init__(self, recipe: RecipeBase, trainer: RecipeTrainer) -> None:
+        self.recipe, self.trainer = recipe, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        recipe, trainer = self.recipe, self.trainer
+        engine = trainer.deepspeed if recipe.place.zero else None
+        if engine is not None:
+            recipe.place.check_engine(engine)
+            keep_gradient_norm(engine)
+        sizes = {name: len(recipe._sequences(name)) for name in recipe.splits}
+        recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
+        if args.dry_run:
+            recipe.console.say(report.first_example(trainer, recipe.tokenizer))
+            os.rmdir(recipe.folder.path)
+            raise _DryRunEnds
+        if engine is not None and recipe.console.main:
+            report.write_ds_config(recipe.folder, trainer)
+
+
+def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
+    """The one RecipeBase subclass that a recipe's module defines.
+
+    Raises:
+        UserError: the file does not parse, or defines none or several, or one that lacks a method.
+    """
+    try:
+        module = files.load()
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    found = [
+        each for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, RecipeBase) and each.__module__ == module.__name__
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise UserError(f"{files.module}: expected one class derived from RecipeBase, found {[each.__name__ for each in found]}")
+    missing = sorted(found[0].__abstractmethods__)
+    if missing:
+        raise UserError(f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return found[0]
+
+
+def load_recipe(recipe: str, **values: Any) -> RecipeBase:
+    """A recipe by name, .py file or module, with values for any flag: load_recipe("gpt2_clm", max_steps=10).run().
+
+    Raises:
+        UserError: unknown recipe or key, a value of the wrong type.
+    """
+    layers = layer({"recipe": recipe, **values}, origin="python")
+    return recipe_class(layers.recipe)(layers)
+
+

@@ -1,0 +1,138 @@
+"""What a person types: dsrecipes train | list | show.
+
+    dsrecipes train gpt2_clm --max_steps 10
+    dsrecipes show alpaca_llama_sft --lora_r 8
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import uuid
+
+from dsrecipes import find
+from dsrecipes.errors import EXIT_CODE, UserError
+
+_USAGE = """\
+usage: dsrecipes COMMAND ...
+
+  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
+  list                               the recipes and their variants
+  show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+"""
+
+
+def _take(argv: list[str], name: str) -> str | None:
+    """Remove `--name VALUE` or `--name=VALUE` from argv and return VALUE."""
+    for index, word in enumerate(argv):
+        if word == f"--{name}" and index + 1 < len(argv):
+            value = argv[index + 1]
+            del argv[index : index + 2]
+            return value
+        if word.startswith(f"--{name}="):
+            del argv[index]
+            return word.partition("=")[2]
+    return None
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """`RECIPE flags` as `--recipe RECIPE flags`."""
+    return ["--recipe", *argv] if argv and not argv[0].startswith("-") else argv
+
+
+def train(argv: list[str]) -> int:
+    """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
+    procs = _take(argv, "procs")
+    argv = _with_recipe(argv)
+    if procs is not None and not (procs.isdigit() and int(procs) > 0):
+        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
+    if "--help" not in argv and "-h" not in argv:
+        layers = find.layer(find.parse_flags(argv))  # a wrong name is told before anything heavy is imported
+        use_cpu = str(layers.merged().get("use_cpu", ("false",))[0]).lower() in ("true", "1", "yes")
+        ranks = int(procs) if procs else max(1, 0 if use_cpu else find.accelerators())
+        if ranks > 1:
+            return _launch(ranks, argv)
+    from dsrecipes.run import main
+
+    return main(argv)
+
+
+def _launch(ranks: int, argv: list[str]) -> int:
+    """Start ranks of dsrecipes.run with torch's elastic agent, which ends all of them when one dies."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.2,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "dsrecipes.run", *argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != EXIT_CODE:
+            print(f"error: rank {rank} ended with exit code {failure.exitcode}; the others were stopped", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def list_recipes(argv: list[str]) -> int:
+    """A line a recipe: what, model, data, size of machine; then the variants."""
+    for name in find.recipe_names():
+        recipe = find.find_recipe(name)
+        assert recipe.yaml is not None
+        values = find.read_yaml(recipe.yaml)
+        print(f"{name:<18}{values.get('about', '')}")
+        print(f"{'':<18}{values.get('model_name_or_path')} · {values.get('dataset')} · {values.get('machine', '')}")
+    print("\nvariants (dsrecipes train --config NAME)")
+    for name in find.variant_names():
+        values = find.read_yaml(find.find_config(name))
+        print(f"{name:<30}{values.get('recipe')}: {values.get('about', '')}")
+    return 0
+
+
+def show(argv: list[str]) -> int:
+    """The resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
+    everything = "--all" in argv
+    argv = _with_recipe([word for word in argv if word != "--all"])
+    layers = find.layer(find.parse_flags(argv))
+    merged = layers.merged()
+    origins = {key: origin for key, (_, origin) in merged.items()}
+    values = {key: value for key, (value, _) in merged.items()}
+    if everything:
+        from dsrecipes.config import build_config
+
+        config = build_config(layers)
+        values = {**vars(config.model), **vars(config.data), **config.train}
+    print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
+    width = max(map(len, values), default=0)
+    for key, value in values.items():
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        origin = origins.get(key, "default")
+        print(f"{key + ':':<{width + 2}}{shown!s:<34} # {origin if origin != 'profile' else 'profile ' + layers.profile}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `dsrecipes` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "list": list_recipes, "show": show}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(textwrap.dedent(_USAGE), end="")
+        return 0 if argv else EXIT_CODE
+    try:
+        if argv[0] not in commands:
+            raise UserError(f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}")
+        return commands[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The three dataclasses of a run, and the one parser that YAML, flags and Python keywords go through."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import Layers
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _list(text: str) -> Any:
+    return field(default_factory=list, metadata={"help": text})
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, how it is loaded, and what of it is trained."""
+
+    model_name_or_path: str | None = _help("Hub id or folder of the model; `starter:NAME` is a bundled configuration.")
+    model_revision: str = _help("Branch, tag or commit of a hub model.", "main")
+    from_scratch: bool = _help("Start from random weights of the model's configuration.", False)
+    attn_implementation: str | None = _help("Attention backend of transformers: sdpa, eager, flash_attention_2, ...")
+    trust_remote_code: bool = _help("Run Python code that comes with a hub model.", False)
+    load_in_4bit: bool = _help("Quantize the frozen base weights to 4 bits (needs lora_r > 0).", False)
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _help("4-bit data type (QLoRA, arXiv:2305.14314, section 3).", "nf4")
+    bnb_4bit_use_double_quant: bool = _help("Quantize the quantization constants too (QLoRA, section 3).", True)
+    lora_r: int = _help("Rank of the LoRA adapter; 0 trains all weights.", 0)
+    lora_alpha: int = _help("LoRA scale; the update is multiplied by lora_alpha / lora_r.", 32)
+    lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
+    lora_target_modules: list[str] = _list("Layers that get an adapter; default: all linear layers but the head.")
+
+    def __post_init__(self) -> None:
+        """Cross-field checks; ValueError names the flag to change."""
+        _require(self.lora_r >= 0, f"lora_r is {self.lora_r}: give 0 (full fine-tuning) or a positive rank")
+        _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
+        _require(
+            not self.load_in_4bit or self.lora_r > 0,
+            "load_in_4bit freezes the base weights: give lora_r > 0 as well, or load_in_4bit false",
+        )
+        _require(
+            not (self.load_in_4bit and self.from_scratch),
+            "from_scratch has no weights worth quantizing: drop from_scratch or load_in_4bit",
+        )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which rows, and how they become batches."""
+
+    dataset: str | None = _help("Hub id, file (.json .jsonl .csv .parquet .txt, each also .gz) or folder; `starter:NAME`.")
+    dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
+    eval_dataset: str | None = _help("Validation rows, in the forms of dataset.")
+    validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
+    skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
+    max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
+    packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
+    prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
+    split: Literal["pooled", "official"] = _help("Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled")
+
+    def __post_init__(self) -> None:
+        """Range checks; ValueError names the flag to change."""
+        _require(self.max_length >= 2, f"max_length is {self.max_length}: a next token needs at least 2")
+        _require(
+            0 <= self.validation_split < 1,
+            f"validation_split is {self.validation_split}: give a share from 0 (none) up to 1",
+        )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TrainingArguments):
+    """transformers.TrainingArguments and what a run adds; building one creates the process group under a launcher."""
+
+    output_dir: str | None = _help("The run folder itself; default runs/RECIPE/TIMESTAMP.")
+    deepspeed: str | None = _help("zero0, zero1, zero2, zero3, ..., a JSON's path, or none for plain PyTorch.", "zero2")
+    global_batch_size: int | None = _help("Rows per optimizer step over all ranks; the accumulation is derived.")
+    require_deepspeed: bool = _help("Stop where DeepSpeed cannot start, instead of running on plain PyTorch.", False)
+    dry_run: bool = _help("Go through everything up to the first step, print what would happen, write nothing.", False)
+    overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
+    verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)
+    logging_nan_inf_filter: bool = _help("Hide NaN and infinite losses from the log.", False)
+    logging_steps: float = _help("Optimizer steps between log lines (below 1: share of all steps).", 1)
+    report_to: None | str | list[str] = _help("Trackers beside TensorBoard, which is always written.", "none")
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """Give DeepSpeed and DDP real gloo ranks on CPU.
+
+        accelerate counts one process there (its DeepSpeed path knows no CPU backend and its plain path needs
+        use_cpu), so two ranks would train two models in silence.
+        """
+        if self._on_accelerator():
+            return super()._setup_devices
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedType
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if self.deepspeed:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=self.ddp_timeout_delta)
+        self.distributed_state = PartialState(cpu=True, backend="gloo", timeout=self.ddp_timeout_delta)
+        if self.deepspeed:
+            self.distributed_state.distributed_type = DistributedType.DEEPSPEED
+        self._n_gpu = 0
+        return torch.device("cpu")
+
+    def _on_accelerator(self) -> bool:
+        return not self.use_cpu and torch.accelerator.is_available()
+
+
+CONFIG_CLASSES = (ModelConfig, DataConfig, TrainConfig)
+_POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+
+
+@dataclass
+class Config:
+    """A checked configuration; `train` stays a mapping until the process group may exist."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: dict[str, Any]
+    layers: Layers
+    given: dict[str, str]
+    """Explicitly given key -> origin."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parser() -> HfArgumentParser:
+    """The one parser, over the three dataclasses."""
+    return _Parser(
+        [*CONFIG_CLASSES],
+        prog="dsrecipes train RECIPE",
+        allow_abbrev=False,
+        description="Also: --recipe NAME, --config YAML, --profile auto|full|starter.",
+    )
+
+
+def _argv(key: str, value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
+
+
+def build_config(layers: Layers) -> Config:
+    """Check the layered values: unknown keys, types, choices, ranges.
+
+    Raises:
+        UserError: one message for the first key at fault, with where its value comes from.
+    """
+    merged = layers.merged()
+    given = {key: origin for key, (_, origin) in merged.items()}
+    known = [f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init]
+    for key, origin in given.items():
+        if key not in known and not (key.startswith("no_") and key[3:] in known):
+            raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
+    _latest_batch_key_wins(layers, merged)
+    try:
+        namespace, rest = parser().parse_known_args([arg for key, (v, _) in merged.items() for arg in _argv(key, v)])
+    except UserError as error:
+        raise _with_origin(str(error), given) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: a value with spaces needs quotes")
+    values = vars(namespace)
+    try:
+        model = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
+        data = DataConfig(**{f.name: values[f.name] for f in dataclasses.fields(DataConfig)})
+        train = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.init}
+        _check_train(train, given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for key in ("model_name_or_path", "dataset"):
+        if values[key] is None:
+            raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
+    return Config(model, data, train, layers, given)
+
+
+def _latest_batch_key_wins(layers: Layers, merged: dict[str, tuple[Any, str]]) -> None:
+    """A flag --gradient_accumulation_steps replaces a YAML's global_batch_size; in one layer both must agree."""
+    rivals = ("global_batch_size", "gradient_accumulation_steps")
+    last = {key: i for i, each in enumerate(layers.layers) for key in rivals if each.values.get(key) is not None}
+    if len(last) == 2 and last[rivals[0]] != last[rivals[1]]:
+        merged.pop(min(last, key=lambda key: last[key]))
+
+
+def _with_origin(message: str, given: dict[str, str]) -> UserError:
+    match = re.match(r"argument --(\w+)[^:]*: (.*)", message, flags=re.DOTALL)
+    if not match:
+        return UserError(message)
+    key, problem = match.groups()
+    return UserError(f"--{key}: {problem} ({given.get(key, 'flag')})")
+
+
+def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
+    """What TrainingArguments would refuse only after the data are prepared; ValueError names the flag."""
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        for option in typing.get_args(hint):
+            if isinstance(option, type) and issubclass(option, Enum) and isinstance(train.get(name), str):
+                choices = [str(each.value) for each in option]
+                _require(
+                    train[name] in choices,
+                    f"--{name} {train[name]}{nearest(train[name], choices)}: choose from {', '.join(choices)}",
+                )
+    for name in _POSITIVE:
+        _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
+    _require(not (train["fp16"] and train["bf16"]), "--fp16 and --bf16 are both on: choose one")
+    _require(train["global_batch_size"] is None or train["global_batch_size"] > 0, "--global_batch_size must be above 0")
+    _require(
+        not (train["save_only_model"] and train["load_best_model_at_end"]),
+        "--save_only_model leaves nothing for --load_best_model_at_end to load: drop one of them",
+    )
+    _require(
+        not train["load_best_model_at_end"] or train["eval_strategy"] == train["save_strategy"],
+        "--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same",
+    )
+    _require(
+        train["train_sampling_strategy"] in ("random", "sequential"),
+        f"--train_sampling_strategy {train['train_sampling_strategy']}: rows are laid out by step here; choose random or sequential",
+    )
+
+
+def accumulation(train: dict[str, Any], world_size: int) -> int:
+    """Gradient accumulation steps, from global_batch_size where it is given.
+
+    Raises:
+        UserError: global_batch_size = micro batch x accumulation x ranks has no whole solution, or contradicts
+            gradient_accumulation_steps.
+    """
+    total, micro = train["global_batch_size"], train["per_device_train_batch_size"]
+    if total is None:
+        return train["gradient_accumulation_steps"]
+    steps, rest = divmod(total, micro * world_size)
+    equation = f"global_batch_size {total} = per_device_train_batch_size {micro} x accumulation %s x ranks {world_size}"
+    if rest or not steps:
+        raise UserError(
+            f"the batch does not divide: {equation % '?'} asks for an accumulation of {total / (micro * world_size):.3g}. "
+            f"Change --global_batch_size to a multiple of {micro * world_size}, or --per_device_train_batch_size"
+        )
+    asked = train["gradient_accumulation_steps"]
+    if asked not in (1, steps):
+        raise UserError(f"gradient_accumulation_steps is {asked}, but {equation % steps}. Give one of the two")
+    return steps

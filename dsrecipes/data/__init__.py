@@ -1,0 +1,1 @@
+"""Rows to batches: load, formats, encode, pack, prepare, collate."""

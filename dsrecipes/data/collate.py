@@ -1,0 +1,162 @@
+"""Which rows each rank takes at each step, and rows to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.pack import pack
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FILLER = -1
+"""Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
+COUNTS = "counts"
+"""Key of a batch's [useful tokens, rows]; the trainer takes it out before the model sees the batch."""
+Features = dict[str, Any]
+
+
+class Sequences(TorchDataset):
+    """Rows as they are, or several whole ones to a sequence.
+
+    An item is {"rows": [row, ...]} with row a dict of input_ids, labels and what else encode gave; item FILLER has
+    one row with nothing to learn from.
+    """
+
+    def __init__(self, data: Dataset, capacity: int | None = None) -> None:
+        """`capacity` in tokens packs; None leaves one row to a sequence."""
+        self.data = data.with_format("numpy")
+        self.bins = None
+        if capacity is not None:
+            self.bins = pack(_lengths(data), capacity)
+
+    def __len__(self) -> int:
+        return len(self.data) if self.bins is None else len(self.bins)
+
+    def __getitem__(self, index: int) -> list[Features]:
+        if index == FILLER:
+            row = self.data[0]
+            if np.ndim(row["labels"]) == 0:
+                return [{**row, "labels": np.array(IGNORE)}]
+            return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
+        return [self.data[int(i)] for i in ([index] if self.bins is None else self.bins[index])]
+
+
+def _lengths(data: Dataset) -> np.ndarray:
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(data.data.column("input_ids")).to_numpy()
+
+
+class StepSampler:
+    """Index batches of one rank; the rows of a step depend on seed, epoch and step alone.
+
+    A step's `micro x accumulation x world` rows are laid out as (accumulation, rank, micro), so the same rows meet
+    in a step however they are divided. The last step of an epoch is filled with FILLER.
+    """
+
+    def __init__(
+        self, rows: int, micro: int, *, accumulation: int = 1, rank: int = 0, world: int = 1, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        self.rows, self.shape, self.rank = rows, (accumulation, world, micro), rank
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.steps = -(-rows // (accumulation * world * micro))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next pass takes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.shape[0]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.full(self.steps * int(np.prod(self.shape)), FILLER)
+        order[: self.rows] = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows) if self.shuffle else range(self.rows)
+        for step in order.reshape(self.steps, *self.shape):
+            yield from step[:, self.rank].tolist()
+
+
+class StepLoader(DataLoader):
+    """A DataLoader over a StepSampler that passes the epoch on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer at the start of each epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class CausalCollator:
+    """Sequences to a causal LM's batch, with logits asked for only where a label is.
+
+    No attention_mask: padding stands behind the text, where no text position looks, and position ids that restart
+    keep packed examples apart on every attention backend. Shapes: input_ids, position_ids and logits_to_keep
+    (batch, length), shift_labels and labels (number of labels,), counts (2,).
+    """
+
+    def __init__(self, pad_id: int, select_logits: bool) -> None:
+        """`select_logits` False keeps all positions, for a model without logits_to_keep."""
+        self.pad_id, self.select_logits = pad_id, select_logits
+
+    def __call__(self, items: list[list[Features]]) -> dict[str, torch.Tensor]:
+        width = max(sum(len(row["input_ids"]) for row in item) for item in items)
+        ids = np.full((len(items), width), self.pad_id, dtype=np.int64)
+        positions = np.zeros_like(ids)
+        targets = np.full_like(ids, IGNORE)
+        tokens = rows = 0
+        for line, item in enumerate(items):
+            start = 0
+            for row in item:
+                end = start + len(row["input_ids"])
+                ids[line, start:end] = row["input_ids"]
+                positions[line, start:end] = np.arange(end - start)
+                targets[line, start : end - 1] = row["labels"][1:]
+                if (row["labels"] != IGNORE).any():
+                    tokens, rows = tokens + end - start, rows + 1
+                start = end
+            # one example goes on counting into the padding, so that attention stays plainly causal; after several,
+            # the padding is a further example
+            positions[line, start:] = np.arange(width - start) + (start if len(item) == 1 else 0)
+        keep = torch.from_numpy(targets != IGNORE)
+        shift_labels = torch.from_numpy(targets)[keep] if self.select_logits else torch.from_numpy(targets)
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(positions),
+            "labels": shift_labels,
+            "shift_labels": shift_labels,
+            COUNTS: torch.tensor([tokens, rows]),
+        }
+        return batch | {"logits_to_keep": keep} if self.select_logits else batch
+
+
+class PaddingCollator:
+    """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
+
+    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length); labels: (batch,).
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: list[list[Features]]) -> dict[str, torch.Tensor]:
+        rows = [row for item in items for row in item]
+        nested = isinstance(rows[0]["input_ids"][0], (np.ndarray, list))
+        texts: Callable[[Features, str], list] = lambda row, name: list(row[name]) if nested else [row[name]]  # noqa: E731
+        width = max(len(text) for row in rows for text in texts(row, "input_ids"))
+        names = [name for name in rows[0] if name != "labels" and np.ndim(rows[0][name])]
+        batch = {}
+        for name in names:
+            fill = self.pad_id if name == "input_ids" else 0
+            padded = [[[*text, *[fill] * (width - len(text))] for text in texts(row, name)] for row in rows]
+            batch[name] = torch.tensor(np.array(padded, dtype=np.int64) if nested else np.array(padded, dtype=np.int64)[:, 0])
+        mask = [[[1] * len(text) + [0] * (width - len(text)) for text in texts(row, "input_ids")] for row in rows]
+        batch["attention_mask"] = torch.tensor(mask if nested else [line[0] for line in mask])
+        batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])
+        real = batch["labels"] != IGNORE
+        batch[COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
+        return batch

@@ -1,0 +1,110 @@
+"""Records to token ids and labels, for a batch of records at a time.
+
+Prompt and response are encoded apart and concatenated, so the mask boundary is exact whatever the tokenizer merges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dsrecipes.errors import UserError
+
+IGNORE = -100
+"""Label of a position that is not trained on (torch's cross_entropy default)."""
+Segments = list[tuple[str, bool]]
+"""A sequence in pieces: (text, is it trained on)."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """All that changes tokens, and so the cache key."""
+
+    max_length: int
+    prompt_style: str
+
+
+def encode_texts(records: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Plain text: every token is trained on, and a document's last piece ends with eos.
+
+    Returns:
+        input_ids and labels, each a list (one per record) of lists of ints.
+    """
+    ids = tokenizer([record["text"] for record in records], add_special_tokens=False, verbose=False)["input_ids"]
+    for record, tokens in zip(records, ids, strict=True):
+        if record.get("end", True):
+            tokens.append(tokenizer.eos_token_id)
+    return {"input_ids": ids, "labels": [list(tokens) for tokens in ids]}
+
+
+def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Segments encoded apart and concatenated; labels only where a segment is trained on.
+
+    The first segment gets the tokenizer's leading special tokens (Llama's bos); each trained segment ends with eos.
+    """
+    texts = [text for segments in records for text, _ in segments]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    start, eos = _leading_special_tokens(tokenizer), tokenizer.eos_token_id
+    batch: dict[str, list] = {"input_ids": [], "labels": []}
+    for segments in records:
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (_, trained) in enumerate(segments):
+            tokens = next(encoded)
+            if index == 0 and tokens[: len(start)] != start:
+                tokens = start + tokens
+            if trained and tokens[-1:] != [eos]:
+                tokens = [*tokens, eos]
+            ids += tokens
+            labels += tokens if trained else [IGNORE] * len(tokens)
+        batch["input_ids"].append(ids)
+        batch["labels"].append(labels)
+    return batch
+
+
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    special = tokenizer("")["input_ids"]
+    return [token for token in special[:1] if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
+
+
+def chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Segments:
+    """A chat in the tokenizer's own template, cut where each answer begins and ends.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+        ValueError: the template rewrites earlier turns, so that no answer can be cut out.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("--prompt_style chat: this tokenizer has no chat template; use --prompt_style alpaca")
+
+    def render(turns: list[dict[str, str]], ask: bool) -> str:
+        return _render(tokenizer, turns, ask)
+
+    segments: Segments = []
+    done = ""
+    for index, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        asked = render(messages[:index], True)
+        answered = render(messages[: index + 1], False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise ValueError("the tokenizer's chat template rewrites earlier turns; use --prompt_style alpaca")
+        answer, rest = answered[len(asked) :], ""
+        if tokenizer.eos_token and tokenizer.eos_token in answer:
+            cut = answer.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
+            answer, rest = answer[:cut], answer[cut:]
+        segments += [(asked[len(done) :], False), (answer, True)]
+        done = answered[: len(answered) - len(rest)]
+    return segments
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ask: bool) -> str:
+    import jinja2
+
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
+    return text

@@ -1,0 +1,274 @@
+"""Rows from files, folders and the hub; a file's rows know where they stand, for errors that say so."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from dsrecipes.errors import UserError
+from dsrecipes.find import starter_path
+
+Row = dict[str, Any]
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_PIECE = 4096
+_TITLE = re.compile(r" = [^=].*[^=] = \n?")
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of some files, read anew at each pass.
+
+    Iterating gives rows (dicts); `located` gives (where, row) with where as "FILE, line N" or "FILE, row N".
+    """
+
+    files: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.located())
+
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Rows with the place each stands at; raises UserError for a file that cannot be read."""
+        for path in self.files:
+            yield from _read(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the files' names and bytes."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """(where, row) of any rows: a FileRows, a datasets.Dataset, a list."""
+    if isinstance(rows, FileRows):
+        yield from rows.located()
+    else:
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the rows' content that costs little where the source already has one."""
+    own = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
+    if own:
+        return own
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _open(path: Path) -> TextIO:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}[_suffix(path)]
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({_bad_byte(path, error)}); save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _bad_byte(path: Path, error: UnicodeDecodeError) -> str:
+    raw = path.read_bytes()
+    if path.name.endswith(".gz"):
+        raw = gzip.decompress(raw)
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as whole:
+        return f"byte {raw[whole.start]:#04x} in line {raw[: whole.start].count(bytes([10])) + 1}"
+    return error.reason
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path) as file:
+        text = file.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
+            yield from _jsonl(path)
+            return
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be rows") from None
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows, found {_kind(rows)}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg})") from None
+            except RecursionError:
+                raise UserError(f"{where}: nested too deeply to be a row") from None
+            yield where, _checked(row, where)
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)
+    with _open(path) as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}, line 1: a column name stands twice in the header")
+            start = reader.line_num + 1
+            for fields in reader:
+                where, start = f"{path}, line {start}", reader.line_num + 1
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)} columns")
+                yield where, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        source = io.BytesIO(gzip.decompress(path.read_bytes())) if path.name.endswith(".gz") else path
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
+
+
+def _text(path: Path) -> Iterator[tuple[str, Row]]:
+    """Pieces of about 4 kB as {"text", "end"}; `end` marks the last piece of a document.
+
+    A file is one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
+    """
+    piece: list[str] = []
+    size, first = 0, 1
+
+    def flush(end: bool) -> tuple[str, Row]:
+        return f"{path}, line {first}", {"text": "".join(piece), "end": end}
+
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.replace("\r\n", "\n")
+            title = _TITLE.fullmatch(line) is not None
+            if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
+                if "".join(piece).strip():
+                    yield flush(end=title)
+                piece, size, first = [], 0, number
+            piece.append(line)
+            size += len(line)
+    if "".join(piece).strip():
+        yield flush(end=True)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
+            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with named fields, found {_kind(row)}")
+    return row
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file's or its folder's name tells: train, validation, test, or None."""
+    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0].lower()
+    for word in reversed(re.split(r"[^a-z]+", stem)):
+        if word in SPLITS:
+            return SPLITS[word]
+    return SPLITS.get(path.parent.name.lower())
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The data files below a folder, sorted; hidden ones and other kinds are passed over."""
+    found = [p for p in folder.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES and not p.name.startswith(".")]
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def load_splits(dataset: str, config_name: str | None = None, revision: str | None = None) -> dict[str, Iterable[Row]]:
+    """Rows by split name (train, validation, test) of a file, a folder or a hub data set.
+
+    Raises:
+        UserError: nothing there, a kind of file that is not read, no network, a gated or unknown hub id.
+    """
+    path = Path(starter_path(dataset)).expanduser()
+    if path.is_file():
+        if _suffix(path) not in SUFFIXES:
+            raise UserError(f"{path}: unknown kind of file; these are read: {' '.join(SUFFIXES)}, each also .gz")
+        return {"train": FileRows((path,))}
+    if path.is_dir():
+        files = data_files(path)
+        if not files:
+            raise UserError(f"{path}: no data files in this folder; these are read: {' '.join(SUFFIXES)}, each also .gz")
+        splits: dict[str, list[Path]] = {}
+        for file in files:
+            splits.setdefault(split_of(file) or "train", []).append(file)
+        return {name: FileRows(tuple(each)) for name, each in splits.items()}
+    looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _suffix(path) in SUFFIXES
+    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+        raise UserError(f"--dataset {dataset}: no such file or folder")
+    return _hub(dataset, config_name, revision)
+
+
+def _hub(dataset: str, config_name: str | None, revision: str | None) -> dict[str, Iterable[Row]]:
+    import datasets
+
+    from dsrecipes.model.hub import hub_error
+
+    datasets.disable_progress_bars() if os.environ.get("DSRECIPES_QUIET") else None
+    try:
+        loaded = datasets.load_dataset(dataset, config_name, revision=revision)
+    except Exception as error:
+        message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .parquet .txt) or FOLDER")
+        if message is None:
+            raise
+        raise UserError(message) from None
+    return {SPLITS.get(name, name): rows for name, rows in loaded.items()}

@@ -1,0 +1,330 @@
+"""Rows to token files, once per content: cached, written by one rank while the others wait on a lock file."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from dsrecipes.data.encode import IGNORE, EncodeOptions
+from dsrecipes.data.load import Row, fingerprint, located
+from dsrecipes.data.pack import blocks
+from dsrecipes.errors import UserError
+from dsrecipes.runs.console import Console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from dsrecipes.base import RecipeBase
+
+_BATCH = 512
+
+
+@dataclass
+class SplitStats:
+    """What became of a split's rows; tokens are counted before packing and without padding."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    supervised: int = 0
+    tail: int = 0
+    """Tokens of a last block shorter than max_length, not trained on."""
+
+
+@dataclass
+class Split:
+    """A prepared split: one row a sequence, with input_ids and labels."""
+
+    data: Dataset
+    stats: SplitStats
+
+
+def cache_root() -> Path:
+    """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("DSRECIPES_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsrecipes"
+
+
+def prepare(
+    recipe: type[RecipeBase],
+    splits: dict[str, Iterable[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodeOptions,
+    *,
+    validation_split: float,
+    seed: int,
+    skip_bad_rows: bool,
+    console: Console,
+) -> dict[str, Split]:
+    """Format, encode and write each split, or find it in the cache.
+
+    Raises:
+        UserError: a row at fault (with its place), no rows, or no row with a token to train on.
+    """
+    held_out = validation_split if "validation" not in splits else 0.0
+    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
+    folder = cache_root() / "data" / key
+    if not (folder / "stats.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _let_rank_zero_begin(folder)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "stats.json").is_file():
+                _write_splits(folder, recipe, splits, tokenizer, options, held_out, seed, skip_bad_rows, console)
+    return _read_splits(folder)
+
+
+def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTrainedTokenizerBase, *settings: Any) -> str:
+    here = Path(__file__).parent
+    code = [inspect.getsource(inspect.getmodule(each) or each) for each in recipe.__mro__ if each.__module__ != "builtins"]
+    parts = [
+        *code,
+        *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))),
+        *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        str(tokenizer.chat_template),
+        repr(settings),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _let_rank_zero_begin(folder: Path) -> None:
+    """The first rank of a host takes the lock, so that the one that may print shows the progress bar."""
+    patience = time.monotonic() + 20
+    while int(os.environ.get("LOCAL_RANK", 0)) and time.monotonic() < patience:
+        if folder.is_dir() or Path(f"{folder}.lock").exists():
+            return
+        time.sleep(0.1)
+
+
+def _write_splits(
+    folder: Path,
+    recipe: type[RecipeBase],
+    splits: dict[str, Iterable[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodeOptions,
+    held_out: float,
+    seed: int,
+    skip_bad_rows: bool,
+    console: Console,
+) -> None:
+    scratch = folder.with_suffix(".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    stats = {}
+    for name, rows in splits.items():
+        records = _Records(recipe.format_row, rows, skip_bad_rows)
+        parts: dict[str, Callable[[int], bool]] = {name: lambda _: True}
+        if name == "train" and held_out:
+            out = hold_out([_text_of(record) for record in records], held_out, seed)
+            if out:
+                parts = {"train": lambda i, out=out: i not in out, "validation": lambda i, out=out: i in out}
+        for part, wanted in parts.items():
+            chosen = _Chosen(records, wanted)
+            stats[part] = _write(scratch / f"{part}.arrow", recipe, chosen, tokenizer, options, console, part)
+            stats[part].dropped = {**records.dropped, **stats[part].dropped}
+    _refuse_empty(stats)
+    (scratch / "stats.json").write_text(json.dumps({name: asdict(each) for name, each in stats.items()}))
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def _read_splits(folder: Path) -> dict[str, Split]:
+    from datasets import Dataset
+
+    stats = json.loads((folder / "stats.json").read_text())
+    return {
+        name: Split(Dataset.from_file(str(folder / f"{name}.arrow")), SplitStats(**each))
+        for name, each in stats.items()
+        if each["kept"]
+    }
+
+
+class _Records:
+    """Rows through format_row, in order; a bad row stops, or is dropped and counted."""
+
+    def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
+        self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
+        self.dropped: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[dict]:
+        bad = 0
+        for where, row in located(self.rows):
+            try:
+                record = self.format_row(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not self.skip_bad_rows:
+                    problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+                    raise UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows") from error
+                bad += 1
+            else:
+                yield record
+        self.dropped = {"bad row": bad} if bad else {}
+
+
+class _Chosen:
+    """The records whose number is wanted."""
+
+    def __init__(self, records: _Records, wanted: Callable[[int], bool]) -> None:
+        self.records, self.wanted = records, wanted
+
+    def __iter__(self) -> Iterator[dict]:
+        return (record for index, record in enumerate(self.records) if self.wanted(index))
+
+
+def _text_of(record: dict) -> str:
+    return hashlib.md5(json.dumps(record, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
+
+
+def hold_out(keys: list[str], share: float, seed: int) -> set[int]:
+    """Seeded choice of about `share` of the records for validation, equal ones (by key) on the same side.
+
+    Returns:
+        Indices of the chosen records; empty only where there are fewer than two different ones.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    names = sorted(groups)
+    random.Random(seed).shuffle(names)
+    goal, chosen = max(1, round(share * len(keys))), set[int]()
+    for name in names[:-1]:
+        if len(chosen) >= goal:
+            break
+        chosen.update(groups[name])
+    return chosen
+
+
+def _write(
+    path: Path,
+    recipe: type[RecipeBase],
+    records: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodeOptions,
+    console: Console,
+    split: str,
+) -> SplitStats:
+    stats = SplitStats()
+    writer = None
+    with console.progress(f"tokenizing {split}", unit=" rows") as bar, pyarrow.OSFile(str(path), "wb") as sink:
+        encoded = _encoded(recipe, records, tokenizer, options, stats, bar.update)
+        for batch in _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded:
+            table = pyarrow.RecordBatch.from_pydict({name: _array(values) for name, values in batch.items()})
+            if writer is None:
+                writer = pyarrow.ipc.new_stream(sink, table.schema)
+            writer.write_batch(table)
+        if writer is not None:
+            writer.close()
+    return stats
+
+
+def _encoded(
+    recipe: type[RecipeBase],
+    records: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodeOptions,
+    stats: SplitStats,
+    progress: Callable[[int], Any],
+) -> Iterator[dict[str, list]]:
+    """Batches of encoded rows that have a token to train on and are not too long."""
+    dropped: Counter[str] = Counter()
+    for group in _batches(records, _BATCH):
+        batch = recipe.encode(group, tokenizer, options)
+        keep = []
+        for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+            length = _length(ids)
+            supervised = sum(label != IGNORE for label in labels[1:]) if isinstance(labels, list) else 1
+            if length > options.max_length and not recipe.cut_into_blocks:
+                dropped[f"longer than {options.max_length} tokens"] += 1
+            elif not supervised and not recipe.cut_into_blocks:
+                dropped["nothing to learn from"] += 1
+            else:
+                keep.append(index)
+                stats.tokens += _total(ids)
+                stats.supervised += supervised
+        stats.rows += len(group)
+        stats.kept += len(keep)
+        stats.dropped = dict(dropped)
+        progress(len(group))
+        if keep:
+            yield {name: [values[index] for index in keep] for name, values in batch.items()}
+
+
+def _blocked(
+    batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool
+) -> Iterator[dict[str, list]]:
+    """Blocks of `size` tokens. Of training rows a last shorter block is left out and counted, unless it is all."""
+    streams = (ids for batch in batches for ids in batch["input_ids"])
+    wrote = False
+    for group in _batches(blocks(streams, size), _BATCH):
+        if len(group[-1]) < size and ((equal and (wrote or len(group) > 1)) or len(group[-1]) == 1):
+            stats.tail = len(group.pop())
+        if group:
+            wrote = True
+            yield {"input_ids": group, "labels": group}
+    stats.supervised = stats.tokens - stats.tail
+    stats.kept = stats.kept if wrote else 0
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _length(ids: list) -> int:
+    return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)
+
+
+def _total(ids: list) -> int:
+    return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+
+
+def _array(values: list) -> pyarrow.Array:
+    array = pyarrow.array(values)
+    kind, depth = array.type, 0
+    while pyarrow.types.is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if not pyarrow.types.is_int64(kind):
+        return array
+    small = pyarrow.int32()
+    for _ in range(depth):
+        small = pyarrow.list_(small)
+    return array.cast(small)
+
+
+def _refuse_empty(stats: dict[str, SplitStats]) -> None:
+    for name in ("train", *(name for name in stats if name != "train")):
+        split = stats.get(name)
+        if split is None:
+            raise UserError(f"the data set has no training rows (it has: {', '.join(stats) or 'nothing'})")
+        if split.kept:
+            continue
+        why = ", ".join(f"{count} {reason}" for reason, count in split.dropped.items())
+        if not split.rows and not split.dropped:
+            raise UserError(f"the {name} data are empty: no rows were found")
+        raise UserError(
+            f"no {name} row has a token to train on: {split.rows or sum(split.dropped.values())} rows"
+            + (f" dropped ({why})" if why else "")
+            + "; raise --max_length or mend the data"
+        )

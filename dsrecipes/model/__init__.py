@@ -1,0 +1,1 @@
+"""Tokenizer, weights, 4-bit, LoRA; the only importer of peft and bitsandbytes."""

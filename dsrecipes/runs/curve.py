@@ -1,0 +1,37 @@
+"""loss_curve.png: train and validation loss over the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log.jsonl; a line cut off by a death is passed over."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def draw_curve(log: Path, picture: Path, title: str) -> None:
+    """Draw the losses of log.jsonl (nats per token or per question) to a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "train", {"linewidth": 1.2}), ("eval_loss", "validation", {"marker": "o", "markersize": 4})):
+        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(picture)

@@ -1,0 +1,77 @@
+"""What a run records: log.jsonl, the progress bar, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import rewrite_logs
+
+from dsrecipes.runs.console import Console
+from dsrecipes.runs.curve import read_log
+from dsrecipes.runs.folder import RunFolder
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval {:.4f}",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "norm {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "samples_per_second": "{:.1f} rows/s",
+    "peak_memory_gb": "{:.2f} GB",
+}
+
+
+def keep_until(log: Path, step: int) -> None:
+    """Forget log lines of steps after `step`."""
+    if log.is_file():
+        kept = [line for line in read_log(log) if line.get("step", 0) <= step]
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+class Recorder(TrainerCallback):
+    """Rank 0's log.jsonl, TensorBoard curves and progress bar."""
+
+    def __init__(self, folder: RunFolder, console: Console, step: int) -> None:
+        """`step` is where the run goes on; what was recorded after it is taken again, so it is forgotten."""
+        keep_until(folder.log, step)
+        self.log, self.console = folder.log, console
+        self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        self.bar: Any = None
+        self.shown: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar at the step a resumed run stands at."""
+        self.bar = self.console.progress("training", total=state.max_steps, initial=state.global_step, unit=" steps")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Write one line; non-finite numbers become text, which JSON has no number for."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "epoch": state.epoch, "time": time.time()} | logs
+        line = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for key, value in rewrite_logs(logs).items():
+            if isinstance(value, (int, float)) and not key.endswith("/epoch"):
+                self.board.add_scalar(key, value, state.global_step)
+        self.board.flush()
+        self.shown |= {key: value for key, value in logs.items() if key in _SHOWN and value is not None}
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+        self.bar = None

@@ -1,0 +1,163 @@
+"""Words and files about a run: first line, header, first example, footer; configuration, environment, metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from dsrecipes.data.encode import IGNORE
+from dsrecipes.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from dsrecipes.base import RunResult
+    from dsrecipes.config import Config
+    from dsrecipes.data.prepare import Split, SplitStats
+    from dsrecipes.place import Place
+    from dsrecipes.trainer import RecipeTrainer
+
+_PACKAGES = ("dsrecipes", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "numpy")
+_NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
+_SECRETS = ("token", "key", "secret", "password")
+
+
+def _line(name: str, *parts: str) -> str:
+    return f"{name:<10}" + " · ".join(part for part in parts if part)
+
+
+def first_line(config: Config, place: Place) -> str:
+    """Which recipe and profile, and how to get the other one."""
+    layers = config.layers
+    other = {"starter": "the real model and data: --profile full", "full": "a small offline one: --profile starter"}
+    has_other = layers.why_profile != "the only one"
+    text = _line("recipe", layers.recipe.name, f"profile {layers.profile} ({layers.why_profile})", other[layers.profile] if has_other else "")
+    if place.fallback:
+        text += "\n" + _line("note", f"running on plain PyTorch, without DeepSpeed: {place.fallback} (--require_deepspeed makes this an error)")
+    return text
+
+
+def _about(name: str, stats: SplitStats, sequences: int) -> str:
+    share = f"{stats.supervised / stats.tokens:.0%} trained on" if stats.tokens else ""
+    parts = [f"{name}: {stats.kept:,} rows in {sequences:,} sequences", f"{stats.tokens:,} tokens", share]
+    if stats.tail:
+        parts.append(f"last {stats.tail:,} tokens left over")
+    if stats.dropped:
+        parts.append("dropped " + ", ".join(f"{count:,} {reason}" for reason, count in stats.dropped.items()))
+    return ", ".join(part for part in parts if part)
+
+
+def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[str, int], trainer: RecipeTrainer) -> str:
+    """Model, data, batch, ranks, engine and precision, as they came to be."""
+    from dsrecipes.model.load import count_parameters
+
+    trained, frozen = count_parameters(trainer.model)
+    steps, per_epoch = trainer.state.max_steps, math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world))
+    lines = [
+        _line("model", str(config.model.model_name_or_path), f"{trained + frozen:,} parameters", f"{trained:,} trained, {frozen:,} frozen"),
+        *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
+        _line(
+            "batch",
+            f"{place.micro * place.accumulation * place.ranks.world} sequences a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
+            f"{steps:,} steps ({steps / per_epoch:.3g} epochs)",
+        ),
+        _line(
+            "engine", place.name(), f"{place.ranks.world} rank{'s' * (place.ranks.world > 1)} on {place.device}", place.precision,
+            place.optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim))),
+        ),
+    ]  # fmt: skip
+    if "validation" not in splits:
+        lines.append(_line("note", "no validation rows: --validation_split 0.05 or --eval_dataset FILE holds some out"))
+    if trainer.state.global_step:
+        lines.append(_line("resume", f"from step {trainer.state.global_step}"))
+    return "\n".join(lines if config.train["dry_run"] else [*lines, _line("folder", trainer.args.output_dir)])
+
+
+def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
+    row = trainer.train_dataset[0][0]
+    if row["labels"].ndim == 0:
+        texts = [tokenizer.decode(ids) for ids in row["input_ids"]] if row["input_ids"].dtype == object or row["input_ids"].ndim > 1 else [tokenizer.decode(row["input_ids"])]
+        return "\n".join(["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"])
+    pieces, start = [], 0
+    trained = row["labels"] != IGNORE
+    for end in range(1, len(trained) + 1):
+        if end == len(trained) or trained[end] != trained[start]:
+            text = tokenizer.decode(row["input_ids"][start:end])
+            pieces.append(f"⟦{text}⟧" if trained[start] else text)
+            start = end
+    return "first example (⟦trained on⟧):\n" + "".join(pieces) + "\ndry run: nothing was trained or written"
+
+
+def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
+    """Result, where things are, the next commands."""
+    figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
+    shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []
+    for key, words in (("eval_loss", "validation loss"), ("eval_perplexity", "perplexity"), ("eval_accuracy", "accuracy"), ("test_loss", "test loss"), ("test_accuracy", "test accuracy")):
+        if key in figures:
+            shown.append(f"{words} {figures[key]:.4g}")
+    path = folder.path
+    lines = [
+        _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
+        _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
+        _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
+        _line("next", f"tensorboard --logdir {path}"),
+        _line("", f"dsrecipes train --config {folder.config}   (the same again)"),
+    ]
+    return "\n".join(lines)
+
+
+def write_start(folder: RunFolder, config: Config, place: Place) -> None:
+    """config.yaml, which runs the same again, and environment.json. No token or key is written."""
+    values: dict[str, Any] = {"recipe": str(config.layers.recipe.module if isinstance(config.layers.recipe.module, Path) else config.layers.recipe.name)}
+    if "." in str(config.layers.recipe.module) and not str(config.layers.recipe.module).startswith("dsrecipes.recipes."):
+        values["recipe"] = str(config.layers.recipe.module)
+    values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
+    typed = {**vars(config.model), **vars(config.data), **config.train}
+    for key in config.given:
+        value = typed.get(key, True)
+        if key not in _NOT_REPEATED and not any(secret in key.split("_") for secret in _SECRETS):
+            local = isinstance(value, str) and key in ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
+            values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
+    values |= dict.fromkeys(config.layers.removed() - set(_NOT_REPEATED))
+    text = f"# {config.layers.recipe.name}: the same again\n#   dsrecipes train --config {folder.config}\n"
+    folder.config.write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    command = [word for word in sys.argv if not any(secret in word.lower() for secret in ("token", "secret", "password", "hf_"))]
+    environment = {
+        "command": shlex.join(command), "python": platform.python_version(), "platform": platform.platform(),
+        "cpus": os.cpu_count(), "device": place.device, "devices": _devices(), "ranks": place.ranks.world,
+        "precision": place.precision, "engine": place.name(), "fallback": place.fallback, "packages": versions,
+    }  # fmt: skip
+    folder.environment.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
+    """ds_config.json as the engine took it; no `auto` is left in it."""
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
+    folder.ds_config.write_text(text + "\n", encoding="utf-8")
+
+
+def write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> None:
+    """metrics.json."""
+    folder.metrics.write_text(json.dumps(metrics, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

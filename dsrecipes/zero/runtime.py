@@ -1,0 +1,209 @@
+"""The process DeepSpeed runs in: ranks as the launcher made them, a probe, and small corrections of the engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsrecipes.errors import UserError
+
+_MINIMUM = (0, 19, 4)
+_LAUNCH_LINES = (
+    "`dsrecipes train RECIPE --procs N`, `torchrun --nproc_per_node N -m dsrecipes.run --recipe RECIPE`, "
+    "or `accelerate launch --use_deepspeed --num_processes N -m dsrecipes.run --recipe RECIPE`"
+)
+_RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for beside ranks."""
+
+    deepspeed: bool
+    use_cpu: bool
+    precision: str | None
+
+
+def _on(env: MutableMapping[str, str], key: str) -> bool:
+    return env.get(key, "").lower() in ("true", "1", "yes")
+
+
+def read_launch(env: MutableMapping[str, str]) -> Launch:
+    """Read accelerate's variables and take them out, for they change Trainer behind the configuration's back.
+
+    Raises:
+        UserError: accelerate's configuration sets ZeRO too, or FSDP, or it started one process of several.
+    """
+    if "MASTER_PORT" in env and "RANK" not in env and "OMPI_COMM_WORLD_RANK" not in env:
+        raise UserError(
+            "MASTER_PORT is set but RANK is not: `accelerate launch` was asked for several processes and started one "
+            f"(it does so with --cpu), or MASTER_PORT was left over (unset it). Start the ranks with {_LAUNCH_LINES}"
+        )
+    if _on(env, "ACCELERATE_USE_FSDP"):
+        raise UserError("the accelerate configuration turns FSDP on; here ZeRO divides the model. Use an accelerate configuration without FSDP")
+    launch = Launch(
+        deepspeed=_on(env, "ACCELERATE_USE_DEEPSPEED"),
+        use_cpu=_on(env, "ACCELERATE_USE_CPU"),
+        precision=env.get("ACCELERATE_MIXED_PRECISION") if env.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16") else None,
+    )
+    if launch.deepspeed:
+        _refuse_second_owner(env)
+    for key in list(env):
+        if key in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_CONFIG_DS_FIELDS"):
+            del env[key]
+        elif key.startswith("ACCELERATE_DEEPSPEED_"):
+            del env[key]
+    return launch
+
+
+def _refuse_second_owner(env: MutableMapping[str, str]) -> None:
+    json_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    in_config = [field for field in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") if field and field != "none"]
+    words = _accelerate_command()
+    by_flag = [word for word in words if word.split("=")[0] in ("--zero_stage", "--deepspeed_config_file", "--offload_optimizer_device", "--offload_param_device")]
+    if json_file.lower() == "none" and not in_config and not by_flag:
+        return
+    if in_config:
+        what = f"the accelerate configuration {_accelerate_config(words)} ({', '.join(in_config)})"
+    elif json_file.lower() != "none":
+        what = f"accelerate's DeepSpeed file {json_file}"
+    else:
+        what = f"the `accelerate launch` command ({' '.join(by_flag)})"
+    raise UserError(
+        f"two owners of ZeRO: {what} and the recipe's --deepspeed both set it. Keep --deepspeed, and take "
+        "deepspeed_config out of the accelerate configuration (`accelerate launch --use_deepspeed` alone is fine)"
+    )
+
+
+def _accelerate_command() -> list[str]:
+    """The words of the `accelerate launch` that started this process, as far as /proc tells."""
+    pid = os.getppid()
+    for _ in range(5):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError, IndexError):
+            return []
+        if any("accelerate" in Path(word).name for word in words[:4]) and "launch" in words:
+            cut = next((i for i, word in enumerate(words) if word in ("-m", "--module")), len(words))
+            return words[:cut]
+    return []
+
+
+def _accelerate_config(words: list[str]) -> str:
+    for index, word in enumerate(words):
+        if word == "--config_file" and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith("--config_file="):
+            return word.partition("=")[2]
+    from accelerate.commands.config.config_args import default_config_file
+
+    return str(default_config_file)
+
+
+def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
+    """Fill in what a launcher left out (no launcher: one rank and a free port), so that nobody looks for MPI."""
+    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["OMPI_COMM_WORLD_RANK"], env["OMPI_COMM_WORLD_SIZE"]
+        env.setdefault("LOCAL_RANK", env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    if "RANK" not in env:
+        for key in _RANK_KEYS:
+            env.pop(key, None)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", env["RANK"])
+    env.setdefault("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    return Ranks(*(int(env[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+
+
+def set_threads(ranks: Ranks, env: MutableMapping[str, str]) -> None:
+    """Divide the cores among this machine's ranks, unless OMP_NUM_THREADS says more than launchers' default of 1."""
+    if int(env.get("OMP_NUM_THREADS") or 0) > 1:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ranks.local_world))
+
+
+def probe_deepspeed(nvme: bool) -> str | None:
+    """Why DeepSpeed cannot start here, or None. Nothing is started by asking."""
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "deepspeed is not installed"
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < _MINIMUM:
+        return f"deepspeed {version} is older than {'.'.join(map(str, _MINIMUM))}, whose ZeRO-2 accumulates gradients rightly"
+    try:
+        import deepspeed
+    except Exception as error:
+        return f"deepspeed does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    # On CPU DeepSpeed compiles a shared-memory operation at first use; without it gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if nvme:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError("NVMe offload needs libaio and its headers (Debian and Ubuntu: apt install libaio-dev) and a C++ compiler")
+    return None
+
+
+def hide_accelerators() -> None:
+    """Make `--use_cpu` hold for DeepSpeed too; must come before the first CUDA call."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Let ZeRO-0 in fp32 report its gradient norm, which the engine computes for clipping and drops."""
+
+    def clip() -> None:
+        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    if engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled()):
+        engine.clip_fp32_gradients = clip
+
+
+def end_process_group() -> None:
+    """Take the ranks apart in order; a gloo rank that just exits may be aborted."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def check_started(asked_stage: int | None, ranks: Ranks, args: Any) -> None:
+    """Compare ranks, engine and device with what was asked for.
+
+    Raises:
+        UserError: they differ; names the lines that start what was asked for.
+    """
+    from accelerate.utils import DistributedType
+
+    engine = args.distributed_state.distributed_type == DistributedType.DEEPSPEED
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if started != ranks.world or args.world_size != ranks.world or engine != (asked_stage is not None):
+        raise UserError(
+            f"asked for {ranks.world} ranks {'with' if asked_stage is not None else 'without'} DeepSpeed, but {started} "
+            f"{'with' if engine else 'without'} it came to be. Start them with {_LAUNCH_LINES}"
+        )
+
+

@@ -1,0 +1,24 @@
+"""GPT-2 as a causal language model on plain text: documents joined with eos and cut into blocks."""
+
+from transformers import PreTrainedTokenizerBase
+
+from dsrecipes.base import RecipeBase
+from dsrecipes.data.encode import EncodeOptions, encode_texts
+from dsrecipes.data.formats import text_field
+from dsrecipes.data.load import Row
+
+
+class Gpt2Clm(RecipeBase):
+    """Every token is trained on; perplexity is reported at each evaluation."""
+
+    cut_into_blocks = True
+
+    @staticmethod
+    def format_row(row: Row) -> dict:
+        """A row's `text`; `end` false (a piece of a longer document) leaves out the eos behind it."""
+        return {"text": text_field(row, "text"), "end": row.get("end", True)}
+
+    @staticmethod
+    def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
+        """Text as ids, all of them labels."""
+        return encode_texts(records, tokenizer)
