@@ -1,7 +1,7 @@
 """Fine-tuning recipes on Hugging Face Trainer and DeepSpeed.
 
-    from dsrecipes import load_recipe
-    load_recipe("gpt2_clm", max_steps=10).run()
+from dsrecipes import load_recipe
+load_recipe("gpt2_clm", max_steps=10).run()
 """
 
 from __future__ import annotations

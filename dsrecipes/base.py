@@ -166,14 +166,20 @@ class RecipeBase(ABC):
         asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
         path = Path(asked).expanduser() if asked else None
         if resume == "auto" and path is None:
-            raise UserError("--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start")
+            raise UserError(
+                "--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start"
+            )
         checkpoint = find_checkpoint(resume, RunFolder(path) if path else None) if resume else None
         if checkpoint and path is None:
             path = checkpoint.parent.parent
         if checkpoint:
             self.place.check_checkpoint(checkpoint)
         if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
-            check_output(path or Path("runs"), resuming=resume is not None or path is None, overwrite=self.config.train["overwrite_output_dir"])
+            check_output(
+                path or Path("runs"),
+                resuming=resume is not None or path is None,
+                overwrite=self.config.train["overwrite_output_dir"],
+            )
         return path, checkpoint
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
@@ -181,7 +187,9 @@ class RecipeBase(ABC):
         values = dict(self.config.train)
         if "validation" not in self.splits:
             if values["load_best_model_at_end"]:
-                raise UserError("--load_best_model_at_end: there are no validation rows; give --eval_dataset or --validation_split")
+                raise UserError(
+                    "--load_best_model_at_end: there are no validation rows; give --eval_dataset or --validation_split"
+                )
             values["eval_strategy"] = "no"
         values |= {
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
@@ -234,7 +242,11 @@ class RecipeBase(ABC):
         if self.console.main:
             report.write_metrics(self.folder, metrics)
             self.write_extras(self.folder.path)
-            draw_curve(self.folder.log, self.folder.curve, f"{self.config.layers.recipe.name}: {self.config.model.model_name_or_path}")
+            draw_curve(
+                self.folder.log,
+                self.folder.curve,
+                f"{self.config.layers.recipe.name}: {self.config.model.model_name_or_path}",
+            )
             self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
         trainer.accelerator.wait_for_everyone()
         return result
@@ -281,10 +293,14 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
         if isinstance(each, type) and issubclass(each, RecipeBase) and each.__module__ == module.__name__
     ]  # fmt: skip
     if len(found) != 1:
-        raise UserError(f"{files.module}: expected one class derived from RecipeBase, found {[each.__name__ for each in found]}")
+        raise UserError(
+            f"{files.module}: expected one class derived from RecipeBase, found {[each.__name__ for each in found]}"
+        )
     missing = sorted(found[0].__abstractmethods__)
     if missing:
-        raise UserError(f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        raise UserError(
+            f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        )
     return found[0]
 
 
@@ -296,5 +312,3 @@ def load_recipe(recipe: str, **values: Any) -> RecipeBase:
     """
     layers = layer({"recipe": recipe, **values}, origin="python")
     return recipe_class(layers.recipe)(layers)
-
-

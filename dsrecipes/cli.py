@@ -1,7 +1,7 @@
 """What a person types: dsrecipes train | list | show.
 
-    dsrecipes train gpt2_clm --max_steps 10
-    dsrecipes show alpaca_llama_sft --lora_r 8
+dsrecipes train gpt2_clm --max_steps 10
+dsrecipes show alpaca_llama_sft --lora_r 8
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else EXIT_CODE
     try:
         if argv[0] not in commands:
-            raise UserError(f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}")
+            raise UserError(
+                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
+            )
         return commands[argv[0]](argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

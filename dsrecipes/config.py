@@ -75,7 +75,9 @@ class DataConfig:
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
-    split: Literal["pooled", "official"] = _help("Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled")
+    split: Literal["pooled", "official"] = _help(
+        "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"
+    )
 
     def __post_init__(self) -> None:
         """Range checks; ValueError names the flag to change."""

@@ -157,7 +157,9 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from None
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -169,7 +171,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: malformed (with the line), not a mapping, a key twice, or a key that is not text.
     """
     try:
-        values = yaml.load(read_text(path), Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(read_text(path), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -16,7 +16,15 @@ from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
 from dsrecipes.runs.folder import MANIFEST
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
-from dsrecipes.zero.runtime import Launch, Ranks, complete_ranks, hide_accelerators, probe_deepspeed, read_launch, set_threads
+from dsrecipes.zero.runtime import (
+    Launch,
+    Ranks,
+    complete_ranks,
+    hide_accelerators,
+    probe_deepspeed,
+    read_launch,
+    set_threads,
+)
 
 _RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,8 +78,13 @@ class Place:
         """Refuse a checkpoint of another number of ranks or another ZeRO stage (UserError)."""
         made = json.loads((checkpoint / MANIFEST).read_text()).get("made_by", self.made_by())
         if made != self.made_by():
-            words = [f"{each['ranks']} ranks, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}" for each in (made, self.made_by())]
-            raise UserError(f"checkpoint {checkpoint} was written by {words[0]}, and this run has {words[1]}: resume as it was written")
+            words = [
+                f"{each['ranks']} ranks, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}"
+                for each in (made, self.made_by())
+            ]
+            raise UserError(
+                f"checkpoint {checkpoint} was written by {words[0]}, and this run has {words[1]}: resume as it was written"
+            )
 
     def check_engine(self, engine: Any) -> None:
         """Compare the started engine's stage and precision with what was asked for (UserError)."""
@@ -94,7 +107,11 @@ def find_place(config: Config) -> Place:
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
     ranks = complete_ranks(os.environ)
-    device = "cpu" if config.train["use_cpu"] or launch.use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator().type
+    device = (
+        "cpu"
+        if config.train["use_cpu"] or launch.use_cpu or not torch.accelerator.is_available()
+        else torch.accelerator.current_accelerator().type
+    )
     zero, fallback = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
@@ -102,7 +119,9 @@ def find_place(config: Config) -> Place:
             for key in _RANK_KEYS:  # a single plain process needs no process group
                 os.environ.pop(key, None)
     elif ranks.local_world > torch.accelerator.device_count():
-        raise UserError(f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true")
+        raise UserError(
+            f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
+        )
     steps = accumulation(config.train, ranks.world)
     micro = config.train["per_device_train_batch_size"]
     return Place(ranks, device, _precision(config, launch, zero, device), zero, fallback, micro, steps)
@@ -122,7 +141,9 @@ def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None]:
     if reason is None:
         return zero, None
     if config.train["require_deepspeed"] or launch.deepspeed:
-        raise UserError(f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on plain PyTorch")
+        raise UserError(
+            f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on plain PyTorch"
+        )
     return None, reason
 
 

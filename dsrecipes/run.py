@@ -23,7 +23,10 @@ def main(argv: list[str] | None = None) -> int:
 
         parser().print_help()
         return 0
-    flags_verbose = "--verbose" in argv and argv[(argv.index("--verbose") + 1) : (argv.index("--verbose") + 2)] not in (["false"], ["0"])
+    flags_verbose = "--verbose" in argv and argv[(argv.index("--verbose") + 1) : (argv.index("--verbose") + 2)] not in (
+        ["false"],
+        ["0"],
+    )
     verbose = flags_verbose or "--verbose=true" in argv
     if verbose:
         os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE

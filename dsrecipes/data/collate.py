@@ -63,7 +63,15 @@ class StepSampler:
     """
 
     def __init__(
-        self, rows: int, micro: int, *, accumulation: int = 1, rank: int = 0, world: int = 1, seed: int = 0, shuffle: bool = True
+        self,
+        rows: int,
+        micro: int,
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
     ) -> None:
         self.rows, self.shape, self.rank = rows, (accumulation, world, micro), rank
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
@@ -78,7 +86,9 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.full(self.steps * int(np.prod(self.shape)), FILLER)
-        order[: self.rows] = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows) if self.shuffle else range(self.rows)
+        order[: self.rows] = (
+            np.random.default_rng((self.seed, self.epoch)).permutation(self.rows) if self.shuffle else range(self.rows)
+        )
         for step in order.reshape(self.steps, *self.shape):
             yield from step[:, self.rank].tolist()
 
@@ -153,7 +163,9 @@ class PaddingCollator:
         for name in names:
             fill = self.pad_id if name == "input_ids" else 0
             padded = [[[*text, *[fill] * (width - len(text))] for text in texts(row, name)] for row in rows]
-            batch[name] = torch.tensor(np.array(padded, dtype=np.int64) if nested else np.array(padded, dtype=np.int64)[:, 0])
+            batch[name] = torch.tensor(
+                np.array(padded, dtype=np.int64) if nested else np.array(padded, dtype=np.int64)[:, 0]
+            )
         mask = [[[1] * len(text) + [0] * (width - len(text)) for text in texts(row, "input_ids")] for row in rows]
         batch["attention_mask"] = torch.tensor(mask if nested else [line[0] for line in mask])
         batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from dsrecipes.data.load import Row
@@ -46,7 +47,7 @@ def messages_field(row: Row, name: str = "messages") -> list[dict[str, str]]:
         content = text_field(turn, "content" if "content" in turn else "value")
         result.append({"role": _ROLES[role], "content": content})
     spoken = [turn["role"] for turn in result if turn["role"] != "system"]
-    if spoken[:1] != ["user"] or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)) or "assistant" not in spoken:
+    if spoken[:1] != ["user"] or any(a == b for a, b in pairwise(spoken)) or "assistant" not in spoken:
         raise ValueError(f"{name}: turns must go user, assistant, user, ... with at least one answer")
     if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in result):
         raise ValueError(f"{name}: an assistant turn is empty")

@@ -58,9 +58,23 @@ class FileRows:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class LocatedRows:
+    """Rows in memory that keep the place each came from."""
+
+    rows: list[tuple[str, Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.rows)
+
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Rows with the place each stands at."""
+        return iter(self.rows)
+
+
 def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """(where, row) of any rows: a FileRows, a datasets.Dataset, a list."""
-    if isinstance(rows, FileRows):
+    """(where, row) of any rows: a FileRows, a LocatedRows, a datasets.Dataset, a list."""
+    if isinstance(rows, (FileRows, LocatedRows)):
         yield from rows.located()
     else:
         for number, row in enumerate(rows, 1):

@@ -170,7 +170,9 @@ class _Records:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not self.skip_bad_rows:
                     problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-                    raise UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows") from error
+                    raise UserError(
+                        f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows"
+                    ) from error
                 bad += 1
             else:
                 yield record
@@ -265,9 +267,7 @@ def _encoded(
             yield {name: [values[index] for index in keep] for name, values in batch.items()}
 
 
-def _blocked(
-    batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool
-) -> Iterator[dict[str, list]]:
+def _blocked(batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool) -> Iterator[dict[str, list]]:
     """Blocks of `size` tokens. Of training rows a last shorter block is left out and counted, unless it is all."""
     streams = (ids for batch in batches for ids in batch["input_ids"])
     wrote = False

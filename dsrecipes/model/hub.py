@@ -27,11 +27,24 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
     text = " ".join(str(each) for each in chain).lower()
     site = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
     if "GatedRepoError" in names or "gated repo" in text or "403 client error" in text or "401 client error" in text:
-        return f"{kind} {name} is gated or private: ask for access at {site}, then log in with `hf auth login`, or use {local}"
-    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout", "MaxRetryError", "ProxyError"}
+        return (
+            f"{kind} {name} is gated or private: ask for access at {site}, then log in with `hf auth login`, or use {local}"
+        )
+    offline = {
+        "OfflineModeIsEnabled",
+        "LocalEntryNotFoundError",
+        "ConnectionError",
+        "ConnectError",
+        "ConnectTimeout",
+        "MaxRetryError",
+        "ProxyError",
+    }
     if names & offline or "couldn't connect" in text or "offline mode" in text or "couldn't reach" in text:
         return f"{kind} {name} is a hub name, and the hub cannot be reached from here (no network, or HF_HUB_OFFLINE is set): use {local}"
-    if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} or "not a valid model identifier" in text:
+    if (
+        names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}
+        or "not a valid model identifier" in text
+    ):
         return f"{kind} {name}: there is no such name on the hub ({site}) and no such file or folder here"
     return None
 

@@ -85,9 +85,13 @@ def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int,
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "")
     alternative = "take the unquantized model with --load_in_4bit true, which quantizes it while loading"
     if zero_stage == 3:
-        raise UserError(f"model {name} is pre-quantized ({method}), which ZeRO-3 cannot divide: {alternative}, or use --deepspeed zero2")
+        raise UserError(
+            f"model {name} is pre-quantized ({method}), which ZeRO-3 cannot divide: {alternative}, or use --deepspeed zero2"
+        )
     if options.lora_r == 0:
-        raise UserError(f"model {name} is pre-quantized ({method}) and its weights cannot be trained: give --lora_r 16, or {alternative}")
+        raise UserError(
+            f"model {name} is pre-quantized ({method}) and its weights cannot be trained: give --lora_r 16, or {alternative}"
+        )
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
@@ -204,5 +208,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         else:
             frozen += count
     return trained, frozen
-
-

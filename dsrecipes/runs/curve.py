@@ -26,7 +26,10 @@ def draw_curve(log: Path, picture: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, style in (("loss", "train", {"linewidth": 1.2}), ("eval_loss", "validation", {"marker": "o", "markersize": 4})):
+    for key, label, style in (
+        ("loss", "train", {"linewidth": 1.2}),
+        ("eval_loss", "validation", {"marker": "o", "markersize": 4}),
+    ):
         points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)

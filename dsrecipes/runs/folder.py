@@ -103,7 +103,9 @@ def find_checkpoint(asked: str, folder: RunFolder | None) -> Path | None:
         return whole[-1] if whole else None
     if asked.startswith("step") and asked[4:].isdigit():
         if folder is None:
-            raise UserError(f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path")
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path"
+            )
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
         known = ", ".join(f"step{p.name[11:]}" for p in folder.whole_checkpoints()) or "none"
     else:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from dsrecipes.place import Place
     from dsrecipes.trainer import RecipeTrainer
 
-_PACKAGES = ("dsrecipes", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "numpy")
+_PACKAGES = (
+    "dsrecipes",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "tokenizers",
+    "numpy",
+)
 _NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
 _SECRETS = ("token", "key", "secret", "password")
 
@@ -39,14 +50,22 @@ def first_line(config: Config, place: Place) -> str:
     layers = config.layers
     other = {"starter": "the real model and data: --profile full", "full": "a small offline one: --profile starter"}
     has_other = layers.why_profile != "the only one"
-    text = _line("recipe", layers.recipe.name, f"profile {layers.profile} ({layers.why_profile})", other[layers.profile] if has_other else "")
+    text = _line(
+        "recipe",
+        layers.recipe.name,
+        f"profile {layers.profile} ({layers.why_profile})",
+        other[layers.profile] if has_other else "",
+    )
     if place.fallback:
-        text += "\n" + _line("note", f"running on plain PyTorch, without DeepSpeed: {place.fallback} (--require_deepspeed makes this an error)")
+        text += "\n" + _line(
+            "note",
+            f"running on plain PyTorch, without DeepSpeed: {place.fallback} (--require_deepspeed makes this an error)",
+        )
     return text
 
 
 def _about(name: str, stats: SplitStats, sequences: int) -> str:
-    share = f"{stats.supervised / stats.tokens:.0%} trained on" if stats.tokens else ""
+    share = f"{stats.supervised / stats.tokens:.0%} trained on" if stats.supervised > stats.kept else ""
     parts = [f"{name}: {stats.kept:,} rows in {sequences:,} sequences", f"{stats.tokens:,} tokens", share]
     if stats.tail:
         parts.append(f"last {stats.tail:,} tokens left over")
@@ -60,7 +79,10 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
     from dsrecipes.model.load import count_parameters
 
     trained, frozen = count_parameters(trainer.model)
-    steps, per_epoch = trainer.state.max_steps, math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world))
+    steps, per_epoch = (
+        trainer.state.max_steps,
+        math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world)),
+    )
     lines = [
         _line("model", str(config.model.model_name_or_path), f"{trained + frozen:,} parameters", f"{trained:,} trained, {frozen:,} frozen"),
         *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
@@ -85,8 +107,14 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
     row = trainer.train_dataset[0][0]
     if row["labels"].ndim == 0:
-        texts = [tokenizer.decode(ids) for ids in row["input_ids"]] if row["input_ids"].dtype == object or row["input_ids"].ndim > 1 else [tokenizer.decode(row["input_ids"])]
-        return "\n".join(["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"])
+        texts = (
+            [tokenizer.decode(ids) for ids in row["input_ids"]]
+            if row["input_ids"].dtype == object or row["input_ids"].ndim > 1
+            else [tokenizer.decode(row["input_ids"])]
+        )
+        return "\n".join(
+            ["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"]
+        )
     pieces, start = [], 0
     trained = row["labels"] != IGNORE
     for end in range(1, len(trained) + 1):
@@ -101,7 +129,13 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
     """Result, where things are, the next commands."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []
-    for key, words in (("eval_loss", "validation loss"), ("eval_perplexity", "perplexity"), ("eval_accuracy", "accuracy"), ("test_loss", "test loss"), ("test_accuracy", "test accuracy")):
+    for key, words in (
+        ("eval_loss", "validation loss"),
+        ("eval_perplexity", "perplexity"),
+        ("eval_accuracy", "accuracy"),
+        ("test_loss", "test loss"),
+        ("test_accuracy", "test accuracy"),
+    ):
         if key in figures:
             shown.append(f"{words} {figures[key]:.4g}")
     path = folder.path
@@ -117,7 +151,11 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
 
 def write_start(folder: RunFolder, config: Config, place: Place) -> None:
     """config.yaml, which runs the same again, and environment.json. No token or key is written."""
-    values: dict[str, Any] = {"recipe": str(config.layers.recipe.module if isinstance(config.layers.recipe.module, Path) else config.layers.recipe.name)}
+    values: dict[str, Any] = {
+        "recipe": str(
+            config.layers.recipe.module if isinstance(config.layers.recipe.module, Path) else config.layers.recipe.name
+        )
+    }
     if "." in str(config.layers.recipe.module) and not str(config.layers.recipe.module).startswith("dsrecipes.recipes."):
         values["recipe"] = str(config.layers.recipe.module)
     values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
@@ -136,7 +174,9 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    command = [word for word in sys.argv if not any(secret in word.lower() for secret in ("token", "secret", "password", "hf_"))]
+    command = [
+        word for word in sys.argv if not any(secret in word.lower() for secret in ("token", "secret", "password", "hf_"))
+    ]
     environment = {
         "command": shlex.join(command), "python": platform.python_version(), "platform": platform.platform(),
         "cpus": os.cpu_count(), "device": place.device, "devices": _devices(), "ranks": place.ranks.world,

