@@ -24,6 +24,11 @@ from dsrecipes.errors import UserError, nearest
 PROFILES = ("auto", "full", "starter")
 ABOUT_KEYS = ("about", "machine", "starter")
 """Keys of a recipe's YAML that are not flags: two lines for `dsrecipes list`, and the starter profile's values."""
+BELONGS_TO = {
+    "dataset": ("dataset_config", "eval_dataset", "skip_bad_rows"),
+    "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
+}
+"""Keys that describe a data set or model: naming another one in a higher layer drops what lower layers said of it."""
 STARTER = "starter:"
 """Prefix of names that mean a file or folder bundled in dsrecipes/starter."""
 
@@ -204,6 +209,9 @@ class Layers:
         """key -> (value, origin) after layering."""
         result: dict[str, tuple[Any, str]] = {}
         for layer in self.layers:
+            for owner, belongings in BELONGS_TO.items():
+                if owner in layer.values:
+                    result = {key: each for key, each in result.items() if key not in belongings}
             for key, value in layer.values.items():
                 result.pop(key, None)
                 if value is not None:
