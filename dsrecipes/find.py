@@ -150,6 +150,8 @@ class _UniqueKeys(yaml.SafeLoader):
         """Build the mapping; raises yaml.constructor.ConstructorError for a repeated key."""
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is written twice", key.start_mark)
             seen.add(key.value)
@@ -180,7 +182,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

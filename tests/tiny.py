@@ -1,0 +1,113 @@
+"""Tiny models and tokenizers, made once a session, and what a command line that fails says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTER = ROOT / "dsrecipes" / "starter"
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data of ../shared/data are not here")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+_KEPT = tempfile.TemporaryDirectory(prefix="dsrecipes-tests-")
+
+
+@functools.cache
+def tiny_gpt2() -> str:
+    """A folder with a GPT-2 of 2 layers, 32 wide, without dropout, and the starter tokenizer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
+
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=2048, n_layer=2, n_head=2, n_embd=32, n_positions=256, bos_token_id=0, eos_token_id=0,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    return _saved("gpt2", GPT2LMHeadModel(config), AutoTokenizer.from_pretrained(STARTER / "gpt2"))
+
+
+@functools.cache
+def tiny_llama() -> str:
+    """A folder with a grouped-query Llama of 2 layers; its tokenizer leads with bos, has no pad and has a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    tokenizer = llama_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return _saved("llama", LlamaForCausalLM(config), tokenizer)
+
+
+@functools.cache
+def llama_tokenizer():
+    """A byte-level BPE with Llama's habits: <s> before every text, </s> never added, no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokens.train([str(STARTER / "data" / "prose.txt")], trainer)
+    tokens.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@functools.cache
+def tiny_bert() -> str:
+    """A folder with a multiple-choice BERT of 2 layers and the starter tokenizer."""
+    from transformers import AutoTokenizer, BertConfig, BertForMultipleChoice, set_seed
+
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=2161, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return _saved("bert", BertForMultipleChoice(config), AutoTokenizer.from_pretrained(STARTER / "bert"))
+
+
+def _saved(name: str, model, tokenizer) -> str:
+    folder = Path(_KEPT.name) / name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Rows as a .jsonl or .json file; returns its path."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+    return str(path)
+
+
+def instructions(count: int) -> list[dict]:
+    """Alpaca rows of very different lengths."""
+    return [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(1, n * n % 23 + 2)))}
+        for n in range(1, count + 1)
+    ]
+
+
+def refusal(main: Callable[[list[str]], int], argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one message that a wrong command line ends with, at exit code 2."""
+    capfd.readouterr()
+    code = main([str(word) for word in argv])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert code == 2, lines
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
