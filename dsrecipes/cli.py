@@ -49,8 +49,7 @@ def train(argv: list[str]) -> int:
         raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
     if "--help" not in argv and "-h" not in argv:
         layers = find.layer(find.parse_flags(argv))  # a wrong name is told before anything heavy is imported
-        use_cpu = str(layers.merged().get("use_cpu", ("false",))[0]).lower() in ("true", "1", "yes")
-        ranks = int(procs) if procs else max(1, 0 if use_cpu else find.accelerators())
+        ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else find.accelerators())
         if ranks > 1:
             return _launch(ranks, argv)
     from dsrecipes.run import main

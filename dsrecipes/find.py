@@ -220,6 +220,10 @@ class Layers:
                     result[key] = (value, layer.origin)
         return result
 
+    def is_on(self, key: str) -> bool:
+        """Whether a true/false key is on; defaults are off."""
+        return str(self.merged().get(key, (False, ""))[0]).lower() in ("true", "1", "yes")
+
     def removed(self) -> set[str]:
         """Keys that a lower layer sets and a higher one removes with null."""
         return {key for layer in self.layers for key in layer.values} - set(self.merged())

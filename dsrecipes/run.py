@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 
 from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.find import layer, parse_flags
 from dsrecipes.runs.console import Console
+
+_PATIENCE = 15
+"""Seconds that rank 0 has to tell what ails every rank: the launcher ends all ranks with the first that ends."""
+
+
+def _tell(message: str, rank: int) -> None:
+    if rank:
+        time.sleep(_PATIENCE)
+        message = f"rank {rank}: {message}"  # still here: rank 0 does not have this error
+    print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,20 +34,17 @@ def main(argv: list[str] | None = None) -> int:
 
         parser().print_help()
         return 0
-    flags_verbose = "--verbose" in argv and argv[(argv.index("--verbose") + 1) : (argv.index("--verbose") + 2)] not in (
-        ["false"],
-        ["0"],
-    )
-    verbose = flags_verbose or "--verbose=true" in argv
-    if verbose:
-        os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    else:
-        warnings.filterwarnings("ignore")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     rank = int(os.environ.get("RANK", "0"))
-    console = Console(main=rank == 0, capture=not verbose)
+    console, verbose = Console(main=rank == 0), False
     try:
         layers = layer(parse_flags(argv))
+        verbose = layers.is_on("verbose")
+        if verbose:
+            os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+        else:
+            warnings.filterwarnings("ignore")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
         from dsrecipes.base import recipe_class
 
         recipe_class(layers.recipe)(layers, console).run()
@@ -44,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         console.release()
         if verbose:
             traceback.print_exc()
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}", rank)
         return EXIT_CODE
     except KeyboardInterrupt:
         console.release()

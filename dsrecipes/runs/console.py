@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,11 +16,12 @@ from tqdm import tqdm
 class Console:
     """Prints for rank 0 alone; `capture` sends everything else that a process prints to a log file.
 
-    Before the run folder is known the noise waits in a temporary file, and `log_to` moves it.
+    Before the run folder is known the noise waits in a temporary file, and `log_to` moves it. With `rank_logs`, a
+    rank's number, nothing is hidden, and from `log_to` on all that the process prints goes to logs/rank_N.log as well.
     """
 
-    def __init__(self, *, main: bool = True, capture: bool = False) -> None:
-        self.main, self.captured = main, capture
+    def __init__(self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None) -> None:
+        self.main, self.captured, self.rank_logs = main, capture, rank_logs
         self.out: IO[str] = sys.stdout
         self._saved: list[int] = []
         if capture:
@@ -38,12 +40,22 @@ class Console:
 
     def log_to(self, path: Path) -> None:
         """Append what was captured so far, and all that follows, to `path`."""
+        if self.rank_logs is not None:
+            self._tee(path.parent / "logs" / f"rank_{self.rank_logs}.log")
         if not self.captured:
             return
         with path.open("ab") as log:
             self._redirect(log.fileno())
             self._spool.seek(0)
             shutil.copyfileobj(self._spool, log)
+
+    def _tee(self, path: Path) -> None:
+        """Copy stdout and stderr to `path` through a process of its own, which writes on when this one crashes."""
+        path.parent.mkdir(exist_ok=True)
+        tee = subprocess.Popen(["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True)
+        assert tee.stdin is not None
+        self._redirect(tee.stdin.fileno())
+        tee.stdin.close()
 
     def noise(self) -> str:
         """What was captured before a log file was named."""
