@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, build_config
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
@@ -108,14 +109,19 @@ class RecipeBase(ABC):
         """Check the configuration; nothing is loaded yet."""
         self.config: Config = build_config(layers)
         self.console = console or Console()
+        self._introduced = console is not None
 
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
         self.place: Place = find_place(self.config)
         self.console.main = self.place.ranks.rank == 0
-        self.console.say(report.first_line(self.config, self.place))
+        if not self._introduced:
+            self.console.say(self.config.layers.first_line())
+        if not train["verbose"]:
+            disable_progress_bar()  # transformers' own: of reading and writing shards
         folder, self.checkpoint = self._choose_folder()
+        self.console.say(report.loading(self.config.model))
         self.model_config: PretrainedConfig = load_config(self.config.model, self.auto_class)
         stage = self.place.zero.stage if self.place.zero else None
         check_model(self.model_config, self.config.model, data.max_length, stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -120,7 +121,9 @@ class TrainConfig(TrainingArguments):
             import deepspeed
 
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=self.ddp_timeout_delta)
-        self.distributed_state = PartialState(cpu=True, backend="gloo", timeout=self.ddp_timeout_delta)
+        # a single plain process has no rank, and accelerate no group for it
+        group = {"backend": "gloo", "timeout": self.ddp_timeout_delta} if "RANK" in os.environ else {}
+        self.distributed_state = PartialState(cpu=True, **group)
         if self.deepspeed:
             self.distributed_state.distributed_type = DistributedType.DEEPSPEED
         self._n_gpu = 0
@@ -132,6 +135,14 @@ class TrainConfig(TrainingArguments):
 
 CONFIG_CLASSES = (ModelConfig, DataConfig, TrainConfig)
 _POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+
+_UNSUITED = {
+    "label_smoothing_factor": "the loss is computed where the labels are, which Trainer's label smoothing does not know",
+    "auto_find_batch_size": "the rows of a step are laid out beforehand; give --per_device_train_batch_size",
+    "dataloader_drop_last": "a short step is filled with empty rows, so nothing need be dropped",
+    "fsdp": "ZeRO divides the model here; see --deepspeed",
+}
+"""Trainer's flags that would not do what they say -> why."""
 
 
 @dataclass
@@ -232,6 +243,8 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
+    for name, why in _UNSUITED.items():
+        _require(not train[name], f"--{name}: {why}")
     _require(not (train["fp16"] and train["bf16"]), "--fp16 and --bf16 are both on: choose one")
     _require(train["global_batch_size"] is None or train["global_batch_size"] > 0, "--global_batch_size must be above 0")
     _require(

@@ -224,6 +224,15 @@ class Layers:
         """Whether a true/false key is on; defaults are off."""
         return str(self.merged().get(key, (False, ""))[0]).lower() in ("true", "1", "yes")
 
+    def first_line(self) -> str:
+        """Which recipe and profile, and how to get the other one."""
+        other = {
+            "starter": " · the real model and data: --profile full",
+            "full": " · a small offline one: --profile starter",
+        }
+        hint = "" if self.why_profile == "the only one" else other[self.profile]
+        return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
+
     def removed(self) -> set[str]:
         """Keys that a lower layer sets and a higher one removes with null."""
         return {key for layer in self.layers for key in layer.values} - set(self.merged())
@@ -251,7 +260,7 @@ def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
 
 
 def accelerators() -> int:
-    """Number of visible accelerators; asks torch where it is loaded, else the NVIDIA or AMD driver."""
+    """Number of visible accelerators; asks torch where it is loaded, else the drivers (NVIDIA, AMD)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
@@ -262,7 +271,9 @@ def accelerators() -> int:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
         count = len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
     except (OSError, subprocess.TimeoutExpired):
-        count = len([d for d in Path("/dev").glob("nvidia*") if d.name[6:].isdigit()]) if Path("/dev").is_dir() else 0
+        count = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
+    if not count and Path("/dev/kfd").exists():
+        count = len(list(Path("/dev/dri").glob("renderD*")))
     return min(count, len(visible.split(","))) if visible else count
 
 

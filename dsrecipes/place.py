@@ -43,6 +43,8 @@ class Place:
     micro: int
     accumulation: int
     engine: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What was changed in the user's ZeRO JSON, for the header."""
 
     def dtype(self, model: ModelConfig) -> torch.dtype:
         """Of the weights: fp32 where plain PyTorch trains all of them under autocast, else the run's precision."""
@@ -56,7 +58,7 @@ class Place:
             return None
         check_zero_keys(self.zero)
         numbers = Numbers(self.micro, self.accumulation, self.ranks.world, self.precision, config.train, config.given)
-        self.engine = resolve(self.zero, model, numbers, self.device != "cpu")
+        self.engine = resolve(self.zero, model, numbers, self.device != "cpu", self.notes)
         return self.engine
 
     def optimizer(self, asked: str) -> str:
@@ -107,11 +109,7 @@ def find_place(config: Config) -> Place:
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
     ranks = complete_ranks(os.environ)
-    device = (
-        "cpu"
-        if config.train["use_cpu"] or launch.use_cpu or not torch.accelerator.is_available()
-        else torch.accelerator.current_accelerator().type
-    )
+    device = "cpu" if config.train["use_cpu"] or launch.use_cpu else _accelerator()
     zero, fallback = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
@@ -125,6 +123,12 @@ def find_place(config: Config) -> Place:
     steps = accumulation(config.train, ranks.world)
     micro = config.train["per_device_train_batch_size"]
     return Place(ranks, device, _precision(config, launch, zero, device), zero, fallback, micro, steps)
+
+
+def _accelerator() -> str:
+    """The kind of device DeepSpeed trains on here; Apple's mps, on which it cannot, counts as cpu."""
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if current is None or current.type == "mps" else current.type
 
 
 def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None]:

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore")
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
+        console.say(layers.first_line())  # before the imports, which take ten seconds
         from dsrecipes.base import recipe_class
 
         recipe_class(layers.recipe)(layers, console).run()

@@ -137,7 +137,8 @@ def _write_splits(
         for part, wanted in parts.items():
             chosen = _Chosen(records, wanted)
             stats[part] = _write(scratch / f"{part}.arrow", recipe, chosen, tokenizer, options, console, part)
-            stats[part].dropped = {**records.dropped, **stats[part].dropped}
+            if part == name:  # rows held out of it are no rows of another file
+                stats[part].dropped = {**records.dropped, **stats[part].dropped}
     _refuse_empty(stats)
     (scratch / "stats.json").write_text(json.dumps({name: asdict(each) for name, each in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)

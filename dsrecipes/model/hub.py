@@ -75,9 +75,19 @@ def carrier_hint(name: str) -> str:
     return "--model_name_or_path FOLDER, a folder with config.json, tokenizer and weights"
 
 
+def _cached() -> Path:
+    return cache_root() / "models" / CARRIED.replace("/", "--")
+
+
+def must_convert(name: str) -> bool:
+    """Whether loading this model starts with converting the carrier's weights."""
+    carried = name == CARRIED and bool(importlib.util.find_spec(_CARRIER) and importlib.util.find_spec("gguf"))
+    return carried and not (_cached() / "config.json").is_file()
+
+
 def _converted() -> Path:
     """The carrier's GGUF as a Hugging Face folder, converted once (20 s) into the cache."""
-    folder = cache_root() / "models" / CARRIED.replace("/", "--")
+    folder = _cached()
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -57,13 +57,6 @@ class Console:
         self._redirect(tee.stdin.fileno())
         tee.stdin.close()
 
-    def noise(self) -> str:
-        """What was captured before a log file was named."""
-        if not self.captured:
-            return ""
-        self._spool.seek(0)
-        return self._spool.read().decode(errors="replace")
-
     def release(self) -> None:
         """Give the process its own stdout and stderr back."""
         if self.captured:

