@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -131,13 +132,17 @@ class RecipeBase(ABC):
             type(self), self.load_rows(), self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
+        packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+        self.sequences = {
+            name: Sequences(each.data, data.max_length if packs else None) for name, each in self.splits.items()
+        }
         self.args = self._start(engine)
         self.folder = RunFolder(self._open_folder(folder))
         self.args.output_dir = str(self.folder.path)
         self.model = self.load_model()
         trainer = RecipeTrainer(
-            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self._sequences("train"),
-            eval_dataset=self._sequences("validation") if "validation" in self.splits else None,
+            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
+            eval_dataset=self.sequences.get("validation"),
             processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -162,8 +167,10 @@ class RecipeBase(ABC):
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
         finally:
-            # transformers finds ZeRO-3 through a global: a later run in this process must not meet this one's
+            # transformers finds ZeRO-3 through a global and accelerate leaves a variable behind: a later run in this
+            # process must not meet this one's
             unset_hf_deepspeed_config()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
     # ---- the story's steps ----
 
@@ -224,10 +231,6 @@ class RecipeBase(ABC):
             report.write_start(folder, self.config, self.place)
         return folder.path
 
-    def _sequences(self, name: str) -> Sequences:
-        packs = self.config.data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
-        return Sequences(self.splits[name].data, self.config.data.max_length if packs else None)
-
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
@@ -241,7 +244,7 @@ class RecipeBase(ABC):
             last = next((line for line in reversed(trainer.state.log_history) if f"{prefix}_loss" in line), {})
             if last.get("step") != trainer.state.global_step:
                 trainer.compute_metrics = self.metrics(self.splits[name])
-                last = trainer.evaluate(self._sequences(name), metric_key_prefix=prefix)
+                last = trainer.evaluate(self.sequences[name], metric_key_prefix=prefix)
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
         result = RunResult(self.folder.path, trainer.state.global_step, metrics)
@@ -274,11 +277,11 @@ class _BeforeFirstStep(TrainerCallback):
         if engine is not None:
             recipe.place.check_engine(engine)
             keep_gradient_norm(engine)
-        sizes = {name: len(recipe._sequences(name)) for name in recipe.splits}
+        sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
         if args.dry_run:
             recipe.console.say(report.first_example(trainer, recipe.tokenizer))
-            os.rmdir(recipe.folder.path)
+            shutil.rmtree(recipe.folder.path)
             raise _DryRunEnds
         if engine is not None and recipe.console.main:
             report.write_ds_config(recipe.folder, trainer)

@@ -6,10 +6,14 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import sys
 import textwrap
 import uuid
+from collections.abc import Iterable
+from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError
@@ -101,6 +105,7 @@ def show(argv: list[str]) -> int:
     argv = _with_recipe([word for word in argv if word != "--all"])
     layers = find.layer(find.parse_flags(argv))
     merged = layers.merged()
+    _refuse_unknown(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
     if everything:
@@ -115,6 +120,17 @@ def show(argv: list[str]) -> int:
         origin = origins.get(key, "default")
         print(f"{key + ':':<{width + 2}}{shown!s:<34} # {origin if origin != 'profile' else 'profile ' + layers.profile}")
     return 0
+
+
+def _refuse_unknown(keys: Iterable[str]) -> None:
+    """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin
+    sources = [Path(find.__file__).with_name("config.py"), Path(spec.origin).with_name("training_args.py")]
+    known = {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text("utf-8"), flags=re.MULTILINE)}
+    for key in keys:
+        if key.removeprefix("no_") not in known:
+            raise UserError(f"unknown key {key!r}{find.nearest(key, known)}; `dsrecipes train --help` lists all")
 
 
 def main(argv: list[str] | None = None) -> int:

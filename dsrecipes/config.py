@@ -134,7 +134,8 @@ class TrainConfig(TrainingArguments):
 
 
 CONFIG_CLASSES = (ModelConfig, DataConfig, TrainConfig)
-_POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+_POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+             "logging_steps", "save_steps", "eval_steps")  # fmt: skip
 
 _UNSUITED = {
     "label_smoothing_factor": "the loss is computed where the labels are, which Trainer's label smoothing does not know",
@@ -193,8 +194,13 @@ def build_config(layers: Layers) -> Config:
         if key not in known and not (key.startswith("no_") and key[3:] in known):
             raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
     _latest_batch_key_wins(layers, merged)
+    flags = parser()
+    single = {action.dest for action in flags._actions if action.nargs in (None, "?")}
+    for key, (value, origin) in merged.items():
+        if key in single and isinstance(value, (list, tuple)):
+            raise UserError(f"--{key}: expected one value, found {len(value)}: {' '.join(map(str, value))} ({origin})")
     try:
-        namespace, rest = parser().parse_known_args([arg for key, (v, _) in merged.items() for arg in _argv(key, v)])
+        namespace, rest = flags.parse_known_args([arg for key, (v, _) in merged.items() for arg in _argv(key, v)])
     except UserError as error:
         raise _with_origin(str(error), given) from None
     if rest:
@@ -239,6 +245,12 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
                     train[name] in choices,
                     f"--{name} {train[name]}{nearest(train[name], choices)}: choose from {', '.join(choices)}",
                 )
+    for name in TrainConfig._VALID_DICT_FIELDS:
+        if str(train[name]).startswith("{"):
+            try:
+                json.loads(train[name])
+            except ValueError as error:
+                raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
     for name in _POSITIVE:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):

@@ -301,6 +301,11 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
         UserError: no recipe, an unknown one, a bad file or profile.
     """
     flags = dict(flags)
+    for key in ("recipe", "config", "profile"):
+        if isinstance(flags.get(key), list):
+            raise UserError(
+                f"unexpected argument {flags[key][1]!r}: --{key} takes one value, and flags are written --name value"
+            )
     flags.pop("local_rank", None)  # the deepspeed launcher appends it; the rank is read from the environment
     config_path = find_config(str(flags.pop("config"))) if flags.get("config") else None
     flags.pop("config", None)

@@ -139,6 +139,7 @@ def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None]:
             raise UserError("`accelerate launch --use_deepspeed` and --deepspeed none contradict each other: drop one")
         if config.train["require_deepspeed"]:
             raise UserError("--require_deepspeed and --deepspeed none contradict each other: drop one")
+        probe_deepspeed(nvme=False)  # hides one that does not import from accelerate
         return None, None
     zero = read_zero(path)
     reason = probe_deepspeed(zero.uses_nvme)

@@ -205,7 +205,8 @@ class _Clock:
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.away += time.perf_counter() - began
+        if self.began is not None:
+            self.away += time.perf_counter() - began
 
     def lap(self) -> float:
         now = time.perf_counter()

@@ -76,6 +76,7 @@ def prepare(
     Raises:
         UserError: a row at fault (with its place), no rows, or no row with a token to train on.
     """
+    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
     held_out = validation_split if "validation" not in splits else 0.0
     key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
     folder = cache_root() / "data" / key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import socket
+import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,14 +165,15 @@ def probe_deepspeed(nvme: bool) -> str | None:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         return "deepspeed is not installed"
+    try:
+        import deepspeed
+    except Exception as error:
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # or accelerate imports it again, and fails
+        return f"deepspeed {version} does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     if tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()) < _MINIMUM:
         return (
             f"deepspeed {version} is older than {'.'.join(map(str, _MINIMUM))}, whose ZeRO-2 accumulates gradients rightly"
         )
-    try:
-        import deepspeed
-    except Exception as error:
-        return f"deepspeed does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     # On CPU DeepSpeed compiles a shared-memory operation at first use; without it gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if nvme:
