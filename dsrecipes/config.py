@@ -134,8 +134,15 @@ class TrainConfig(TrainingArguments):
 
 
 CONFIG_CLASSES = (ModelConfig, DataConfig, TrainConfig)
-_POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-             "logging_steps", "save_steps", "eval_steps")  # fmt: skip
+_POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
 
 _UNSUITED = {
     "label_smoothing_factor": "the loss is computed where the labels are, which Trainer's label smoothing does not know",

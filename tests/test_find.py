@@ -33,7 +33,16 @@ class Mine(RecipeBase):
 
 def test_names_are_the_files():
     assert recipe_names() == ["alpaca_llama_sft", "bert_tmmlu_qa", "gpt2_clm", "qlora_zero3"]
-    assert zero_names() == ["zero0", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_nvme", "zero3_offload"]
+    assert zero_names() == [
+        "zero0",
+        "zero1",
+        "zero1_offload",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_nvme",
+        "zero3_offload",
+    ]
     assert {"gpt2_medium_32gb", "alpaca_llama3", "alpaca_qwen", "alpaca_24gb"} <= set(variant_names())
     assert {"qlora_llama", "qlora_mistral", "qlora_qwen"} <= set(variant_names())
 
@@ -139,7 +148,10 @@ def test_later_layers_win_and_null_removes(tmp_path):
 def test_profiles(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert accelerators() == 0
-    assert (layer({"recipe": "gpt2_clm"}).profile, layer({"recipe": "gpt2_clm"}).why_profile) == ("starter", "no accelerator")
+    assert (layer({"recipe": "gpt2_clm"}).profile, layer({"recipe": "gpt2_clm"}).why_profile) == (
+        "starter",
+        "no accelerator",
+    )
     assert layer({"recipe": "gpt2_clm", "profile": "full"}).profile == "full"
     assert layer({"recipe": "gpt2_clm", "use_cpu": "true"}).why_profile == "--use_cpu"
     assert layer({"config": "gpt2_medium_32gb"}).profile == "full"
