@@ -24,7 +24,7 @@ from dsrecipes.data.load import Row, load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import Layers, RecipeFiles, layer
-from dsrecipes.model.load import check_model, load_config, load_model, load_tokenizer, pad_id
+from dsrecipes.model.load import check_model, load_config, load_model, load_tokenizer, pad_id, random_weights
 from dsrecipes.place import Place, find_place
 from dsrecipes.runs import report
 from dsrecipes.runs.console import Console
@@ -136,6 +136,8 @@ class RecipeBase(ABC):
         self.sequences = {
             name: Sequences(each.data, data.max_length if packs else None) for name, each in self.splits.items()
         }
+        if self.config.model.from_scratch:
+            random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
         self.folder = RunFolder(self._open_folder(folder))
         self.args.output_dir = str(self.folder.path)

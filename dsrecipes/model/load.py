@@ -18,7 +18,7 @@ from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path
-from dsrecipes.model.hub import carrier_hint, hub_error, local_model
+from dsrecipes.model.hub import carrier_hint, hub_error, local_model, save_here
 
 _TASKS = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a causal language model", True),
@@ -118,7 +118,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: str, seed: int) -> str:
     """A folder with the configuration's seeded random weights, made once in the cache.
 
-    Every rank and ZeRO stage then loads the same numbers; drawn under ZeRO-3 they would be others.
+    Every rank and ZeRO stage then loads the same numbers; drawn under ZeRO-3 they would be others. The first call
+    must come before TrainConfig: with ZeRO-3 on, drawing takes all ranks, and one of them waits for the lock.
     """
     text = f"{config.to_json_string()} {auto_class} {seed} {transformers.__version__} {torch.__version__}"
     folder = cache_root() / "models" / f"random-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -129,7 +130,7 @@ def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: s
             shutil.rmtree(scratch, ignore_errors=True)
             set_seed(seed)
             model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
-            model.save_pretrained(scratch)
+            save_here(model, scratch)
             scratch.rename(folder)
     return str(folder)
 
