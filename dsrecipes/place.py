@@ -105,7 +105,7 @@ def find_place(config: Config) -> Place:
     Raises:
         UserError: the launcher's and the configuration's wishes contradict each other, or cannot be had here.
     """
-    launch = read_launch(os.environ)
+    launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
     ranks = complete_ranks(os.environ)

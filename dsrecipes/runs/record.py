@@ -17,14 +17,16 @@ from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
 
 _SHOWN = {
-    "loss": "loss {:.4f}",
-    "eval_loss": "eval {:.4f}",
+    "loss": "loss {:.3f}",
+    "eval_loss": "eval {:.3f}",
     "learning_rate": "lr {:.1e}",
     "grad_norm": "norm {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
-    "samples_per_second": "{:.1f} rows/s",
-    "peak_memory_gb": "{:.2f} GB",
+    "samples_per_second": "{:.3g} rows/s",
+    "peak_memory_gb": "{:.1f} GB",
 }
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
+"""A short bar, so that all figures fit beside it in 110 columns."""
 
 
 def keep_until(log: Path, step: int) -> None:
@@ -47,7 +49,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step a resumed run stands at."""
-        self.bar = self.console.progress("training", total=state.max_steps, initial=state.global_step, unit=" steps")
+        self.bar = self.console.progress("step", total=state.max_steps, initial=state.global_step, bar_format=_BAR)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
@@ -69,7 +71,7 @@ class Recorder(TrainerCallback):
         self.board.flush()
         self.shown |= {key: value for key, value in logs.items() if key in _SHOWN and value is not None}
         if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
+            self.bar.set_postfix_str(" ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar."""

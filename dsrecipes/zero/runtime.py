@@ -46,8 +46,11 @@ def _on(env: MutableMapping[str, str], key: str) -> bool:
     return env.get(key, "").lower() in ("true", "1", "yes")
 
 
-def read_launch(env: MutableMapping[str, str]) -> Launch:
+def read_launch(env: MutableMapping[str, str], zero: Path | None = None) -> Launch:
     """Read accelerate's variables and take them out, for they change Trainer behind the configuration's back.
+
+    Args:
+        zero: the ZeRO JSON of the run, for the message when accelerate's configuration sets ZeRO too.
 
     Raises:
         UserError: accelerate's configuration sets ZeRO too, or FSDP, or it started one process of several.
@@ -69,7 +72,7 @@ def read_launch(env: MutableMapping[str, str]) -> Launch:
         else None,
     )
     if launch.deepspeed:
-        _refuse_second_owner(env)
+        _refuse_second_owner(env, zero)
     for key in list(env):
         if key in (
             "ACCELERATE_USE_DEEPSPEED",
@@ -81,7 +84,7 @@ def read_launch(env: MutableMapping[str, str]) -> Launch:
     return launch
 
 
-def _refuse_second_owner(env: MutableMapping[str, str]) -> None:
+def _refuse_second_owner(env: MutableMapping[str, str], zero: Path | None) -> None:
     json_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     in_config = [field for field in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") if field and field != "none"]
     words = _accelerate_command()
@@ -100,7 +103,7 @@ def _refuse_second_owner(env: MutableMapping[str, str]) -> None:
     else:
         what = f"the `accelerate launch` command ({' '.join(by_flag)})"
     raise UserError(
-        f"two owners of ZeRO: {what} and the recipe's --deepspeed both set it. Keep --deepspeed, and take "
+        f"two owners of ZeRO: {what} and --deepspeed {zero or 'none'} both set it. Keep --deepspeed, and take "
         "deepspeed_config out of the accelerate configuration (`accelerate launch --use_deepspeed` alone is fine)"
     )
 
