@@ -86,7 +86,9 @@ def read_launch(env: MutableMapping[str, str], zero: Path | None = None) -> Laun
 
 def _refuse_second_owner(env: MutableMapping[str, str], zero: Path | None) -> None:
     json_file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    in_config = [field for field in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") if field and field != "none"]
+    # mixed_precision stands there for any accelerate configuration that names a precision
+    fields = env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    in_config = [field for field in fields if field not in ("", "none", "mixed_precision")]
     words = _accelerate_command()
     by_flag = [
         word
