@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -129,7 +130,7 @@ def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: s
             scratch = folder.with_suffix(".partial")
             shutil.rmtree(scratch, ignore_errors=True)
             set_seed(seed)
-            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+            model = getattr(transformers, auto_class).from_config(copy.deepcopy(config), dtype=torch.float32)
             save_here(model, scratch)
             scratch.rename(folder)
     return str(folder)
