@@ -24,7 +24,15 @@ from dsrecipes.data.load import Row, load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import Layers, RecipeFiles, layer
-from dsrecipes.model.load import check_model, load_config, load_model, load_tokenizer, pad_id, random_weights
+from dsrecipes.model.load import (
+    check_model,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    random_weights,
+)
 from dsrecipes.place import Place, find_place
 from dsrecipes.runs import report
 from dsrecipes.runs.console import Console
@@ -128,6 +136,7 @@ class RecipeBase(ABC):
         check_model(self.model_config, self.config.model, data.max_length, stage)
         engine = self.place.resolve_zero(self.config, self.model_config)
         self.tokenizer = self.load_tokenizer()
+        check_vocabulary(self.tokenizer, self.model_config)
         self.splits: dict[str, Split] = prepare(
             type(self), self.load_rows(), self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,

@@ -26,16 +26,25 @@ class EncodeOptions:
     prompt_style: str
 
 
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no eos token, so no text could end: name one in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
 def encode_texts(records: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     """Plain text: every token is trained on, and a document's last piece ends with eos.
 
     Returns:
         input_ids and labels, each a list (one per record) of lists of ints.
     """
+    eos = _eos(tokenizer)
     ids = tokenizer([record["text"] for record in records], add_special_tokens=False, verbose=False)["input_ids"]
     for record, tokens in zip(records, ids, strict=True):
         if record.get("end", True):
-            tokens.append(tokenizer.eos_token_id)
+            tokens.append(eos)
     return {"input_ids": ids, "labels": [list(tokens) for tokens in ids]}
 
 
@@ -46,7 +55,7 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
     """
     texts = [text for segments in records for text, _ in segments]
     encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    start, eos = _leading_special_tokens(tokenizer), tokenizer.eos_token_id
+    start, eos = _leading_special_tokens(tokenizer), _eos(tokenizer)
     batch: dict[str, list] = {"input_ids": [], "labels": []}
     for segments in records:
         ids: list[int] = []

@@ -42,7 +42,7 @@ def messages_field(row: Row, name: str = "messages") -> list[dict[str, str]]:
         if not isinstance(turn, dict):
             raise ValueError(f"{name}: turn {number} must be an object with role and content")
         role: Any = turn.get("role", turn.get("from"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{name}: turn {number} has role {role!r}; known: {', '.join(_ROLES)}")
         content = text_field(turn, "content" if "content" in turn else "value")
         result.append({"role": _ROLES[role], "content": content})

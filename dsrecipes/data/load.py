@@ -203,6 +203,7 @@ def _text(path: Path) -> Iterator[tuple[str, Row]]:
     """
     piece: list[str] = []
     size, first = 0, 1
+    unfinished = False  # a piece of this document was given: what ends it must be given too, even when it is blank
 
     def flush(end: bool) -> tuple[str, Row]:
         return f"{path}, line {first}", {"text": "".join(piece), "end": end}
@@ -212,12 +213,13 @@ def _text(path: Path) -> Iterator[tuple[str, Row]]:
             line = line.replace("\r\n", "\n")
             title = _TITLE.fullmatch(line) is not None
             if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
-                if "".join(piece).strip():
+                if unfinished or "".join(piece).strip():
                     yield flush(end=title)
+                    unfinished = not title
                 piece, size, first = [], 0, number
             piece.append(line)
             size += len(line)
-    if "".join(piece).strip():
+    if unfinished or "".join(piece).strip():
         yield flush(end=True)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -91,9 +92,12 @@ def prepare(
 
 def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTrainedTokenizerBase, *settings: Any) -> str:
     here = Path(__file__).parent
-    code = [inspect.getsource(inspect.getmodule(each) or each) for each in recipe.__mro__ if each.__module__ != "builtins"]
     parts = [
-        *code,
+        *(
+            inspect.getsource(sys.modules[each.__module__])
+            for each in recipe.__mro__
+            if each.__module__ not in ("abc", "builtins")
+        ),
         *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))),
         *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True),

@@ -99,15 +99,23 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.
 
     Raises:
-        UserError: the folder or hub repository has none that loads, or it has no eos token.
+        UserError: the folder or hub repository has none that loads.
     """
     name, where = _source(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        return AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:
-        explained = _explain(error, options)
-        raise UserError(f"no tokenizer: {explained}") from error
-    return tokenizer
+        raise UserError(f"no tokenizer: {_explain(error, options)}") from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer of another model (UserError): its ids would lie beyond the embedding."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has {tokenizer.vocab_size} tokens, the model has {rows}: "
+            "they do not belong together; take the tokenizer files of this very model"
+        )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

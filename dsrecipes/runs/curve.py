@@ -34,6 +34,7 @@ def draw_curve(log: Path, picture: Path, title: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
