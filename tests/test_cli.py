@@ -96,7 +96,7 @@ def test_a_wrong_command_is_one_line(argv, parts, capfd):
     [
         ([COMMAND, "train", "alpaca_lama_sft"], ["unknown recipe", "did you mean alpaca_llama_sft?"]),
         ([COMMAND, "train", "--config", "alpaca_lama3"], ["--config alpaca_lama3", "did you mean alpaca_llama3?"]),
-        ([COMMAND, "train", "--config", "setup.cfg"], ["setup.cfg, line 1"]),
+        ([COMMAND, "train", "--config", "setup.cfg"], ["setup.cfg, line 2"]),
         ([COMMAND, "show", "gpt2_clm", "--max_step", "3"], ["unknown key 'max_step'", "did you mean max_steps?"]),
         ([COMMAND, "train", "bert_tmmlu_qa", "--subjects", "phisics"], ["--subjects phisics", "did you mean physics?"]),
         (

@@ -51,7 +51,13 @@ def test_every_shipped_variant_is_loaded(variant):
 
 def test_the_numbers_of_the_full_profiles():
     alpaca = build_config(layer({"recipe": "alpaca_llama_sft", "profile": "full"})).train
-    expected = dict(global_batch_size=32, learning_rate=2e-5, warmup_steps=100, weight_decay=0.01, max_grad_norm=1.0)
+    expected = {
+        "global_batch_size": 32,
+        "learning_rate": 2e-5,
+        "warmup_steps": 100,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    }
     assert {key: alpaca[key] for key in expected} == expected and alpaca["deepspeed"] == "zero3"
     bert = build_config(layer({"recipe": "bert_tmmlu_qa", "profile": "full"}))
     assert (bert.train["num_train_epochs"], bert.train["save_steps"], bert.data.max_length) == (40, 20, 256)
@@ -70,8 +76,8 @@ def test_yaml_flags_and_python_give_the_same_values(tmp_path):
     yaml = "learning_rate: 2e-5\nmax_steps: 7\nbf16: true\nlora_target_modules: [q_proj, v_proj]\n"
     yaml += "lr_scheduler_kwargs: {num_cycles: 2}\nmodel_name_or_path: my model\n"
     flags = "--learning_rate 2e-5 --max_steps 7 --bf16 --lora_target_modules q_proj v_proj --lr_scheduler_kwargs".split()
-    python = dict(learning_rate=2e-5, max_steps=7, bf16=True, lora_target_modules=["q_proj", "v_proj"])
-    python |= dict(lr_scheduler_kwargs={"num_cycles": 2}, model_name_or_path="my model")
+    python = {"learning_rate": 2e-5, "max_steps": 7, "bf16": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    python |= {"lr_scheduler_kwargs": {"num_cycles": 2}, "model_name_or_path": "my model"}
     configs = [
         from_yaml(tmp_path, yaml),
         from_flags(*flags, '{"num_cycles": 2}', "--model_name_or_path=my model"),
