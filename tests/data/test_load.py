@@ -12,7 +12,7 @@ from tiny import SHARED, STARTER, needs_shared
 from dsrecipes.data.load import FileRows, fingerprint, load_splits, located, split_of
 from dsrecipes.errors import UserError
 
-ROWS = [{"a": "1", "text": "eins\nzwei, \"drei\""}, {"a": "", "text": "水"}]
+ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]
 
 
 def write(path, rows):

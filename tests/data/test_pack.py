@@ -35,7 +35,9 @@ def test_alpaca_at_512_is_97_percent_full():
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
     rows = json.loads((SHARED / "alpaca" / "alpaca_5k.json").read_text())
-    texts = [f"<|im_start|>user\n{r['instruction']}\n{r['input']}<|im_end|>\n<|im_start|>assistant\n{r['output']}" for r in rows]
+    texts = [
+        f"<|im_start|>user\n{r['instruction']}\n{r['input']}<|im_end|>\n<|im_start|>assistant\n{r['output']}" for r in rows
+    ]
     lengths = np.array([len(ids) + 2 for ids in tokenizer(texts)["input_ids"]])
     lengths = lengths[lengths <= 512]
     began = time.perf_counter()

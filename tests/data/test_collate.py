@@ -1,0 +1,146 @@
+"""Rows of a step, and batches: shapes, selected logits, and packed loss = unpacked loss."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
+
+from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepSampler
+from dsrecipes.data.encode import IGNORE
+
+
+def rows_of_steps(rows, micro, accumulation, world, epoch=0, **kwargs):
+    """The rows of each optimizer step, over ranks and micro batches."""
+    steps = []
+    for rank in range(world):
+        sampler = StepSampler(rows, micro, accumulation=accumulation, rank=rank, world=world, seed=7, **kwargs)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) and {len(batch) for batch in batches} == {micro}
+        for step in range(len(batches) // accumulation):
+            steps += [[]] if len(steps) <= step else []
+            steps[step] += [index for batch in batches[step * accumulation : (step + 1) * accumulation] for index in batch]
+    return [sorted(step) for step in steps]
+
+
+@pytest.mark.parametrize("rows", [64, 61, 8, 3])
+def test_the_rows_of_a_step_do_not_depend_on_how_they_are_divided(rows):
+    reference = rows_of_steps(rows, 8, 1, 1)
+    for micro, accumulation, world in ((4, 1, 2), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)):
+        assert rows_of_steps(rows, micro, accumulation, world) == reference
+    assert sorted(index for step in reference for index in step if index != FILLER) == list(range(rows))
+    assert all(FILLER not in step for step in reference[:-1]) and reference[-1].count(FILLER) == -rows % 8
+
+
+def test_an_epoch_has_its_own_order():
+    orders = [list(rows_of_steps(64, 8, 1, 1, epoch)) for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    assert rows_of_steps(10, 4, 1, 1, shuffle=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [FILLER, FILLER, 8, 9]]
+    a, b = (list(StepSampler(64, 8, seed=seed)) for seed in (1, 2))
+    assert a != b
+
+
+def dataset(lengths, masked=0):
+    """Random ids; the first `masked` of each row are no labels."""
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(3, 500, size=length).tolist() for length in lengths]
+    labels = [[*[IGNORE] * min(masked, len(row) - 1), *row[min(masked, len(row) - 1) :]] for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def test_shapes_labels_and_selected_logits():
+    data = dataset([5, 3, 7], masked=2)
+    single, packed = Sequences(data), Sequences(data, 8)
+    assert len(single) == 3 and [len(packed[i]) for i in range(len(packed))] == [2, 1]
+    batch = CausalCollator(pad_id=9, select_logits=True)([packed[0], packed[1], packed[FILLER]])
+    assert "attention_mask" not in batch
+    for name in ("input_ids", "position_ids", "logits_to_keep"):
+        assert batch[name].shape == (3, 8), name
+    assert batch["logits_to_keep"].dtype == torch.bool and batch["labels"].shape == batch["shift_labels"].shape
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch["position_ids"][1].tolist() == list(range(8)) and batch["input_ids"][1, 7] == 9
+    # a position is kept where the next token of the same row is a label: never at the end of a row
+    assert batch["logits_to_keep"].int().tolist() == [[0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 0, 0], [0] * 8]
+    rows = data[:]["input_ids"]
+    assert batch["shift_labels"].tolist() == rows[0][2:] + rows[1][2:] + rows[2][2:]
+    assert batch[COUNTS].tolist() == [15, 3]
+    plain = CausalCollator(pad_id=9, select_logits=False)([packed[0]])
+    assert "logits_to_keep" not in plain and (plain["shift_labels"] != IGNORE).sum() == 4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
+def test_packed_loss_is_unpacked_loss_for_every_token(tiny, attention):
+    data = dataset([120, 2, 3, 57, 9, 33, 2, 90, 17, 64, 5, 40], masked=2)
+    model = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation=attention).eval()
+    collate = CausalCollator(pad_id=0, select_logits=True)
+    losses = {}
+    for name, sequences in (("single", Sequences(data)), ("packed", Sequences(data, 128))):
+        found = {}
+        for items in (
+            [sequences[i] for i in range(start, min(start + 4, len(sequences)))] for start in range(0, len(sequences), 4)
+        ):
+            batch = collate(items)
+            batch.pop(COUNTS)
+            with torch.no_grad():
+                out = model(**batch, use_cache=False)
+            each = torch.nn.functional.cross_entropy(
+                out.logits.view(-1, out.logits.shape[-1]), batch["shift_labels"], reduction="none"
+            )
+            assert torch.allclose(out.loss, each.mean(), atol=1e-6)
+            counts = [
+                (tuple(row["input_ids"].tolist()), int((row["labels"][1:] != IGNORE).sum()))
+                for item in items
+                for row in item
+            ]
+            for (key, _), part in zip(counts, each.split([count for _, count in counts]), strict=True):
+                found[key] = part
+        losses[name] = torch.cat([found[key] for key in sorted(found)])
+    assert len(Sequences(data, 128)) == 4 and losses["single"].shape == losses["packed"].shape
+    assert (losses["single"] - losses["packed"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
+def test_a_step_of_fillers_alone_has_no_gradient(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny())
+    sequences = Sequences(dataset([5, 9]), 16)
+    batch = CausalCollator(0, True)([sequences[FILLER], sequences[FILLER]])
+    assert batch.pop(COUNTS).tolist() == [0, 0]
+    loss = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(4)).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_padding_of_questions_and_of_texts():
+    questions = Dataset.from_dict(
+        {"input_ids": [[[1, 2], [3]], [[4, 5, 6], [7, 8]]], "token_type_ids": [[[0, 1], [0]], [[0, 0, 1], [0, 1]]],
+         "labels": [1, 0], "subject": ["a", "b"]}
+    )  # fmt: skip
+    sequences = Sequences(questions)
+    batch = PaddingCollator(pad_id=9)([sequences[0], sequences[1], sequences[FILLER]])
+    assert batch["input_ids"].tolist() == [[[1, 2, 9], [3, 9, 9]], [[4, 5, 6], [7, 8, 9]], [[1, 2, 9], [3, 9, 9]]]
+    assert batch["attention_mask"].tolist()[:2] == [[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]]
+    assert batch["token_type_ids"].shape == (3, 2, 3) and "subject" not in batch
+    assert batch["labels"].tolist() == [1, 0, IGNORE] and batch[COUNTS].tolist() == [8, 2]
+    texts = Sequences(Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": [1, 0]}))
+    batch = PaddingCollator(pad_id=0)([texts[0], texts[1], texts[FILLER]])
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 0], [1, 2]] and batch["labels"].tolist() == [1, 0, IGNORE]
+
+
+def test_padding_does_not_change_the_scores():
+    from tiny import tiny_bert
+
+    model = AutoModelForMultipleChoice.from_pretrained(tiny_bert()).eval()
+    draw = np.random.default_rng(0)
+    ids = [[draw.integers(5, 2000, size=size).tolist() for size in sizes] for sizes in ((3, 9, 4, 5), (30, 2, 60, 7))]
+    data = Sequences(Dataset.from_dict({"input_ids": ids, "labels": [0, 3]}))
+    collate = PaddingCollator(pad_id=0)
+    scores = []
+    for items in ([data[0]], [data[1]], [data[0], data[1]]):
+        batch = collate(items)
+        batch.pop(COUNTS)
+        with torch.no_grad():
+            scores.append(model(**batch).logits)
+    assert torch.allclose(torch.cat(scores[:2]), scores[2], atol=1e-5)

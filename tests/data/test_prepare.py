@@ -1,0 +1,216 @@
+"""Rows to token files: what is kept, dropped, held out, refused, and what the cache remembers."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
+from dsrecipes.recipes.gpt2_clm import Gpt2Clm
+from tiny import STARTER, llama_tokenizer, write_rows
+from transformers import AutoTokenizer
+
+from dsrecipes.base import RecipeBase
+from dsrecipes.data.encode import EncodeOptions, encode_texts
+from dsrecipes.data.formats import text_field
+from dsrecipes.data.load import load_splits
+from dsrecipes.data.prepare import hold_out, prepare
+from dsrecipes.errors import UserError
+from dsrecipes.runs.console import Console
+
+ENCODED = []
+"""Batches that Lines.encode was called with: how much was really tokenized."""
+
+
+class Lines(RecipeBase):
+    """Short texts, one sequence each."""
+
+    @staticmethod
+    def format_row(row):
+        return {"text": text_field(row, "text")}
+
+    @staticmethod
+    def encode(records, tokenizer, options):
+        ENCODED.append(len(records))
+        return encode_texts(records, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSRECIPES_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(STARTER / "gpt2")
+
+
+def prepared(recipe, splits, tokenizer, length=64, style="alpaca", **changes):
+    console = Console(main=False)
+    console.out = io.StringIO()
+    settings = {"validation_split": 0.0, "seed": 1, "skip_bad_rows": False} | changes
+    splits = splits if isinstance(splits, dict) else load_splits(splits)
+    return prepare(recipe, splits, tokenizer, EncodeOptions(length, style), console=console, **settings)
+
+
+@pytest.mark.parametrize("length", [16, 256, 1000])
+def test_tokens_in_are_tokens_trained_and_one_counted_tail(tokenizer, length):
+    path = STARTER / "data" / "prose.txt"
+    split = prepared(Gpt2Clm, str(path), tokenizer, length)["train"]
+    rows = list(load_splits(str(path))["train"])
+    trained = [token for row in split.data for token in row["input_ids"]]
+    everything = [token for ids in encode_texts(rows, tokenizer)["input_ids"] for token in ids]
+    assert trained == everything[: len(trained)] and len(everything) - len(trained) == split.stats.tail < length
+    assert split.stats.tokens == len(everything) and split.stats.supervised == len(trained)
+    assert {len(row["input_ids"]) for row in split.data} == {length} and split.data["labels"][:] == split.data["input_ids"][
+        :
+    ]
+    assert Counter(everything)[tokenizer.eos_token_id] == sum(row["end"] for row in rows) >= 1
+
+
+def test_eos_stands_between_documents(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}, {"text": "three three three"}])
+    ids = [token for row in prepared(Gpt2Clm, path, tokenizer, 3)["train"].data for token in row["input_ids"]]
+    assert tokenizer.decode(ids).startswith("one<|endoftext|>two<|endoftext|>")
+
+
+def test_a_short_validation_text_is_kept_to_its_last_token(tokenizer):
+    rows = [{"text": "some words to learn from, over and over"}]
+    splits = prepared(Gpt2Clm, {"train": rows, "validation": rows}, tokenizer, 4)
+    train, held = splits["train"], splits["validation"]
+    assert train.stats.tail == train.stats.tokens % 4 and held.stats.tail <= 1
+    assert sum(map(len, held.data["input_ids"])) == held.stats.tokens - held.stats.tail
+    alone = prepared(Gpt2Clm, {"train": rows}, tokenizer, 500)["train"]
+    assert len(alone.data) == 1 and alone.stats.tail == 0  # a text below one block is all there is: it is kept
+
+
+BAD = {
+    "missing": ({"instruction": "a"}, "field 'output' is missing"),
+    "type": ({"instruction": "a", "output": 3}, "field 'output' must be text, found int"),
+    "empty": ({"instruction": "a", "output": " "}, "field 'output' is empty"),
+    "no instruction": ({"instruction": "", "output": "x"}, "field 'instruction' is empty"),
+    "list": ({"instruction": ["a"], "output": "x"}, "field 'instruction' must be text, found list"),
+    "chat": (
+        {"messages": [{"role": "user", "content": "q"}]},
+        "messages: turns must go user, assistant, user, ... with at least one answer",
+    ),
+    "turn": ({"messages": ["q"]}, "messages: turn 1 must be an object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_a_bad_row_stops_with_its_place_or_is_dropped_and_counted(tokenizer, tmp_path, name, kind):
+    bad, problem = BAD[name]
+    good = {"instruction": "a", "input": "", "output": "b"}
+    path = write_rows(tmp_path / f"rows.{kind}", [good, good, bad, good])
+    where = f"rows.{kind}, {'row' if kind == 'json' else 'line'} 3: {problem}"
+    with pytest.raises(UserError) as error:
+        prepared(AlpacaLlamaSft, path, tokenizer, 128)
+    assert where in str(error.value) and "--skip_bad_rows" in str(error.value), error.value
+    stats = prepared(AlpacaLlamaSft, path, tokenizer, 128, skip_bad_rows=True)["train"].stats
+    assert (stats.kept, stats.dropped) == (3, {"bad row": 1})
+
+
+def test_long_rows_are_dropped_and_counted_never_cut(tokenizer):
+    rows = [{"text": "word " * count} for count in (1, 2, 3, 200, 300)]
+    split = prepared(Lines, {"train": rows}, tokenizer, 64)["train"]
+    assert (split.stats.rows, split.stats.kept) == (5, 3) and split.stats.dropped == {"longer than 64 tokens": 2}
+    assert len(split.data) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "length", "parts"),
+    [
+        ([], Lines, 8, ["train data are empty"]),
+        (
+            [{"text": "word " * 99}],
+            Lines,
+            8,
+            ["no train row has a token to train on", "1 longer than 8 tokens", "--max_length"],
+        ),
+        ([{"text": ""}], Lines, 8, ["no train row", "nothing to learn from"]),
+        ([{"text": ""}], Gpt2Clm, 8, ["no train row"]),
+        ([{"instruction": "word " * 99, "output": "x"}], AlpacaLlamaSft, 16, ["1 longer than 16 tokens", "--max_length"]),
+    ],
+)
+def test_nothing_to_train_on_is_refused(tokenizer, rows, recipe, length, parts):
+    with pytest.raises(UserError) as error:
+        prepared(recipe, {"train": rows}, tokenizer, length)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+def test_an_empty_file_is_refused(tokenizer, tmp_path, name):
+    (tmp_path / name).write_text("[]" if name == "a.json" else "text\n" if name == "a.csv" else "")
+    with pytest.raises(UserError, match="train data are empty: no rows"):
+        prepared(Gpt2Clm, str(tmp_path / name), tokenizer)
+
+
+def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
+    with pytest.raises(UserError, match=r"no train row has a token to train on: 2 rows dropped \(2 bad row\)"):
+        prepared(Lines, {"train": [{}, {"text": 1}]}, tokenizer, skip_bad_rows=True)
+
+
+def test_hold_out_keeps_equal_rows_on_one_side():
+    keys = [str(n % 37) for n in range(400)]
+    out = hold_out(keys, 0.1, 3)
+    assert 40 <= len(out) <= 51 and out == hold_out(keys, 0.1, 3) != hold_out(keys, 0.1, 4)
+    assert not {keys[i] for i in out} & {keys[i] for i in range(400) if i not in out}
+    assert hold_out(["a", "a"], 0.5, 0) == set() and len(hold_out(["a", "b"], 0.001, 0)) == 1
+
+
+def test_validation_rows_are_not_trained_on(tokenizer):
+    rows = [{"text": f"text number {n % 50} of many"} for n in range(200)]
+    splits = prepared(Lines, {"train": rows}, tokenizer, validation_split=0.2)
+    texts = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
+    assert not texts["train"] & texts["validation"] and len(splits["validation"].data) == 40
+    assert splits["train"].stats.kept + splits["validation"].stats.kept == 200
+    given = prepared(Lines, {"train": rows, "validation": rows[:3]}, tokenizer, validation_split=0.2)
+    assert len(given["train"].data) == 200 and len(given["validation"].data) == 3
+
+
+def test_the_cache_is_of_the_content(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"text {n}"} for n in range(20)])
+
+    def tokenized(*args, **kwargs):
+        ENCODED.clear()
+        prepared(Lines, *args, **kwargs)
+        return sum(ENCODED)
+
+    assert [tokenized(path, tokenizer) for _ in range(3)] == [20, 0, 0]
+    assert tokenized(path, tokenizer, 63) == 20 and tokenized(path, tokenizer, style="chat") == 20
+    assert tokenized(path, tokenizer, seed=2) == 0  # nothing is drawn: the seed changes nothing
+    assert tokenized(path, tokenizer, validation_split=0.1) == 20 == tokenized(path, tokenizer, validation_split=0.1, seed=2)
+    assert tokenized(path, llama_tokenizer()) == 20
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(raw.replace(b"text 7", b"text 8"))
+    assert tokenized(path, tokenizer) == 20
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    assert tokenized(path, tokenizer) == 0
+
+
+def test_a_learning_rate_is_no_part_of_the_cache(tmp_path):
+    from dsrecipes import load_recipe
+    from dsrecipes.base import recipe_class
+
+    def key(**values):
+        recipe = load_recipe("gpt2_clm", profile="starter", deepspeed="none", **values)
+        tokenizer = recipe.load_tokenizer()
+        data = recipe.config.data
+        prepared(recipe_class(recipe.config.layers.recipe), recipe.load_rows(), tokenizer, data.max_length)
+        return {each.name for each in (tmp_path / "cache" / "data").iterdir() if each.is_dir()}
+
+    first = key()
+    assert len(first) == 1 and key(learning_rate=0.5, per_device_train_batch_size=2, weight_decay=0.3) == first
+    assert len(key(max_length=128)) == 2
+
+
+def test_a_torn_cache_entry_is_written_again(tokenizer, tmp_path):
+    rows = {"train": [{"text": "one two"}]}
+    prepared(Lines, rows, tokenizer)
+    (entry,) = [each for each in (tmp_path / "cache" / "data").iterdir() if each.is_dir()]
+    (entry / "stats.json").unlink()
+    ENCODED.clear()
+    split = prepared(Lines, rows, tokenizer)["train"]
+    assert ENCODED == [1] and np.array_equal(split.data[0]["input_ids"], split.data[0]["labels"])
