@@ -68,6 +68,8 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
             raise UserError(f"--overwrite_output_dir: {path} is no run folder (no config.yaml in it); delete it yourself")
         shutil.rmtree(path)
     ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not ancestor.is_dir():
+        raise UserError(f"--output_dir {path}: {ancestor} is a file; choose another folder")
     if not os.access(ancestor, os.W_OK):
         raise UserError(f"--output_dir {path}: no permission to write into {ancestor}")
     free = shutil.disk_usage(ancestor).free

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -168,15 +169,23 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    command = [
-        word for word in sys.argv if not any(secret in word.lower() for secret in ("token", "secret", "password", "hf_"))
-    ]
     environment = {
-        "command": shlex.join(command), "python": platform.python_version(), "platform": platform.platform(),
+        "command": shlex.join(_without_secrets(sys.argv)), "python": platform.python_version(), "platform": platform.platform(),
         "cpus": os.cpu_count(), "device": place.device, "devices": _devices(), "ranks": place.ranks.world,
         "precision": place.precision, "engine": place.name(), "fallback": place.fallback, "packages": versions,
     }  # fmt: skip
     folder.environment.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_secrets(argv: list[str]) -> list[str]:
+    """The words of a command line less the flags that carry a token, their values, and what looks like one."""
+    words, secret = [], False
+    for word in argv:
+        if word.startswith("--"):
+            secret = any(part in _SECRETS for part in re.split(r"[-_]", word.partition("=")[0].lower()))
+        if not secret and "hf_" not in word:
+            words.append(word)
+    return words
 
 
 def _devices() -> list[str]:

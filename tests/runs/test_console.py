@@ -1,0 +1,60 @@
+"""Rank 0 speaks, others are silent, and library noise goes to the log."""
+
+import os
+import sys
+import warnings
+
+import pytest
+
+from dsrecipes.runs.console import Console
+
+
+def test_noise_goes_to_the_log_and_words_to_the_person(tmp_path, capfd):
+    console = Console(capture=True)
+    print("noise of Python")
+    os.write(2, b"noise of C\n")
+    console.log_to(tmp_path / "log.txt")
+    warnings.warn("noise of warnings", stacklevel=1)
+    print("later noise", file=sys.__stderr__, flush=True)
+    console.say("hello")
+    with console.progress("counting", total=3) as bar:
+        bar.update(3)
+    console.release()
+    print("mine again")
+    out, err = capfd.readouterr()
+    log = (tmp_path / "log.txt").read_text()
+    assert "noise of C" in log and "later noise" in log and "hello" not in log
+    assert "hello" in out and "counting" in out and "3/3" in out and "mine again" in out
+    assert "noise" not in err and "noise of C" not in out
+
+
+def test_other_ranks_say_nothing(tmp_path, capfd):
+    console = Console(main=False, capture=True)
+    console.say("hello")
+    with console.progress("counting", total=3) as bar:
+        bar.update(3)
+    console.log_to(tmp_path / "log.txt")
+    console.release()
+    console.release()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
+    import subprocess
+
+    code = (
+        "import os, sys; from pathlib import Path; from dsrecipes.runs.console import Console\n"
+        f"c = Console(main={rank} == 0, rank_logs={rank}); c.log_to(Path(sys.argv[1]) / 'log.txt')\n"
+        "os.write(1, b'from C\\n'); print('from Python', flush=True); c.say('words')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    log = tmp_path / "logs" / f"rank_{rank}.log"
+    for _ in range(100):  # tee is a process of its own
+        if log.is_file() and "from Python" in log.read_text():
+            break
+        import time
+
+        time.sleep(0.05)
+    assert done.returncode == 0 and "from C" in log.read_text() and "from Python" in log.read_text()
+    assert ("words" in done.stdout) == (rank == 0)
