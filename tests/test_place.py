@@ -1,0 +1,108 @@
+"""Ranks, device, engine, precision and batch, settled from environment and configuration."""
+
+import os
+
+import pytest
+import torch
+
+from dsrecipes.config import build_config
+from dsrecipes.errors import UserError
+from dsrecipes.find import layer
+from dsrecipes.place import find_place
+from dsrecipes.runs.folder import write_manifest
+
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """Settling a place completes the environment; give it back as it was."""
+    threads = torch.get_num_threads()
+    for key in (*RANKS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    yield
+    torch.set_num_threads(threads)
+
+
+def place(**values):
+    return find_place(build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "use_cpu": True, **values})))
+
+
+def test_one_process_on_a_cpu():
+    here = place()
+    assert (here.ranks.world, here.device, here.precision, here.zero.stage) == (1, "cpu", "fp32", 2)
+    assert os.environ["RANK"] == "0" and int(os.environ["MASTER_PORT"]) and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert here.micro * here.accumulation == 8 and here.fallback is None
+    assert "ZeRO-2" in here.name() and here.made_by() == {"ranks": 1, "zero": 2}
+    plain = place(deepspeed="none")
+    assert plain.zero is None and plain.name() == "plain PyTorch" and "RANK" not in os.environ
+
+
+def test_the_batch_is_the_same_on_more_ranks(monkeypatch):
+    for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    here = place(per_device_train_batch_size=2)
+    assert (here.ranks.rank, here.micro, here.accumulation) == (1, 2, 2)
+    with pytest.raises(UserError, match=r"global_batch_size 8 = per_device_train_batch_size 3 x accumulation \? x ranks 2"):
+        place(per_device_train_batch_size=3)
+
+
+def test_the_cores_are_divided(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    place(per_device_train_batch_size=2)
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "precision", "plain"),
+    [
+        ({}, "fp32", torch.float32),
+        ({"bf16": True}, "bf16", torch.float32),
+        ({"bf16": True, "lora_r": 4}, "bf16", torch.bfloat16),
+    ],
+)
+def test_precision_and_dtype(values, precision, plain):
+    here = place(**values, deepspeed="none")
+    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", **values}))
+    assert here.precision == precision and here.dtype(config.model) == plain
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"fp16": True}, "fp16 needs a GPU; on a CPU give --fp16 false"),
+        ({"deepspeed": "none", "require_deepspeed": True}, "--require_deepspeed and --deepspeed none contradict"),
+        ({"deepspeed": "zero5"}, "--deepspeed zero5: no such file or name"),
+    ],
+)
+def test_wishes_that_cannot_be_had(values, problem):
+    with pytest.raises(UserError, match=problem):
+        place(**values)
+
+
+def test_without_deepspeed_the_place_is_plain_and_says_why(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    here = place()
+    assert here.zero is None and "deepspeed" in here.fallback and "does not import" in here.fallback
+    with pytest.raises(UserError, match=r"DeepSpeed cannot start: .*pip install deepspeed"):
+        place(require_deepspeed=True)
+
+
+def test_accelerates_deepspeed_and_none_contradict(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--use_deepspeed` and --deepspeed none contradict"):
+        place(deepspeed="none")
+
+
+def test_a_checkpoint_of_another_place_is_refused(tmp_path):
+    write_manifest(tmp_path, {"ranks": 2, "zero": 3})
+    with pytest.raises(UserError, match=r"written by 2 ranks, ZeRO-3, and this run has 1 ranks, plain PyTorch"):
+        place(deepspeed="none").check_checkpoint(tmp_path)
+    write_manifest(tmp_path, {"ranks": 1, "zero": None})
+    assert place(deepspeed="none").check_checkpoint(tmp_path) is None
