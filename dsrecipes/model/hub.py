@@ -40,6 +40,7 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
         "ConnectionError",
         "ConnectError",
         "ConnectTimeout",
+        "ReadTimeout",
         "MaxRetryError",
         "ProxyError",
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto import modeling_auto
@@ -102,10 +103,16 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: the folder or hub repository has none that loads.
     """
     name, where = _source(options)
+    missing = UserError(f"model {name} has no tokenizer: add its tokenizer.json and tokenizer_config.json")
     try:
-        return AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:
+        if "Couldn't instantiate the backend tokenizer" in str(error):
+            raise missing from error
         raise UserError(f"no tokenizer: {_explain(error, options)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise missing  # transformers makes an empty one, which reads every word as unknown, for BERT and GPT-2
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -170,8 +177,12 @@ def load_model(
             name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
             output_loading_info=True, **quantization,
         )  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _explain(error, options) from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
     _draw_new_weights(model, info["missing_keys"], config, seed)
     if options.lora_r:
         from dsrecipes.model.lora import add_lora

@@ -1,0 +1,162 @@
+"""Models and tokenizers that load, and those that are refused before anything starts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SHARED, STARTER, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
+from transformers import AutoTokenizer
+
+from dsrecipes.config import ModelConfig
+from dsrecipes.errors import UserError
+from dsrecipes.model.load import (
+    check_model,
+    check_vocabulary,
+    count_parameters,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_id,
+)
+
+CAUSAL, CHOICE = "AutoModelForCausalLM", "AutoModelForMultipleChoice"
+
+
+def options(name, **values):
+    return ModelConfig(model_name_or_path=str(name), **values)
+
+
+def copy_of(folder, tmp_path, **changes):
+    """The model's folder with another config.json."""
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tiny", "auto_class", "fits"),
+    [(tiny_gpt2, CAUSAL, True), (tiny_llama, CAUSAL, True), (tiny_bert, CHOICE, True), (tiny_bert, CAUSAL, False),
+     (tiny_gpt2, CHOICE, False), (tiny_llama, CHOICE, False)],
+)  # fmt: skip
+def test_a_model_for_another_task_is_refused(tiny, auto_class, fits):
+    if fits:
+        assert load_config(options(tiny()), auto_class).model_type in ("gpt2", "llama", "bert")
+    else:
+        task = "causal language model" if auto_class == CAUSAL else "multiple choice"
+        with pytest.raises(UserError, match=rf"model .* is a \w+; this recipe trains .*{task}"):
+            load_config(options(tiny()), auto_class)
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    path = copy_of(tiny_llama(), tmp_path, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(UserError, match="LlamaForSequenceClassification"):
+        load_config(options(path), CAUSAL)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("{", "cannot be loaded|not a valid JSON"), ('{"model_type": "no_such_type"}', "no_such_type"), ("{}", "model_type|cannot be loaded")],
+)  # fmt: skip
+def test_a_damaged_config_is_one_line(tmp_path, text, problem):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=problem) as error:
+        load_config(options(tmp_path), CAUSAL)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_damaged_weights_or_none(tmp_path):
+    path = copy_of(tiny_gpt2(), tmp_path)
+    config = load_config(options(path), CAUSAL)
+    (path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError) as error:
+        load_model(options(path), config, CAUSAL, torch.float32, 0, False)
+    assert "cannot be loaded" in str(error.value) and "\n" not in str(error.value)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no file named model\.safetensors"):
+        load_model(options(path), config, CAUSAL, torch.float32, 0, False)
+
+
+@pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama, tiny_bert])
+def test_a_folder_without_a_tokenizer(tiny, tmp_path):
+    path = copy_of(tiny(), tmp_path)
+    for file in path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no tokenizer: add its tokenizer.json"):
+        load_tokenizer(options(path))
+
+
+def test_weights_of_another_shape(tmp_path):
+    path = copy_of(tiny_llama(), tmp_path, intermediate_size=48)
+    with pytest.raises(UserError, match=r"other shapes than its config\.json"):
+        load_model(options(path), load_config(options(path), CAUSAL), CAUSAL, torch.float32, 0, False)
+
+
+def test_hub_names_without_a_network():
+    for name in ("gpt2", "meta-llama/Llama-2-7b-hf"):
+        with pytest.raises(UserError, match=rf"model {name} is a hub name, .* cannot be reached .*FOLDER"):
+            load_config(options(name), CAUSAL)
+
+
+def test_more_positions_than_the_model_has():
+    config = load_config(options(tiny_gpt2()), CAUSAL)
+    check_model(config, options(tiny_gpt2()), 256, 2)
+    with pytest.raises(UserError, match=r"--max_length 257: .* has 256 positions; give 256 or less"):
+        check_model(config, options(tiny_gpt2()), 257, 2)
+
+
+def test_prequantized_models(tmp_path):
+    path = copy_of(tiny_llama(), tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    config = load_config(options(path), CAUSAL)
+    with pytest.raises(UserError, match=r"pre-quantized \(gptq\), which ZeRO-3 cannot divide.*--load_in_4bit true.*zero2"):
+        check_model(config, options(path, lora_r=8), 64, 3)
+    with pytest.raises(UserError, match=r"pre-quantized \(gptq\) and its weights cannot be trained: give --lora_r 16"):
+        check_model(config, options(path), 64, 2)
+    assert check_model(config, options(path, lora_r=8), 64, 2) is None
+
+
+def test_tokenizers_without_a_pad_token():
+    llama = load_tokenizer(options(tiny_llama()))
+    assert llama.pad_token_id is None and pad_id(llama) == llama.eos_token_id == 2
+    assert pad_id(AutoTokenizer.from_pretrained(STARTER / "bert")) == 0
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    config = load_config(options(tiny_llama()), CAUSAL)
+    assert check_vocabulary(llama_tokenizer(), config) is None
+    with pytest.raises(UserError, match="has 2048 tokens, the model has 600"):
+        check_vocabulary(AutoTokenizer.from_pretrained(STARTER / "gpt2"), config)
+
+
+def test_random_weights_are_drawn_once_from_the_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSRECIPES_CACHE", str(tmp_path))
+    scratch = options(STARTER / "bert", from_scratch=True)
+    config = load_config(scratch, CHOICE)
+    models = [load_model(scratch, config, CHOICE, torch.float32, seed, False) for seed in (1, 1, 2)]
+    weights = [model.state_dict()["bert.encoder.layer.0.output.dense.weight"] for model in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert len(list((tmp_path / "models").glob("random-*/config.json"))) == 2
+
+
+def test_a_new_head_is_drawn_from_the_seed(tmp_path):
+    path = copy_of(tiny_bert(), tmp_path, architectures=["BertModel"])
+    weights = {k: v for k, v in load_file(path / "model.safetensors").items() if not k.startswith("classifier")}
+    from safetensors.torch import save_file
+
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = load_config(options(path), CHOICE)
+    heads = [load_model(options(path), config, CHOICE, torch.float32, seed, False).classifier for seed in (1, 1, 2)]
+    assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
+    assert 0.005 < heads[0].weight.std() < 0.05 and not heads[0].bias.any()
+
+
+@needs_shared
+def test_a_real_pretrained_llama_loads():
+    name = SHARED / "models" / "stories260K"
+    config = load_config(options(name), CAUSAL)
+    model = load_model(options(name), config, CAUSAL, torch.float32, 0, False)
+    assert count_parameters(model) == (260_032, 0)
+    assert load_tokenizer(options(name))("Once")["input_ids"][0] == 1
