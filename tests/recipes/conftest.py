@@ -1,0 +1,15 @@
+"""Recipes run in this process: what a run leaves in the environment does not reach the next test."""
+
+import gc
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+    gc.collect()  # engines
