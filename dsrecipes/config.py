@@ -229,7 +229,8 @@ def build_config(layers: Layers) -> Config:
 def _latest_batch_key_wins(layers: Layers, merged: dict[str, tuple[Any, str]]) -> None:
     """A flag --gradient_accumulation_steps replaces a YAML's global_batch_size; in one layer both must agree."""
     rivals = ("global_batch_size", "gradient_accumulation_steps")
-    last = {key: i for i, each in enumerate(layers.layers) for key in rivals if each.values.get(key) is not None}
+    asked = [key for key in rivals if key in merged]
+    last = {key: i for i, each in enumerate(layers.layers) for key in asked if each.values.get(key) is not None}
     if len(last) == 2 and last[rivals[0]] != last[rivals[1]]:
         merged.pop(min(last, key=lambda key: last[key]))
 
