@@ -308,6 +308,10 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
         module = files.load()
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except ImportError as error:
+        if str(files.module).startswith("dsrecipes."):
+            raise
+        raise UserError(f"{files.module}: {error}") from error
     found = [
         each for each in vars(module).values()
         if isinstance(each, type) and issubclass(each, RecipeBase) and each.__module__ == module.__name__

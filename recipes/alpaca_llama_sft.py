@@ -1,5 +1,7 @@
 """Llama (or any causal LM) on Alpaca instructions or chat messages; the loss is on the answers alone."""
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
@@ -20,8 +22,8 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The same source's template for rows with an empty input."""
-_NO_INPUT = ("", "noinput", "<noinput>", "no input")
-"""What Alpaca rows write for an input that is not there."""
+_NO_INPUT = re.compile(r"\s*|\W*no ?input\W*", flags=re.IGNORECASE)
+"""What Alpaca rows write for an input that is not there: nothing, noinput, <noinput>, "<noinput", (noinput), ..."""
 
 
 class AlpacaLlamaSft(RecipeBase):
@@ -34,7 +36,7 @@ class AlpacaLlamaSft(RecipeBase):
             return {"messages": messages_field(row, "messages" if row.get("messages") else "conversations")}
         record = {name: text_field(row, name) for name in ("instruction", "output")}
         record["input"] = text_field(row, "input", "")
-        if record["input"].strip().lower() in _NO_INPUT:
+        if _NO_INPUT.fullmatch(record["input"]):
             record["input"] = ""
         if not record["instruction"].strip() and not record["input"].strip():
             raise ValueError("field 'instruction' is empty")

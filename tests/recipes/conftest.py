@@ -1,6 +1,5 @@
 """Recipes run in this process: what a run leaves in the environment does not reach the next test."""
 
-import gc
 import os
 
 import pytest
@@ -12,4 +11,3 @@ def _environment():
     yield
     os.environ.clear()
     os.environ |= before
-    gc.collect()  # engines

@@ -1,0 +1,96 @@
+"""A recipe of the user's own, in a file of two methods; and files that are no recipes."""
+
+import os
+
+import pytest
+from tiny import refusal, tiny_gpt2, write_rows
+
+from dsrecipes import load_recipe
+from dsrecipes.errors import UserError
+from dsrecipes.run import main
+from dsrecipes.runs.curve import read_log
+
+MINE = """
+from dsrecipes.base import RecipeBase
+
+
+class Haiku(RecipeBase):
+    @staticmethod
+    def format_row(row):
+        return {"prompt": row["title"] + ":", "answer": row["poem"]}
+
+    @staticmethod
+    def encode(records, tokenizer, options):
+        from dsrecipes.data.encode import encode_segments
+
+        return encode_segments([[(r["prompt"], False), (r["answer"], True)] for r in records], tokenizer)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "haiku.py").write_text(MINE)
+    rows = [{"title": f"Number {n}", "poem": "leaf " * (n % 7 + 1)} for n in range(12)]
+    write_rows(tmp_path / "haiku.jsonl", rows)
+    return tmp_path / "haiku.py"
+
+
+def test_two_methods_are_a_recipe(mine, tmp_path, capfd):
+    values = {
+        "model_name_or_path": tiny_gpt2(), "dataset": str(tmp_path / "haiku.jsonl"), "max_length": 64, "max_steps": 2,
+        "per_device_train_batch_size": 2, "deepspeed": "none", "use_cpu": True, "output_dir": str(tmp_path / "run"), "logging_steps": 1,
+    }  # fmt: skip
+    result = load_recipe(str(mine), **values).run()
+    assert result.step == 2 and len([line for line in read_log(result.path / "log.jsonl") if "loss" in line]) == 2
+    out = capfd.readouterr().out
+    assert "no validation rows: --validation_split" in out and "⟦" not in out
+    # the command line takes it too, and its config.yaml finds it again
+    again = ["--config", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again")]
+    assert main(again) == 0 and (tmp_path / "again" / "model" / "config.json").is_file()
+
+
+def test_a_bad_row_of_ones_own_recipe_names_the_field(mine, tmp_path, capfd):
+    write_rows(tmp_path / "haiku.jsonl", [{"title": "a", "poem": "b"}, {"title": "a"}])
+    argv = [
+        "--recipe",
+        str(mine),
+        "--model_name_or_path",
+        tiny_gpt2(),
+        "--dataset",
+        str(tmp_path / "haiku.jsonl"),
+        "--deepspeed=none",
+    ]
+    message = refusal(main, [*argv, "--use_cpu", "--max_length=64"], capfd)
+    assert "haiku.jsonl, line 2: field 'poem' is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("class Broken(:\n", r"broken\.py, line 1: "),
+        ("x = 1\n", r"expected one class derived from RecipeBase, found \[\]"),
+        (MINE + MINE.replace("Haiku", "Tanka"), r"found \['Haiku', 'Tanka'\]"),
+        (MINE.split("    @staticmethod\n    def encode")[0], "Haiku lacks the method encode"),
+        (MINE.split("    @staticmethod")[0] + "    pass\n", "Haiku lacks the methods encode, format_row"),
+        ("import no_such_module\n", "no_such_module"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, problem):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(UserError, match=problem) as error:
+        load_recipe(str(tmp_path / "broken.py"), model_name_or_path="m", dataset="d")
+    assert "broken.py" in str(error.value)
+
+
+def test_model_and_data_have_no_default(mine):
+    for missing, values in (("model_name_or_path", {"dataset": "d"}), ("dataset", {"model_name_or_path": "m"})):
+        with pytest.raises(UserError, match=f"--{missing} is missing"):
+            load_recipe(str(mine), **values)
