@@ -1,0 +1,117 @@
+"""Nothing lost: a run that goes on from a checkpoint ends as if it had not been cut off."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load_file
+from small import Runs, Small
+
+from dsrecipes import UserError
+from dsrecipes.runs.folder import MANIFEST, RunFolder, is_whole
+
+pytestmark = pytest.mark.ranks
+
+FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss", "test_loss", "epoch")
+
+
+def figures(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The lines of log.jsonl without what a clock measures."""
+    return [{key: line[key] for key in ("step", *FIGURES) if key in line} for line in run["log"]]
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a run's saved model or adapter."""
+    (file,) = Path(path, "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def without_manifest(checkpoint: Path) -> None:
+    """Cut off before the save ended."""
+    (checkpoint / MANIFEST).unlink()
+
+
+def truncated(checkpoint: Path) -> None:
+    """Cut off by a full disk: the greatest file is half as long."""
+    greatest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with greatest.open("rb+") as file:
+        file.truncate(greatest.stat().st_size // 2)
+
+
+def half_gone(checkpoint: Path) -> None:
+    """A file of the save is missing."""
+    next(path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".bin", ".pth", ".safetensors")).unlink()
+
+
+def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Path:
+    """A copy of a run's folder as a death while it saved step 10 would have left it."""
+    shutil.copytree(run["path"], folder)
+    tear(RunFolder(folder).checkpoints / "checkpoint-10")
+    shutil.rmtree(folder / "model")
+    (folder / "metrics.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "tear"),
+    [
+        ("gpt2", "none", without_manifest),
+        ("gpt2", "zero0", truncated),
+        ("gpt2", "zero1", half_gone),
+        ("gpt2", "zero2", shutil.rmtree),
+        ("gpt2", "zero3", truncated),
+        ("bert", "zero1", without_manifest),
+        ("alpaca", "zero3", shutil.rmtree),
+        ("lora", "zero2", half_gone),
+        ("lora", "none", truncated),
+        ("qlora", "zero3", without_manifest),
+    ],
+)
+def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(
+    two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path, name: str, stage: str, tear: Callable[[Path], None]
+) -> None:
+    whole = runs.get(name, stage)
+    folder = died(whole, tmp_path / "run", tear)
+    case = small.values(name, deepspeed=stage, output_dir=str(folder), resume_from_checkpoint="auto")
+    resumed = two_ranks.run("train", **case)[0]
+    assert figures(resumed) == figures(whole)
+    cut = next(line["epoch"] for line in whole["log"] if line["step"] == 5)
+    assert cut % 1, "the checkpoint must lie inside an epoch"
+    times = [(line["step"], line["time"]) for line in whole["log"] if line["step"] <= 5]
+    assert [(line["step"], line["time"]) for line in resumed["log"] if line["step"] <= 5] == times
+    assert min(line["time"] for line in resumed["log"] if line["step"] > 5) > max(line["time"] for line in whole["log"])
+    ours, theirs = weights(resumed["path"]), weights(whole["path"])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert is_whole(RunFolder(folder).checkpoints / "checkpoint-10")
+
+
+def test_the_same_command_twice_starts_a_run_and_then_finds_it_done(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
+    command = small.values(
+        "gpt2", deepspeed="zero2", max_steps=4, save_steps=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint="auto"
+    )
+    first = two_ranks.run("train", **command)[0]
+    before = weights(first["path"])
+    again = two_ranks.run("train", **command)[0]
+    assert (first["step"], again["step"]) == (4, 4)
+    assert figures(again) == figures(first)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(again["path"]).items())
+
+
+def test_other_ranks_or_another_stage_are_refused_before_anything_starts(
+    one_rank: Ranks, two_ranks: Ranks, runs: Runs, small: Small
+) -> None:
+    run = runs.get("gpt2", "zero2")
+    case = small.values("gpt2", deepspeed="zero2", output_dir=run["path"], resume_from_checkpoint="auto")
+    with pytest.raises(UserError, match=r"checkpoint-10 was written by 2 ranks, ZeRO-2, and this run has 1 ranks?, ZeRO-2"):
+        one_rank.run("train", **case)
+    case["values"]["deepspeed"] = "zero1"
+    with pytest.raises(UserError, match=r"was written by 2 ranks, ZeRO-2, and this run has 2 ranks, ZeRO-1"):
+        two_ranks.run("train", **case)
+    assert is_whole(RunFolder(Path(run["path"])).checkpoints / "checkpoint-10")
