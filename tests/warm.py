@@ -31,7 +31,7 @@ class Warm:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, __file__], cwd=folder, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def dsrecipes(self, *argv: str) -> Done:
@@ -57,14 +57,14 @@ class Warm:
 
 
 def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what imports print is no answer
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
 
     import dsrecipes.base  # noqa: F401
     from dsrecipes import cli
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
