@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
@@ -37,7 +38,7 @@ from dsrecipes.place import Place, find_place
 from dsrecipes.runs import report
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import draw_curve
-from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint
+from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
 from dsrecipes.runs.record import Recorder
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.zero.runtime import check_started, keep_gradient_norm
@@ -177,6 +178,13 @@ class RecipeBase(ABC):
             except _DryRunEnds:
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
+                raise UserError(
+                    f"--output_dir {self.folder.path}: no space left on the disk to save into. Free some, and give the same "
+                    "command with --resume_from_checkpoint auto; --save_total_limit 1 needs less"
+                ) from error
+            raise
         finally:
             # transformers finds ZeRO-3 through a global and accelerate leaves a variable behind: a later run in this
             # process must not meet this one's

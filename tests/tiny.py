@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
+import os
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,10 +107,29 @@ def instructions(count: int) -> list[dict]:
     ]
 
 
+@contextlib.contextmanager
+def small_disk(path: Path, options: str = "size=1m") -> Iterator[Path]:
+    """A file system of 1 MB at `path`; skips where this may not be mounted."""
+    path.mkdir()
+    if (
+        os.name != "posix"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
 def refusal(main: Callable[[list[str]], int], argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """The one message that a wrong command line ends with, at exit code 2."""
     capfd.readouterr()
-    code = main([str(word) for word in argv])
+    logging.disable()  # handlers hold the stderr of an earlier test
+    try:
+        code = main([str(word) for word in argv])
+    finally:
+        logging.disable(logging.NOTSET)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert code == 2, lines
     assert len(lines) == 1 and lines[0].startswith("error: "), lines

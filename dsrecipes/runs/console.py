@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -60,8 +61,9 @@ class Console:
     def release(self) -> None:
         """Give the process its own stdout and stderr back."""
         if self.captured:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                sys.stdout.flush()
+                sys.stderr.flush()
             for fd, saved in zip((1, 2), self._saved, strict=True):
                 os.dup2(saved, fd)
                 os.close(saved)

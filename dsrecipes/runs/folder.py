@@ -77,6 +77,14 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
         raise UserError(f"--output_dir {path}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
 
 
+def is_disk_full(error: BaseException, path: Path) -> bool:
+    """Whether a failed write says that the disk is full; torch's own writer does not, so there the disk is asked."""
+    text = str(error).lower()
+    if any(words in text for words in ("pytorchstreamwriter", "inline_container", "iostream error")):
+        return shutil.disk_usage(path).free < _SPARE_BYTES
+    return "no space left" in text or "quota exceeded" in text
+
+
 def write_manifest(checkpoint: Path, made_by: dict[str, Any]) -> None:
     """Record a checkpoint's files and sizes; the write is a rename, so that a torn manifest cannot exist."""
     files = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}

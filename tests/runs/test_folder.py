@@ -1,11 +1,9 @@
 """The run folder: whole checkpoints, which one to go on from, and folders that a run may not use."""
 
-import contextlib
 import json
-import os
-import subprocess
 
 import pytest
+from tiny import small_disk
 
 from dsrecipes.errors import UserError
 from dsrecipes.runs.folder import (
@@ -27,21 +25,6 @@ def checkpoint(run, step, whole=True):
     if whole:
         write_manifest(path, {"ranks": 1, "zero": 2})
     return path
-
-
-@contextlib.contextmanager
-def small_disk(path, options="size=1m"):
-    """A file system of 1 MB at `path`; skips where this may not be mounted."""
-    path.mkdir()
-    if (
-        os.name != "posix"
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
 
 
 def test_a_checkpoint_is_whole_with_every_file_at_its_size(tmp_path):

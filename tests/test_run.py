@@ -1,0 +1,144 @@
+"""Bad input through the real entry point: one message that says what, where and what to do, and exit code 2."""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import instructions, refusal, small_disk, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+
+from dsrecipes.run import main
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
+def alpaca(tmp_path: Path, **changes: object) -> list[str]:
+    """A command line that would train in seconds, with some words changed."""
+    if not (tmp_path / "rows.jsonl").is_file():
+        write_rows(tmp_path / "rows.jsonl", instructions(12))
+    values = {
+        "recipe": "alpaca_llama_sft", "profile": "starter", "use_cpu": "true", "model_name_or_path": tiny_llama(),
+        "dataset": tmp_path / "rows.jsonl", "prompt_style": "alpaca", "max_length": 256, "max_steps": 1, "deepspeed": "none",
+        "output_dir": tmp_path / "run",
+    } | changes  # fmt: skip
+    return [f"--{key}={value}" for key, value in values.items() if value is not None]
+
+
+FILES = {
+    "malformed.jsonl": (b'{"instruction": "a", "output": "b"}\n{"instruction": \n', ["malformed.jsonl, line 2, column", "not JSON"]),
+    "malformed.json": (b'[{"instruction": "a",\n "output" "b"}]', ["malformed.json, line 2, column 11", "not JSON"]),
+    "malformed.csv": (b'instruction,output\na,b\na,"b\n', ["malformed.csv, line 3", "not CSV"]),
+    "short.csv": (b"instruction,output\na,b\na\n", ["short.csv, line 3: 1 fields"]),
+    "broken.jsonl.gz": (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 999)[:-20], ["broken.jsonl.gz", "damaged gzip"]),
+    "broken.parquet": (b"PAR1", ["broken.parquet", "not a Parquet file"]),
+    "latin.jsonl": ('{"instruction": "a", "output": "é"}'.encode("latin-1"), ["latin.jsonl", "not UTF-8", "line 1"]),
+    "missing.jsonl": (b'{"instruction": "a", "output": "b"}\n{"output": "b"}', ["missing.jsonl, line 2: field 'instruction' is missing", "--skip_bad_rows"]),
+    "typed.json": (b'[{"instruction": "a", "output": ["b"]}]', ["typed.json, row 1: field 'output' must be text, found list"]),
+    "empty_output.json": (b'[{"instruction": "a", "output": ""}]', ["row 1: field 'output' is empty", "--skip_bad_rows"]),
+    "empty.json": (b"[]", ["train data are empty"]),
+    "long.json": (b'[{"instruction": "a", "output": "' + b"word " * 999 + b'"}]', ["no train row has a token", "1 longer than 256", "--max_length"]),
+    "notes.docx": (b"x", ["notes.docx", "unknown kind of file", ".jsonl"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_data(name, tmp_path, capfd):
+    raw, parts = FILES[name]
+    (tmp_path / name).write_bytes(raw)
+    message = refusal(main, alpaca(tmp_path, dataset=tmp_path / name), capfd)
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+
+
+CASES = {
+    "no model": ({"model_name_or_path": "./no/model"}, ["--model_name_or_path ./no/model", "no such folder"]),
+    "another task": ({"model_name_or_path": tiny_bert}, ["BertForMultipleChoice", "causal language model"]),
+    "hub": ({"model_name_or_path": "meta-llama/Llama-2-7b-hf"}, ["meta-llama/Llama-2-7b-hf", "cannot be reached", "FOLDER"]),
+    "hub data": ({"dataset": "tatsu-lab/alpaca"}, ["data set tatsu-lab/alpaca", "cannot be reached", "--dataset FILE"]),
+    "no data": ({"dataset": "gone.jsonl"}, ["--dataset gone.jsonl", "no such file"]),
+    "no held-out data": ({"eval_dataset": "gone.jsonl"}, ["gone.jsonl", "no such file"]),
+    "no chat template": ({"model_name_or_path": tiny_gpt2, "prompt_style": "chat"}, ["no chat template", "--prompt_style alpaca"]),
+    "positions": ({"max_length": 1024}, ["--max_length 1024", "512 positions"]),
+    "batch": ({"global_batch_size": 5, "per_device_train_batch_size": 2}, ["global_batch_size 5 =", "x ranks 1", "multiple of 2"]),
+    "lora": ({"lora_target_modules": "no_proj"}, ["--lora_target_modules", "no_proj"]),
+    "best model": ({"validation_split": 0, "load_best_model_at_end": True, "save_strategy": "steps"}, ["--load_best_model_at_end", "validation"]),
+    "resume": ({"resume_from_checkpoint": "step7"}, ["step7", "does not exist"]),
+    "resume without a run": ({"resume_from_checkpoint": "auto", "output_dir": None}, ["--output_dir"]),
+    "zero json": ({"deepspeed": "{tmp}/zero.json"}, ["zero.json, line 2, column", "not JSON"]),
+    "zero key": ({"deepspeed": "{tmp}/typo.json"}, ["typo.json", "'overlap_com'", "overlap_comm"]),
+    "zero batch": ({"deepspeed": "{tmp}/batch.json"}, ["train_batch_size is 64", "batch.json", "ranks 1"]),
+    "fp16": ({"fp16": True}, ["fp16 needs a GPU"]),
+    "attention": ({"attn_implementation": "flash_attention_9"}, ["flash_attention_9"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_wishes(name, tmp_path, capfd):
+    changes, parts = CASES[name]
+    (tmp_path / "zero.json").write_text('{"zero_optimization":\n oops}')
+    (tmp_path / "typo.json").write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
+    (tmp_path / "batch.json").write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}}')
+    for key, value in changes.items():
+        changes = changes | {
+            key: value() if callable(value) else str(value).format(tmp=tmp_path) if value is not None else None
+        }
+    message = refusal(main, alpaca(tmp_path, **changes), capfd)
+    assert all(part in message for part in parts), message
+
+
+def test_a_prequantized_model_with_zero3(tmp_path, capfd):
+    shutil.copytree(tiny_llama(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
+    argv = alpaca(tmp_path, model_name_or_path=tmp_path / "model", deepspeed="zero3")
+    message = refusal(main, argv, capfd)
+    assert all(part in message for part in ("pre-quantized (awq)", "ZeRO-3", "--load_in_4bit", "zero2"))
+
+
+def test_skipped_rows_are_counted_for_the_person(tmp_path, capfd):
+    rows = write_rows(tmp_path / "bad.jsonl", [*instructions(6), {"instruction": "x"}, {"output": 3}])
+    assert main([*alpaca(tmp_path, dataset=rows), "--skip_bad_rows", "--dry_run"]) == 0
+    assert "dropped 2 bad row" in capfd.readouterr().out
+
+
+def test_an_existing_run_folder(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    message = refusal(main, alpaca(tmp_path), capfd)
+    assert "exists and is not empty" in message and "--resume_from_checkpoint auto" in message
+    assert "no run folder" in refusal(main, alpaca(tmp_path, overwrite_output_dir=True), capfd)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", ["1m", "65m"])
+def test_a_disk_that_is_full_or_fills_up(size, tmp_path, capfd):
+    with small_disk(tmp_path / "disk", f"size={size}") as disk:
+        changes = {}
+        if size != "1m":  # room to start, and not enough to save
+            changes = {
+                "recipe": "gpt2_clm",
+                "model_name_or_path": "starter:gpt2",
+                "from_scratch": True,
+                "dataset": "starter:data/prose.txt",
+                "lora_r": 0,
+                "save_steps": 1,
+                "max_steps": 2,
+            }
+        message = refusal(main, alpaca(tmp_path, output_dir=disk / "run", **changes), capfd)
+        assert "no space left on the disk" in message and str(disk / "run") in message
+
+
+def test_verbose_shows_the_traceback(tmp_path, capfd):
+    assert main([*alpaca(tmp_path, dataset="gone.jsonl"), "--verbose"]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "error: --dataset gone.jsonl" in err
