@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +94,13 @@ class RecipeTrainer(Trainer):
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         return batches, items
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train an epoch, unless a resumed run stands at its last step already, where Trainer takes one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     # ---- evaluation ----
 
     def evaluation_loop(
@@ -171,9 +179,16 @@ class RecipeTrainer(Trainer):
         return str(self.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save on all ranks, then write the manifest, and only then remove older checkpoints."""
+        """Save on all ranks, then write the manifest, and only then remove older checkpoints.
+
+        What an earlier, cut-off save left under the same name is removed first: its manifest would call the new one whole
+        while it is still being written.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with self._clock.paused():
+            if self.args.should_save:
+                shutil.rmtree(self.checkpoints / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
@@ -183,7 +198,13 @@ class RecipeTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off."""
+        """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off.
+
+        ZeRO-3 gathers tied weights apart; made one tensor again, they are written once, as from every other stage.
+        """
+        for tied, source in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if state_dict and tied in state_dict and source in state_dict:
+                state_dict[tied] = state_dict[source]
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         super()._save(output_dir, state_dict)
         self.model.config.use_cache = use_cache

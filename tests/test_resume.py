@@ -100,7 +100,7 @@ def test_the_same_command_twice_starts_a_run_and_then_finds_it_done(two_ranks: R
     before = weights(first["path"])
     again = two_ranks.run("train", **command)[0]
     assert (first["step"], again["step"]) == (4, 4)
-    assert figures(again) == figures(first)
+    assert figures(again)[: len(first["log"])] == figures(first)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(again["path"]).items())
 
 

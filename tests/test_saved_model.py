@@ -24,11 +24,10 @@ def test_a_model_loads_with_transformers_and_gives_the_live_logits(runs: Runs, n
     folder = Path(run["path"], "model")
     model, loading = LOADERS[name].from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert model.config.use_cache is (name != "bert") or name == "bert"
     logits = probe(model, name != "bert", model.config.vocab_size)
     np.testing.assert_allclose(logits, run["logits"], rtol=0, atol=1e-5)
-    keys = load_file(folder / "model.safetensors").keys()
-    assert keys == load_file(Path(runs.get(name, "none")["path"], "model", "model.safetensors")).keys()
+    tensors = load_file(folder / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == model.num_parameters(), "tied weights are written once"
 
 
 @pytest.mark.parametrize("stage", STAGES)
