@@ -132,6 +132,7 @@ def test_a_disk_that_is_full_or_fills_up(size, tmp_path, capfd):
                 "dataset": "starter:data/prose.txt",
                 "lora_r": 0,
                 "save_steps": 1,
+                "max_length": 16,
                 "max_steps": 2,
             }
         message = refusal(main, alpaca(tmp_path, output_dir=disk / "run", **changes), capfd)
