@@ -65,6 +65,7 @@ def _launch(ranks: int, argv: list[str]) -> int:
     """Start ranks of dsrecipes.run with torch's elastic agent, which ends all of them when one dies."""
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -76,6 +77,8 @@ def _launch(ranks: int, argv: list[str]) -> int:
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "dsrecipes.run", *argv)
+    except SignalException as stopped:  # Ctrl-C, or whoever ended this process; the ranks are ended too
+        return 128 + stopped.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != EXIT_CODE:

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.release()
         if rank == 0:
-            print("interrupted; the same command with --resume_from_checkpoint auto goes on", file=sys.stderr)
+            print("\ninterrupted; --output_dir THE_RUN_FOLDER --resume_from_checkpoint auto goes on", file=sys.stderr)
         return 130
     except BaseException:
         console.release()

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,8 +37,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a line as a user would: no rank in the environment, the venv's commands, nobody's launcher configuration."""
+def command(line: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    """A line as a user would type it: no rank in the environment, the venv's commands, nobody's launcher configuration."""
     words = shlex.split(line)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
@@ -45,7 +48,12 @@ def start(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
     ours = {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "PYTEST_"))}
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(words, cwd=folder, env=clean | ours | env, capture_output=True, text=True, timeout=300)
+    return {"args": words, "cwd": folder, "env": clean | ours | env, "text": True}
+
+
+def start(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a line to its end."""
+    return subprocess.run(**command(line, folder, env), capture_output=True, timeout=300)
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -117,6 +125,19 @@ def test_a_user_error_on_two_ranks_is_one_message(folder: Path):
 def test_verbose_shows_the_traceback_of_a_user_error(folder: Path):
     done = start(f"python -m dsrecipes.run --recipe gpt2_clm {SMALL} --learning_rate fast --verbose", folder)
     assert done.returncode == 2 and "Traceback" in done.stderr and "--learning_rate: invalid float value" in errors(done)[-1]
+
+
+def test_ctrl_c_on_two_ranks_is_one_line(folder: Path):
+    run = folder / "interrupted"
+    line = f"dsrecipes train gpt2_clm --procs 2 {SMALL.replace('--max_steps 3', '')} --output_dir {run}"
+    out = folder / "interrupted.txt"
+    with out.open("w") as file:
+        process = subprocess.Popen(**command(line, folder, {}), stdout=file, stderr=file, start_new_session=True)
+        while not (run / "log.jsonl").is_file() and process.poll() is None:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
+        assert process.wait(60) == 130, out.read_text()
+    assert out.read_text().count("interrupted;") == 1 and "Traceback" not in out.read_text()
 
 
 ACCELERATE_WITH_ZERO = """
