@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, build_config
+from dsrecipes.data.audit import check_isolation
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.load import Row, load_splits
@@ -41,7 +42,7 @@ from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
 from dsrecipes.runs.record import Recorder
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
-from dsrecipes.zero.runtime import check_started, keep_gradient_norm
+from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class RecipeBase(ABC):
         return CausalCollator(pad_id(self.tokenizer), select_logits=is_causal_lm(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
-        """Figures beside the loss for a split: a function of all logits and labels, in row order."""
+        """Figures beside the loss for a split: a function of all logits and labels, in row order.
+
+        For recipes with one label a row; a causal recipe's evaluation keeps no logits, and reports its perplexity.
+        """
         return None
 
     def write_extras(self, folder: Path) -> None:
@@ -142,6 +146,7 @@ class RecipeBase(ABC):
             type(self), self.load_rows(), self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
+        self._fit_head()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
         self.sequences = {
             name: Sequences(each.data, data.max_length if packs else None) for name, each in self.splits.items()
@@ -171,6 +176,7 @@ class RecipeBase(ABC):
             UserError: whatever the user can mend.
         """
         began = time.monotonic()
+        before = {key: os.environ.get(key) for key in (*RANK_KEYS, *DEVICE_KEYS)}
         try:
             trainer = self.build_trainer()
             try:
@@ -186,10 +192,12 @@ class RecipeBase(ABC):
                 ) from error
             raise
         finally:
-            # transformers finds ZeRO-3 through a global and accelerate leaves a variable behind: a later run in this
-            # process must not meet this one's
+            # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
+            # or a process started from a notebook, must not meet this one's
             unset_hf_deepspeed_config()
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+            for key, value in before.items():
+                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
 
     # ---- the story's steps ----
 
@@ -197,7 +205,8 @@ class RecipeBase(ABC):
         """The run folder where it is named, and the checkpoint to go on from; both checked before anything starts."""
         asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
         path = Path(asked).expanduser() if asked else None
-        if resume == "auto" and path is None:
+        auto = resume is not None and resume.lower() in ("auto", "true")
+        if auto and path is None:
             raise UserError(
                 "--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start"
             )
@@ -207,12 +216,22 @@ class RecipeBase(ABC):
         if checkpoint:
             self.place.check_checkpoint(checkpoint)
         if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
-            check_output(
-                path or Path("runs"),
-                resuming=resume is not None or path is None,
-                overwrite=self.config.train["overwrite_output_dir"],
-            )
+            goes_on = auto and (path / "config.yaml").is_file() if path else True
+            if path and checkpoint:
+                goes_on = checkpoint.resolve().is_relative_to(path.resolve())
+            check_output(path or Path("runs"), resuming=goes_on, overwrite=self.config.train["overwrite_output_dir"])
         return path, checkpoint
+
+    def _fit_head(self) -> None:
+        """Give a classifier as many classes as the labels have, and the padding that a decoder lacks."""
+        if not self.auto_class.endswith("ForSequenceClassification"):
+            return
+        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
+        if min(classes) < 0:
+            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
+        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
+        if self.model_config.pad_token_id is None:
+            self.model_config.pad_token_id = pad_id(self.tokenizer)
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
@@ -261,8 +280,10 @@ class RecipeBase(ABC):
             if name not in self.splits:
                 continue
             last = next((line for line in reversed(trainer.state.log_history) if f"{prefix}_loss" in line), {})
-            if last.get("step") != trainer.state.global_step:
-                trainer.compute_metrics = self.metrics(self.splits[name])
+            wanted = None if trainer.causal else self.metrics(self.splits[name])
+            stale = last.get("step") != trainer.state.global_step or self.args.load_best_model_at_end
+            if stale or (wanted and not trainer.details):
+                trainer.compute_metrics = wanted
                 last = trainer.evaluate(self.sequences[name], metric_key_prefix=prefix)
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
@@ -298,6 +319,8 @@ class _BeforeFirstStep(TrainerCallback):
             keep_gradient_norm(engine)
         sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
+        if recipe.sequences["train"].bins is not None:
+            check_isolation(trainer.model, args.device)
         if args.dry_run:
             recipe.console.say(report.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)

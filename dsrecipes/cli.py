@@ -6,9 +6,9 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
-import re
 import sys
 import textwrap
 import uuid
@@ -47,6 +47,8 @@ def _with_recipe(argv: list[str]) -> list[str]:
 
 def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
     procs = _take(argv, "procs")
     argv = _with_recipe(argv)
     if procs is not None and not (procs.isdigit() and int(procs) > 0):
@@ -130,9 +132,18 @@ def _refuse_unknown(keys: Iterable[str]) -> None:
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin
     sources = [Path(find.__file__).with_name("config.py"), Path(spec.origin).with_name("training_args.py")]
-    known = {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text("utf-8"), flags=re.MULTILINE)}
+    classes = [
+        node for path in sources for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)
+    ]
+    known = {
+        field.target.id
+        for each in classes
+        if each.name in ("ModelConfig", "DataConfig", "TrainConfig", "TrainingArguments")
+        for field in each.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
     for key in keys:
-        if key.removeprefix("no_") not in known:
+        if key not in known:
             raise UserError(f"unknown key {key!r}{find.nearest(key, known)}; `dsrecipes train --help` lists all")
 
 

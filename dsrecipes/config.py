@@ -148,6 +148,11 @@ _UNSUITED = {
     "label_smoothing_factor": "the loss is computed where the labels are, which Trainer's label smoothing does not know",
     "auto_find_batch_size": "the rows of a step are laid out beforehand; give --per_device_train_batch_size",
     "dataloader_drop_last": "a short step is filled with empty rows, so nothing need be dropped",
+    "prediction_loss_only": "evaluation gathers what the recipe's metrics need, no more",
+    "batch_eval_metrics": "a recipe's metrics see all rows at once",
+    "include_for_metrics": "a recipe's metrics see logits and labels",
+    "fp16_full_eval": "evaluation runs in the precision of the training",
+    "bf16_full_eval": "evaluation runs in the precision of the training",
     "fsdp": "ZeRO divides the model here; see --deepspeed",
 }
 """Trainer's flags that would not do what they say -> why."""
@@ -198,7 +203,7 @@ def build_config(layers: Layers) -> Config:
     given = {key: origin for key, (_, origin) in merged.items()}
     known = [f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init]
     for key, origin in given.items():
-        if key not in known and not (key.startswith("no_") and key[3:] in known):
+        if key not in known:
             raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
     _latest_batch_key_wins(layers, merged)
     flags = parser()
@@ -217,6 +222,8 @@ def build_config(layers: Layers) -> Config:
         model = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
         data = DataConfig(**{f.name: values[f.name] for f in dataclasses.fields(DataConfig)})
         train = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.init}
+        if train["global_batch_size"] and "gradient_accumulation_steps" not in merged:
+            train["gradient_accumulation_steps"] = None  # derived, once the number of ranks is known
         _check_train(train, given)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -265,6 +272,10 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
     for name, why in _UNSUITED.items():
         _require(not train[name], f"--{name}: {why}")
+    _require(
+        train["average_tokens_across_devices"],
+        "--average_tokens_across_devices false would weigh the ranks' tokens unequally: leave it on",
+    )
     _require(not (train["fp16"] and train["bf16"]), "--fp16 and --bf16 are both on: choose one")
     _require(train["global_batch_size"] is None or train["global_batch_size"] > 0, "--global_batch_size must be above 0")
     _require(
@@ -299,6 +310,6 @@ def accumulation(train: dict[str, Any], world_size: int) -> int:
             f"Change --global_batch_size to a multiple of {micro * world_size}, or --per_device_train_batch_size"
         )
     asked = train["gradient_accumulation_steps"]
-    if asked not in (1, steps):
+    if asked not in (None, steps):
         raise UserError(f"gradient_accumulation_steps is {asked}, but {equation % steps}. Give one of the two")
     return steps

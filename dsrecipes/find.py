@@ -27,8 +27,15 @@ ABOUT_KEYS = ("about", "machine", "starter")
 BELONGS_TO = {
     "dataset": ("dataset_config", "eval_dataset", "skip_bad_rows"),
     "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
+    "bf16": ("fp16",),
+    "fp16": ("bf16",),
 }
-"""Keys that describe a data set or model: naming another one in a higher layer drops what lower layers said of it."""
+"""Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them."""
+ALIASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Old names of transformers, which it reads only where the new name is not set."""
 STARTER = "starter:"
 """Prefix of names that mean a file or folder bundled in dsrecipes/starter."""
 
@@ -76,10 +83,11 @@ class RecipeFiles:
         """Import the recipe's module."""
         if isinstance(self.module, str):
             return importlib.import_module(self.module)
-        spec = importlib.util.spec_from_file_location(self.name, self.module)
+        name = f"dsrecipes_user_{self.name}"  # random.py must not become the module `random`
+        spec = importlib.util.spec_from_file_location(name, self.module)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[self.name] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
 
@@ -212,7 +220,7 @@ class Layers:
         result: dict[str, tuple[Any, str]] = {}
         for layer in self.layers:
             for owner, belongings in BELONGS_TO.items():
-                if owner in layer.values:
+                if owner in layer.values and layer.values[owner] != result.get(owner, (None,))[0]:
                     result = {key: each for key, each in result.items() if key not in belongings}
             for key, value in layer.values.items():
                 result.pop(key, None)
@@ -236,6 +244,16 @@ class Layers:
     def removed(self) -> set[str]:
         """Keys that a lower layer sets and a higher one removes with null."""
         return {key for layer in self.layers for key in layer.values} - set(self.merged())
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under their one name: `no_packing` true is `packing` false, an old name is the new one."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("no_") and str(value).lower() in ("true", "false"):
+            key, value = key[3:], str(value).lower() == "false"
+        result[ALIASES.get(key, key)] = None if value == [] else value
+    return result
 
 
 def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
@@ -323,12 +341,12 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     profile, why = _profile(asked, starter is not None, use_cpu)
 
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")}
+        return _named({key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
 
     layers = [Layer("recipe", values(base))]
     if profile == "starter":
         layers.append(Layer("profile", values(starter or {})))
     if config_path:
         layers.append(Layer(str(config_path), values(config)))
-    layers.append(Layer(origin, flags))
+    layers.append(Layer(origin, _named(flags)))
     return Layers(recipe, profile, tuple(layers), why)

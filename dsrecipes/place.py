@@ -17,6 +17,7 @@ from dsrecipes.find import find_zero
 from dsrecipes.runs.folder import MANIFEST
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
 from dsrecipes.zero.runtime import (
+    RANK_KEYS,
     Launch,
     Ranks,
     complete_ranks,
@@ -25,8 +26,6 @@ from dsrecipes.zero.runtime import (
     read_launch,
     set_threads,
 )
-
-_RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -114,7 +113,7 @@ def find_place(config: Config) -> Place:
     if device == "cpu":
         set_threads(ranks, os.environ)
         if zero is None and ranks.world == 1:
-            for key in _RANK_KEYS:  # a single plain process needs no process group
+            for key in RANK_KEYS:  # a single plain process needs no process group
                 os.environ.pop(key, None)
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
@@ -160,7 +159,7 @@ def _precision(config: Config, launch: Launch, zero: Zero | None, device: str) -
     if precision is None:
         if device != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU give --fp16 false (fp32) or --bf16 true")
     return precision

@@ -53,6 +53,8 @@ class RecipeTrainer(Trainer):
         causal = is_causal_lm(kwargs["model"])
         if not causal:
             kwargs["model"].accepts_loss_kwargs = False
+        if causal:
+            kwargs["compute_metrics"] = None
         super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
         self.checkpoints, self.made_by = checkpoints, made_by
         self.causal = causal
@@ -205,9 +207,13 @@ class RecipeTrainer(Trainer):
         for tied, source in getattr(self.model, "all_tied_weights_keys", {}).items():
             if state_dict and tied in state_dict and source in state_dict:
                 state_dict[tied] = state_dict[source]
-        use_cache, self.model.config.use_cache = self.model.config.use_cache, True
+        config = self.model.config
+        use_cache = getattr(config, "use_cache", None)
+        if use_cache is not None:
+            config.use_cache = True
         super()._save(output_dir, state_dict)
-        self.model.config.use_cache = use_cache
+        if use_cache is not None:
+            config.use_cache = use_cache
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import SPLITS, LocatedRows, Row, data_files, load_splits, located, split_of
+from dsrecipes.data.load import SPLITS, LocatedRows, Row, data_files, fetch_csv, load_splits, located, split_of
 from dsrecipes.data.prepare import Split
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path
@@ -188,25 +188,28 @@ def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
 
 
 def _sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
-    """(split, located rows with their subject) of each file or hub configuration."""
+    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched."""
     folder = Path(starter_path(dataset)).expanduser()
     if not folder.exists():
-        for subject in sorted(wanted_subjects(asked, SUBJECTS) or SUBJECTS):
-            for name, rows in load_splits(dataset, subject).items():
-                yield (
-                    name,
-                    [(f"{dataset} {subject} {name}, {where}", {**row, "subject": subject}) for where, row in located(rows)],
-                )
-        return
+        wanted_subjects(asked, SUBJECTS)
+        folder = fetch_csv(dataset)
     files = [folder] if folder.is_file() else data_files(folder)
     if not files:
-        load_splits(dataset)  # says what is missing
+        load_splits(str(folder))  # says what is missing
     by_subject = [(subject_of(path), path) for path in files]
     wanted = wanted_subjects(asked, {subject for subject, _ in by_subject})
+    splits = {path: split_of(path.relative_to(folder) if folder.is_dir() else path) for path in files}
+    if "train" not in splits.values():
+        # the few `dev` questions of a subject are TMMLU+'s train split; its validation questions are called `val`
+        splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
     for subject, path in by_subject:
         if wanted is None or subject in wanted:
             rows = [(where, {"subject": subject, **row}) for where, row in located(load_splits(str(path))["train"])]
-            yield split_of(path) or "train", rows
+            yield splits[path] or "train", rows
+
+
+def _is_dev(path: Path) -> bool:
+    return "dev" in (path.name.split(".")[0].lower().rpartition("_")[2], path.parent.name.lower())
 
 
 def subject_of(path: Path) -> str:

@@ -1,17 +1,26 @@
 """GPT-2 as a causal language model on plain text: documents joined with eos and cut into blocks."""
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, encode_texts
 from dsrecipes.data.formats import text_field
-from dsrecipes.data.load import Row
+from dsrecipes.data.load import FileRows, LineRows, Row
 
 
 class Gpt2Clm(RecipeBase):
     """Every token is trained on; perplexity is reported at each evaluation."""
 
     cut_into_blocks = True
+
+    def load_rows(self) -> dict[str, Iterable[Row]]:
+        """Texts; the hub's WikiText, a row a line, as the documents it was cut from."""
+        return {
+            name: LineRows(rows) if not isinstance(rows, FileRows) and LineRows.fit(rows) else rows
+            for name, rows in super().load_rows().items()
+        }
 
     @staticmethod
     def format_row(row: Row) -> dict:

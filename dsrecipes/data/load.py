@@ -7,11 +7,11 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -197,30 +197,52 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _text(path: Path) -> Iterator[tuple[str, Row]]:
-    """Pieces of about 4 kB as {"text", "end"}; `end` marks the last piece of a document.
+    with _open(path) as file:
+        for line, row in pieces(file):
+            yield f"{path}, line {line}", row
 
-    A file is one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
+
+def pieces(lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    """Lines as (number of the first line, {"text", "end"}) of about 4 kB; `end` marks the last piece of a document.
+
+    All lines are one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
     """
     piece: list[str] = []
     size, first = 0, 1
     unfinished = False  # a piece of this document was given: what ends it must be given too, even when it is blank
-
-    def flush(end: bool) -> tuple[str, Row]:
-        return f"{path}, line {first}", {"text": "".join(piece), "end": end}
-
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            line = line.replace("\r\n", "\n")
-            title = _TITLE.fullmatch(line) is not None
-            if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
-                if unfinished or "".join(piece).strip():
-                    yield flush(end=title)
-                    unfinished = not title
-                piece, size, first = [], 0, number
-            piece.append(line)
-            size += len(line)
+    for number, line in enumerate(lines, 1):
+        line = line.replace("\r\n", "\n")
+        title = _TITLE.fullmatch(line) is not None
+        if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
+            if unfinished or "".join(piece).strip():
+                yield first, {"text": "".join(piece), "end": title}
+                unfinished = not title
+            piece, size, first = [], 0, number
+        piece.append(line)
+        size += len(line)
     if unfinished or "".join(piece).strip():
-        yield flush(end=True)
+        yield first, {"text": "".join(piece), "end": True}
+
+
+@dataclass(frozen=True)
+class LineRows:
+    """Rows that are the lines of WikiText, as its hub data set gives them, put together to documents again."""
+
+    rows: Iterable[Row]
+
+    @staticmethod
+    def fit(rows: Iterable[Row]) -> bool:
+        """Whether a level-1 title stands alone in one of the first rows."""
+        return any(_TITLE.fullmatch(str(row.get("text", ""))) for row in islice(rows, 100))
+
+    def __iter__(self) -> Iterator[Row]:
+        lines = (text if text.endswith("\n") else text + "\n" for text in (str(row["text"]) for row in self.rows))
+        return (row for _, row in pieces(lines))
+
+    @property
+    def fingerprint(self) -> str:
+        """The rows' own."""
+        return "lines " + fingerprint(self.rows)
 
 
 def _kind(value: Any) -> str:
@@ -249,7 +271,7 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
-def load_splits(dataset: str, config_name: str | None = None, revision: str | None = None) -> dict[str, Iterable[Row]]:
+def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Iterable[Row]]:
     """Rows by split name (train, validation, test) of a file, a folder or a hub data set.
 
     Raises:
@@ -266,25 +288,48 @@ def load_splits(dataset: str, config_name: str | None = None, revision: str | No
             raise UserError(f"{path}: no data files in this folder; these are read: {' '.join(SUFFIXES)}, each also .gz")
         splits: dict[str, list[Path]] = {}
         for file in files:
-            splits.setdefault(split_of(file) or "train", []).append(file)
+            splits.setdefault(split_of(file.relative_to(path)) or "train", []).append(file)
         return {name: FileRows(tuple(each)) for name, each in splits.items()}
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _suffix(path) in SUFFIXES
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         raise UserError(f"--dataset {dataset}: no such file or folder")
-    return _hub(dataset, config_name, revision)
+    return _hub(dataset, config_name)
 
 
-def _hub(dataset: str, config_name: str | None, revision: str | None) -> dict[str, Iterable[Row]]:
+def _hub(dataset: str, config_name: str | None) -> dict[str, Iterable[Row]]:
     import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset, config_name)
+    except Exception as error:
+        raise _explained(error, dataset) from error
+    return {SPLITS[name]: rows for name, rows in loaded.items() if name in SPLITS}
+
+
+def fetch_csv(dataset: str) -> Path:
+    """The folder of a hub data set's CSV files, as they are: a column's type is not guessed file by file.
+
+    Raises:
+        UserError: no network, a gated or unknown name.
+    """
+    from huggingface_hub import snapshot_download
+
+    if dataset.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+        raise UserError(f"--dataset {dataset}: no such file or folder")
+    try:
+        return Path(snapshot_download(dataset, repo_type="dataset", allow_patterns="*.csv"))
+    except Exception as error:
+        raise _explained(error, dataset) from error
+
+
+def _explained(error: Exception, dataset: str) -> Exception:
+    from datasets.exceptions import DatasetGenerationError
 
     from dsrecipes.model.hub import hub_error
 
-    datasets.disable_progress_bars() if os.environ.get("DSRECIPES_QUIET") else None
-    try:
-        loaded = datasets.load_dataset(dataset, config_name, revision=revision)
-    except Exception as error:
-        message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .parquet .txt) or FOLDER")
-        if message is None:
-            raise
-        raise UserError(message) from None
-    return {SPLITS.get(name, name): rows for name, rows in loaded.items()}
+    message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .parquet .txt) or FOLDER")
+    if message is None and isinstance(error, (ValueError, DatasetGenerationError)):
+        message = (
+            f"data set {dataset} cannot be read: {str(error).splitlines()[0]}; see --dataset_config, or download its files"
+        )
+    return UserError(message) if message else error

@@ -77,7 +77,8 @@ def prepare(
     Raises:
         UserError: a row at fault (with its place), no rows, or no row with a token to train on.
     """
-    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    known = [name for name in ("train", "validation", "test") if name in splits]
+    splits = {name: list(splits[name]) if isinstance(splits[name], Iterator) else splits[name] for name in known}
     held_out = validation_split if "validation" not in splits else 0.0
     key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
     folder = cache_root() / "data" / key
@@ -93,11 +94,7 @@ def prepare(
 def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTrainedTokenizerBase, *settings: Any) -> str:
     here = Path(__file__).parent
     parts = [
-        *(
-            inspect.getsource(sys.modules[each.__module__])
-            for each in recipe.__mro__
-            if each.__module__ not in ("abc", "builtins")
-        ),
+        *(inspect.getsource(sys.modules[name]) for name in _own_modules(recipe)),
         *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))),
         *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True),
@@ -106,6 +103,19 @@ def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTra
         repr(settings),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _own_modules(recipe: type) -> list[str]:
+    """The recipe's modules and what they import beside installed packages: code that may change its tokens."""
+    found = [each.__module__ for each in recipe.__mro__ if each.__module__ not in ("abc", "builtins")]
+    for name in found:  # grows while it is walked
+        for value in vars(sys.modules[name]).values():
+            other = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            file = getattr(sys.modules.get(other or ""), "__file__", None) or ""
+            installed = file.startswith((sys.prefix, sys.base_prefix)) or "site-packages" in file
+            if file.endswith(".py") and not installed and not str(other).startswith("dsrecipes.") and other not in found:
+                found.append(str(other))
+    return sorted(set(found))
 
 
 def _let_rank_zero_begin(folder: Path) -> None:
@@ -136,7 +146,7 @@ def _write_splits(
         records = _Records(recipe.format_row, rows, skip_bad_rows)
         parts: dict[str, Callable[[int], bool]] = {name: lambda _: True}
         if name == "train" and held_out:
-            out = hold_out([_text_of(record) for record in records], held_out, seed)
+            out = hold_out([_text_of(record) for _, record in records], held_out, seed)
             if out:
                 parts = {"train": lambda i, out=out: i not in out, "validation": lambda i, out=out: i in out}
         for part, wanted in parts.items():
@@ -162,27 +172,29 @@ def _read_splits(folder: Path) -> dict[str, Split]:
 
 
 class _Records:
-    """Rows through format_row, in order; a bad row stops, or is dropped and counted."""
+    """(where, record) of rows through format_row, in order; a bad row stops, or is dropped and counted."""
 
     def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
         self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
         self.dropped: dict[str, int] = {}
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
         bad = 0
         for where, row in located(self.rows):
             try:
                 record = self.format_row(row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not self.skip_bad_rows:
-                    problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-                    raise UserError(
-                        f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows"
-                    ) from error
+                    raise _bad_row(where, error) from error
                 bad += 1
             else:
-                yield record
+                yield where, record
         self.dropped = {"bad row": bad} if bad else {}
+
+
+def _bad_row(where: str, error: Exception) -> UserError:
+    problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+    return UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows")
 
 
 class _Chosen:
@@ -191,8 +203,12 @@ class _Chosen:
     def __init__(self, records: _Records, wanted: Callable[[int], bool]) -> None:
         self.records, self.wanted = records, wanted
 
-    def __iter__(self) -> Iterator[dict]:
-        return (record for index, record in enumerate(self.records) if self.wanted(index))
+    @property
+    def skip_bad_rows(self) -> bool:
+        return self.records.skip_bad_rows
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        return (located for index, located in enumerate(self.records) if self.wanted(index))
 
 
 def _text_of(record: dict) -> str:
@@ -221,7 +237,7 @@ def hold_out(keys: list[str], share: float, seed: int) -> set[int]:
 def _write(
     path: Path,
     recipe: type[RecipeBase],
-    records: Iterable[dict],
+    records: _Chosen,
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     console: Console,
@@ -243,7 +259,7 @@ def _write(
 
 def _encoded(
     recipe: type[RecipeBase],
-    records: Iterable[dict],
+    records: _Chosen,
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     stats: SplitStats,
@@ -252,7 +268,9 @@ def _encoded(
     """Batches of encoded rows that have a token to train on and are not too long."""
     dropped: Counter[str] = Counter()
     for group in _batches(records, _BATCH):
-        batch = recipe.encode(group, tokenizer, options)
+        rows = len(group)
+        batch, group = _encode(recipe, group, tokenizer, options, records.skip_bad_rows)
+        dropped["row that cannot be encoded"] += rows - len(group)
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             length = _length(ids)
@@ -265,12 +283,40 @@ def _encoded(
                 keep.append(index)
                 stats.tokens += _total(ids)
                 stats.supervised += supervised
-        stats.rows += len(group)
+        stats.rows += rows
         stats.kept += len(keep)
-        stats.dropped = dict(dropped)
-        progress(len(group))
+        stats.dropped = {reason: count for reason, count in dropped.items() if count}
+        progress(rows)
         if keep:
             yield {name: [values[index] for index in keep] for name, values in batch.items()}
+
+
+def _encode(
+    recipe: type[RecipeBase],
+    group: list[tuple[str, dict]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodeOptions,
+    skip_bad_rows: bool,
+) -> tuple[dict[str, list], list[tuple[str, dict]]]:
+    """Encode a group; where a row makes it fail, one by one, so that the row can be named or dropped."""
+    try:
+        return recipe.encode([record for _, record in group], tokenizer, options), group
+    except (ValueError, TypeError) as failure:
+        good = []
+        for where, record in group:
+            try:
+                recipe.encode([record], tokenizer, options)
+            except (ValueError, TypeError) as error:
+                if not skip_bad_rows:
+                    raise _bad_row(where, error) from error
+            else:
+                good.append((where, record))
+        if len(good) == len(group):
+            raise failure  # no row is at fault: a bug in the recipe
+        return recipe.encode([record for _, record in good], tokenizer, options) if good else {
+            "input_ids": [],
+            "labels": [],
+        }, good
 
 
 def _blocked(batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool) -> Iterator[dict[str, list]]:

@@ -30,6 +30,8 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
     names = {type(each).__name__ for each in chain}
     text = " ".join(str(each) for each in chain).lower()
     site = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
+    if "repository not found" in text and "GatedRepoError" not in names:
+        return f"{kind} {name}: there is no such name on the hub ({site}), or it is private and needs `hf auth login`; use {local}"
     if "GatedRepoError" in names or "gated repo" in text or "403 client error" in text or "401 client error" in text:
         return (
             f"{kind} {name} is gated or private: ask for access at {site}, then log in with `hf auth login`, or use {local}"

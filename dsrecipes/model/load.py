@@ -183,13 +183,25 @@ def load_model(
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
-    _draw_new_weights(model, info["missing_keys"], config, seed)
+    missing = sorted(info["missing_keys"])
+    _refuse_holes(missing, model, name, _TASKS.get(auto_class, ("", "", False))[2])
+    _draw_new_weights(model, missing, config, seed)
     if options.lora_r:
         from dsrecipes.model.lora import add_lora
 
         set_seed(seed)
-        model = add_lora(model, options, keep_dtype=deepspeed)
+        model = add_lora(model, options, heads=sorted({key.rpartition(".")[0] for key in missing}), keep_dtype=deepspeed)
     return model
+
+
+def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_head: bool) -> None:
+    """Refuse weights that lack more than a new head (UserError); transformers would draw them at random in silence."""
+    body = f"{model.base_model_prefix}."
+    holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
+    if holes:
+        raise UserError(
+            f"model {name}: {len(holes)} weights are missing from its files ({holes[0]}, ...); they are damaged or incomplete"
+        )
 
 
 def _draw_new_weights(model: nn.Module, missing: list[str], config: PretrainedConfig, seed: int) -> None:
@@ -198,7 +210,7 @@ def _draw_new_weights(model: nn.Module, missing: list[str], config: PretrainedCo
 
     parameters = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
-    for name in sorted(set(missing) & set(parameters)):
+    for name in [key for key in missing if key in parameters]:
         parameter = parameters[name]
         shape = getattr(parameter, "ds_shape", parameter.shape)
         fresh = torch.zeros(shape)

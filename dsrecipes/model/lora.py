@@ -21,10 +21,11 @@ def four_bit(options: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def add_lora(model: PreTrainedModel, options: ModelConfig, keep_dtype: bool) -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, options: ModelConfig, heads: list[str], keep_dtype: bool) -> PreTrainedModel:
     """Freeze the model and add adapters to all linear layers (GPT-2's Conv1D too), or to the named ones.
 
     Args:
+        heads: modules that start from random weights; they are trained whole and saved with the adapter.
         keep_dtype: leave the adapters in the model's dtype; False makes them fp32, which plain PyTorch updates.
 
     Raises:
@@ -38,6 +39,8 @@ def add_lora(model: PreTrainedModel, options: ModelConfig, keep_dtype: bool) -> 
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=options.lora_target_modules or "all-linear",
+        modules_to_save=heads or None,
+        exclude_modules=heads or None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:

@@ -20,7 +20,8 @@ _LAUNCH_LINES = (
     "`dsrecipes train RECIPE --procs N`, `torchrun --nproc_per_node N -m dsrecipes.run --recipe RECIPE`, "
     "or `accelerate launch --use_deepspeed --num_processes N -m dsrecipes.run --recipe RECIPE`"
 )
-_RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEVICE_KEYS = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
         env.setdefault("LOCAL_RANK", env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
         env.setdefault("LOCAL_WORLD_SIZE", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     if "RANK" not in env:
-        for key in _RANK_KEYS:
+        for key in RANK_KEYS:
             env.pop(key, None)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -151,7 +152,7 @@ def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", env["RANK"])
-    env.setdefault("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))  # LOCAL_SIZE: the deepspeed launcher
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     return Ranks(*(int(env[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
 
