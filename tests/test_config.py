@@ -118,7 +118,7 @@ def test_the_accumulation_is_derived(total, micro, ranks, steps):
     train = {
         "global_batch_size": total,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": 1 if total else 5,
+        "gradient_accumulation_steps": None if total else 5,
     }
     assert accumulation(train, ranks) == steps
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import SHARED, STARTER, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoTokenizer
 
@@ -160,3 +160,29 @@ def test_a_real_pretrained_llama_loads():
     model = load_model(options(name), config, CAUSAL, torch.float32, 0, False)
     assert count_parameters(model) == (260_032, 0)
     assert load_tokenizer(options(name))("Once")["input_ids"][0] == 1
+
+
+def test_weights_with_a_hole_are_refused(tmp_path):
+    path = copy_of(tiny_llama(), tmp_path)
+    weights = load_file(path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1." not in k}, path / "model.safetensors", {"format": "pt"})
+    given = options(path)
+    with pytest.raises(UserError, match=r"9 weights are missing from its files \(model\.layers\.1\."):
+        load_model(given, load_config(given, CAUSAL), CAUSAL, torch.float32, 1, False)
+
+
+def test_a_new_head_is_drawn_alike_and_an_adapter_keeps_it(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForMultipleChoice, BertModel
+
+    path = copy_of(tiny_bert(), tmp_path)
+    BertModel.from_pretrained(path).save_pretrained(path)  # an encoder without a head
+    given = options(path, lora_r=2)
+    tuned, again = (load_model(given, load_config(given, CHOICE), CHOICE, torch.float32, 1, False).eval() for _ in "ab")
+    ids = torch.arange(5, 17).view(1, 4, 3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForMultipleChoice.from_pretrained(path)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (tuned, again, loaded)]
+    assert torch.equal(logits[0], logits[1]) and torch.allclose(logits[0], logits[2], atol=1e-6)

@@ -147,7 +147,7 @@ def test_folders_files_and_official_splits(tmp_path):
                 [{**ROW, "question": f"{subject} {split} {n}"} for n in range(count)],
             )
     official = recipe(dataset=str(tmp_path / "a"), split="official", subjects=["physics"]).load_rows()
-    assert {name: len(list(rows)) for name, rows in official.items()} == {"validation": 5, "test": 5}
+    assert {name: len(list(rows)) for name, rows in official.items()} == {"train": 2, "validation": 3, "test": 5}
     pooled = recipe(dataset=str(tmp_path / "a")).load_rows()
     assert {name: len(list(rows)) for name, rows in pooled.items()} == {"train": 14, "validation": 5, "test": 1}
     assert {row["subject"] for row in pooled["train"]} == {"physics", "music"}

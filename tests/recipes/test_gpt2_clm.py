@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import load_splits
+from dsrecipes.data.load import FileRows, LineRows, load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.errors import UserError
 from dsrecipes.run import main
@@ -175,3 +175,24 @@ def test_wikitext_with_the_real_tokenizer_is_trained_to_the_last_token():
     assert ids.count(tokenizer.eos_token_id) in (59, 60)  # 60 documents; the last may end in the tail
     whole = text.read_text(encoding="utf-8").removeprefix(" \n")
     assert whole.startswith(tokenizer.decode(ids[:5000]).replace("<|endoftext|>", "")[:10_000])
+
+
+def test_lines_of_the_hubs_wikitext_are_documents_again(tmp_path):
+    lines = [
+        " = First = \n",
+        "",
+        " One two .\n",
+        "",
+        " = = Part = = \n",
+        " Three .\n",
+        "",
+        " = Second = \n",
+        "",
+        " Four .\n",
+    ]
+    hub = LineRows([{"text": line} for line in lines])
+    file = tmp_path / "wiki.txt"
+    file.write_text("".join(line or "\n" for line in lines), encoding="utf-8")
+    assert LineRows.fit([{"text": line} for line in lines]) and not LineRows.fit([{"text": "plain"}])
+    assert list(hub) == list(FileRows((file,)))
+    assert [row["end"] for row in hub] == [True, True]
