@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,16 +133,27 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         ("test_accuracy", "test accuracy"),
     ):
         if key in figures:
-            shown.append(f"{words} {figures[key]:.4g}")
+            guess = figures.get(f"{key}_majority")
+            shown.append(
+                f"{words} {figures[key]:.4g}" + (f" (always the commonest answer: {guess:.4g})" if guess is not None else "")
+            )
     path = folder.path
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
-        _line("next", f"tensorboard --logdir {path}"),
-        _line("", f"dsrecipes train --config {folder.config}   (the same again)"),
+        _line("next", f"{_command('tensorboard')} --logdir {path}"),
+        _line("", f"{_command('dsrecipes')} train --config {folder.config}   (the same again)"),
     ]
     return "\n".join(lines)
+
+
+def _command(name: str) -> str:
+    """A command as it can be typed here: its name, or its path where the environment is not activated."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) or not beside.is_file():
+        return name
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def write_start(folder: RunFolder, config: Config, place: Place) -> None:
