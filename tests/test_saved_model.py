@@ -56,6 +56,7 @@ def test_the_model_folder_has_a_tokenizer_and_no_pickle(runs: Runs, name: str, s
     folder = Path(runs.get(name, stage)["path"], "model")
     assert not [path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     text = "Read 3 pages."
-    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == AutoTokenizer.from_pretrained(
-        runs.small.recipes[name][1]["model_name_or_path"]
-    )(text)["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        == AutoTokenizer.from_pretrained(runs.small.recipes[name][1]["model_name_or_path"])(text)["input_ids"]
+    )

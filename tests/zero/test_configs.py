@@ -1,0 +1,185 @@
+"""Every shipped ZeRO JSON, and those that tutorials hand round, on two real ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+from small import Small
+
+from dsrecipes import UserError
+
+pytestmark = pytest.mark.ranks
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+class Two:
+    """Two steps and one evaluation of gpt2_clm on two ranks, by ZeRO name or JSON."""
+
+    def __init__(self, ranks: Ranks, small: Small, folder: Path) -> None:
+        self.ranks, self.small, self.folder = ranks, small, folder
+        self.number = 0
+
+    def __call__(self, zero: str | dict[str, Any], **values: Any) -> dict[str, Any]:
+        self.number += 1
+        path = self.folder / f"{self.number}.json"
+        if not isinstance(zero, str):
+            path.write_text(json.dumps(zero))
+        values = {"max_steps": 2, "eval_steps": 2, "warmup_steps": 0, "save_strategy": "no"} | values
+        case = self.small.values(
+            "gpt2",
+            deepspeed=zero if isinstance(zero, str) else str(path),
+            output_dir=str(self.folder / str(self.number)),
+            **values,
+        )
+        return self.ranks.run("train", **case)[0]
+
+
+@pytest.fixture(scope="module")
+def two(two_ranks: Ranks, small: Small, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    """Two steps on two ranks."""
+    return Two(two_ranks, small, tmp_path_factory.mktemp("two-steps"))
+
+
+@pytest.fixture(scope="module")
+def zero2(two: Two) -> list[dict[str, float]]:
+    """What the shipped zero2 logs."""
+    return figures(two("zero2"))
+
+
+def figures(run: dict[str, Any]) -> list[dict[str, float]]:
+    """Losses, gradient norm and learning rate by log line."""
+    return [
+        {key: line[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in line} for line in run["log"]
+    ]
+
+
+def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """The lines agree within 1e-5."""
+    assert len(ours) == len(theirs) == 3
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_json_gives_the_losses_of_zero2(two: Two, zero2: list[dict[str, float]], path: Path) -> None:
+    if "nvme" in path.stem:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            pytest.skip("NVMe offload needs libaio and its headers (apt install libaio-dev)")
+    run = two(path.stem)
+    same(figures(run), zero2)
+    asked = json.loads(path.read_text())["zero_optimization"]
+    text = Path(run["path"], "ds_config.json").read_text()
+    used = json.loads(text)["zero_optimization"]
+    assert run["stage"] == used["stage"] == asked["stage"]
+    for part in ("offload_optimizer", "offload_param"):
+        assert (part in used) == (part in asked)
+        assert part not in asked or used[part]["device"] == asked[part]["device"]
+    assert '"auto"' not in text
+
+
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+LOSS_SCALE = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1}
+TUTORIAL = {
+    "fp16": {"enabled": "auto", **LOSS_SCALE},
+    "bf16": {"enabled": "auto"},
+    "optimizer": ADAMW,
+    "zero_optimization": {
+        "stage": 2, "allgather_partitions": True, "allgather_bucket_size": 2e8, "overlap_comm": True, "reduce_scatter": True,
+        "reduce_bucket_size": 2e8, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+"""The ZeRO-2 example of the Transformers documentation (DeepSpeed integration), without its scheduler."""
+
+
+def test_an_optimizer_block_gives_the_losses_of_the_flags(two: Two, zero2: list[dict[str, float]]) -> None:
+    run = two(TUTORIAL)
+    assert json.loads(Path(run["path"], "ds_config.json").read_text())["optimizer"]["type"] == "AdamW"
+    same(figures(run), zero2)
+
+
+@pytest.mark.parametrize("enabled", [False, "auto", "false"])
+def test_loss_scale_knobs_of_a_precision_that_is_off_change_nothing(
+    two: Two, zero2: list[dict[str, float]], enabled: bool | str
+) -> None:
+    same(figures(two({"fp16": {"enabled": enabled, **LOSS_SCALE}, "zero_optimization": {"stage": 2}})), zero2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_type": "linear"}}, [0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3]),
+        ({"type": "WarmupDecayLR", "params": {"warmup_type": "linear", "total_num_steps": "auto"}}, [0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 5e-4]),
+    ],
+    ids=["WarmupLR", "WarmupDecayLR"],
+)  # fmt: skip
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_scheduler_block_takes_its_numbers_from_the_flags(
+    two: Two, scheduler: dict[str, Any], rates: list[float], with_optimizer: bool
+) -> None:
+    auto = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+    block = {"type": scheduler["type"], "params": auto | scheduler["params"]}
+    config = {"optimizer": ADAMW} if with_optimizer else {}
+    run = two({**config, "scheduler": block, "zero_optimization": {"stage": 2}}, max_steps=6, eval_steps=6, warmup_steps=4)
+    assert [line["learning_rate"] for line in run["log"] if "learning_rate" in line] == pytest.approx(rates, abs=1e-9)
+    assert '"auto"' not in Path(run["path"], "ds_config.json").read_text()
+
+
+def test_numbers_as_text_are_taken_where_they_are_equal(two: Two, zero2: list[dict[str, float]]) -> None:
+    config = {
+        "train_batch_size": "4", "train_micro_batch_size_per_gpu": "1", "gradient_accumulation_steps": "2",
+        "gradient_clipping": "1.0", "zero_optimization": {"stage": "2"},
+    }  # fmt: skip
+    same(figures(two(config)), zero2)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param needs stage 3", "the stage is 2", "only ZeRO-3 divides parameters"],
+        ),
+        (
+            {"train_batch_size": 16, "zero_optimization": {"stage": 2}},
+            ["train_batch_size is 16", "4 = micro 1 x accumulation 2 x ranks 2"],
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": "8", "zero_optimization": {"stage": 2}},
+            ["train_micro_batch_size_per_gpu is 8", "per_device_train_batch_size is 1"],
+        ),
+        (
+            {"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 2}},
+            ["gradient_accumulation_steps is 7", "gradient_accumulation_steps is 2"],
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}, "zero_optimization": {"stage": 2}},
+            ["optimizer.params.lr is 3e-05", "learning_rate is 0.001"],
+        ),
+        (
+            {"bf16": {"enabled": True}, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+            ["bf16.enabled and fp16.enabled are both true"],
+        ),
+        ({"fp16": {"enabled": True, **LOSS_SCALE}, "zero_optimization": {"stage": 2}}, ["fp16 needs a GPU"]),
+    ],
+)
+def test_a_json_that_contradicts_the_run_is_refused_with_both_numbers(
+    two: Two, config: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        two(config)
+    for word in words:
+        assert re.search(re.escape(word), str(refusal.value)), refusal.value
