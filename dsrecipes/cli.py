@@ -95,8 +95,9 @@ def list_recipes(argv: list[str]) -> int:
         recipe = find.find_recipe(name)
         assert recipe.yaml is not None
         values = find.read_yaml(recipe.yaml)
-        print(f"{name:<18}{values.get('about', '')}")
-        print(f"{'':<18}{values.get('model_name_or_path')} · {values.get('dataset')} · {values.get('machine', '')}")
+        told = (values.get(key, "") for key in ("about", "model_name_or_path", "dataset", "machine"))
+        print(f"{name:<18}{' · '.join(map(str, told))}")
+    print("\nwithout a GPU each runs a small offline profile")
     print("\nvariants (dsrecipes train --config NAME)")
     for name in find.variant_names():
         values = find.read_yaml(find.find_config(name))
