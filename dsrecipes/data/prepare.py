@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import random
 import shutil
 import sys
 import time
@@ -21,8 +20,9 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE, EncodeOptions
-from dsrecipes.data.load import Row, fingerprint, located
+from dsrecipes.data.load import Row, fingerprint
 from dsrecipes.data.pack import blocks
+from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
 from dsrecipes.errors import UserError
 from dsrecipes.runs.console import Console
 
@@ -143,14 +143,14 @@ def _write_splits(
     scratch.mkdir(parents=True)
     stats = {}
     for name, rows in splits.items():
-        records = _Records(recipe.format_row, rows, skip_bad_rows)
+        records = Records(recipe.format_row, rows, skip_bad_rows)
         parts: dict[str, Callable[[int], bool]] = {name: lambda _: True}
         if name == "train" and held_out:
-            out = hold_out([_text_of(record) for _, record in records], held_out, seed)
+            out = hold_out([content_of(record) for _, record in records], held_out, seed)
             if out:
                 parts = {"train": lambda i, out=out: i not in out, "validation": lambda i, out=out: i in out}
         for part, wanted in parts.items():
-            chosen = _Chosen(records, wanted)
+            chosen = Chosen(records, wanted)
             stats[part] = _write(scratch / f"{part}.arrow", recipe, chosen, tokenizer, options, console, part)
             if part == name:  # rows held out of it are no rows of another file
                 stats[part].dropped = {**records.dropped, **stats[part].dropped}
@@ -171,73 +171,10 @@ def _read_splits(folder: Path) -> dict[str, Split]:
     }
 
 
-class _Records:
-    """(where, record) of rows through format_row, in order; a bad row stops, or is dropped and counted."""
-
-    def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
-        self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
-        self.dropped: dict[str, int] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        bad = 0
-        for where, row in located(self.rows):
-            try:
-                record = self.format_row(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if not self.skip_bad_rows:
-                    raise _bad_row(where, error) from error
-                bad += 1
-            else:
-                yield where, record
-        self.dropped = {"bad row": bad} if bad else {}
-
-
-def _bad_row(where: str, error: Exception) -> UserError:
-    problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-    return UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows")
-
-
-class _Chosen:
-    """The records whose number is wanted."""
-
-    def __init__(self, records: _Records, wanted: Callable[[int], bool]) -> None:
-        self.records, self.wanted = records, wanted
-
-    @property
-    def skip_bad_rows(self) -> bool:
-        return self.records.skip_bad_rows
-
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        return (located for index, located in enumerate(self.records) if self.wanted(index))
-
-
-def _text_of(record: dict) -> str:
-    return hashlib.md5(json.dumps(record, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
-
-
-def hold_out(keys: list[str], share: float, seed: int) -> set[int]:
-    """Seeded choice of about `share` of the records for validation, equal ones (by key) on the same side.
-
-    Returns:
-        Indices of the chosen records; empty only where there are fewer than two different ones.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    names = sorted(groups)
-    random.Random(seed).shuffle(names)
-    goal, chosen = max(1, round(share * len(keys))), set[int]()
-    for name in names[:-1]:
-        if len(chosen) >= goal:
-            break
-        chosen.update(groups[name])
-    return chosen
-
-
 def _write(
     path: Path,
     recipe: type[RecipeBase],
-    records: _Chosen,
+    records: Chosen,
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     console: Console,
@@ -259,7 +196,7 @@ def _write(
 
 def _encoded(
     recipe: type[RecipeBase],
-    records: _Chosen,
+    records: Chosen,
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     stats: SplitStats,
@@ -269,7 +206,7 @@ def _encoded(
     dropped: Counter[str] = Counter()
     for group in _batches(records, _BATCH):
         rows = len(group)
-        batch, group = _encode(recipe, group, tokenizer, options, records.skip_bad_rows)
+        batch, group = encode_group(recipe, group, tokenizer, options, records.skip_bad_rows)
         dropped["row that cannot be encoded"] += rows - len(group)
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
@@ -289,34 +226,6 @@ def _encoded(
         progress(rows)
         if keep:
             yield {name: [values[index] for index in keep] for name, values in batch.items()}
-
-
-def _encode(
-    recipe: type[RecipeBase],
-    group: list[tuple[str, dict]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: EncodeOptions,
-    skip_bad_rows: bool,
-) -> tuple[dict[str, list], list[tuple[str, dict]]]:
-    """Encode a group; where a row makes it fail, one by one, so that the row can be named or dropped."""
-    try:
-        return recipe.encode([record for _, record in group], tokenizer, options), group
-    except (ValueError, TypeError) as failure:
-        good = []
-        for where, record in group:
-            try:
-                recipe.encode([record], tokenizer, options)
-            except (ValueError, TypeError) as error:
-                if not skip_bad_rows:
-                    raise _bad_row(where, error) from error
-            else:
-                good.append((where, record))
-        if len(good) == len(group):
-            raise failure  # no row is at fault: a bug in the recipe
-        return recipe.encode([record for _, record in good], tokenizer, options) if good else {
-            "input_ids": [],
-            "labels": [],
-        }, good
 
 
 def _blocked(batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool) -> Iterator[dict[str, list]]:

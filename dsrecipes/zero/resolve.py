@@ -171,6 +171,7 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
         UserError: values that contradict the run, each with both numbers and where they come from.
     """
     config = json.loads(json.dumps(zero.json))
+    _add_what_trainer_knows(config)
     clashes = []
     for key, flag, value in numbers.pairs():
         node, name = _node(config, key)
@@ -203,6 +204,14 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
         # DeepSpeed's own Adam compiles for a minute or more at first use, torch's does not
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return config
+
+
+def _add_what_trainer_knows(config: Json) -> None:
+    """Keys left out mean `auto`: without them DeepSpeed does not start, clips nothing and computes in fp32."""
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        config.setdefault(key, "auto")
+    for precision in ("fp16", "bf16"):
+        config.setdefault(precision, {}).setdefault("enabled", "auto")
 
 
 def _node(config: Json, key: str) -> tuple[Json | None, str]:

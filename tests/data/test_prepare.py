@@ -14,7 +14,8 @@ from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, encode_texts
 from dsrecipes.data.formats import text_field
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.prepare import hold_out, prepare
+from dsrecipes.data.prepare import prepare
+from dsrecipes.data.records import hold_out
 from dsrecipes.errors import UserError
 from dsrecipes.runs.console import Console
 
