@@ -1,9 +1,12 @@
 """A recipe of the user's own, in a file of two methods; and files that are no recipes."""
 
+import json
+import math
 import os
 
 import pytest
-from tiny import refusal, tiny_gpt2, write_rows
+from tiny import refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from transformers import AutoModelForSequenceClassification
 
 from dsrecipes import load_recipe
 from dsrecipes.errors import UserError
@@ -94,3 +97,34 @@ def test_model_and_data_have_no_default(mine):
     for missing, values in (("model_name_or_path", {"dataset": "d"}), ("dataset", {"model_name_or_path": "m"})):
         with pytest.raises(UserError, match=f"--{missing} is missing"):
             load_recipe(str(mine), **values)
+
+
+CLASSIFIER = """
+from dsrecipes import RecipeBase
+
+class Mood(RecipeBase):
+    auto_class = "AutoModelForSequenceClassification"
+
+    @staticmethod
+    def format_row(row):
+        return {"text": row["text"], "label": int(row["label"])}
+
+    @staticmethod
+    def encode(records, tokenizer, options):
+        ids = tokenizer([r["text"] for r in records], truncation=True, max_length=options.max_length)["input_ids"]
+        return {"input_ids": ids, "labels": [r["label"] for r in records]}
+"""
+
+
+@pytest.mark.parametrize("model", [tiny_bert, tiny_llama])
+def test_a_classifier_of_three_classes_is_two_methods(tmp_path, model):
+    (tmp_path / "mood.py").write_text(CLASSIFIER)
+    rows = [{"text": "word " * (1 + n % 5), "label": n % 3} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = load_recipe(
+        str(tmp_path / "mood.py"), model_name_or_path=model(), dataset=str(tmp_path / "rows.jsonl"), max_length=64,
+        max_steps=2, per_device_train_batch_size=5, per_device_eval_batch_size=3, validation_split=0.2, save_steps=1,
+        output_dir=str(tmp_path / "run"),
+    ).run()  # fmt: skip
+    saved = AutoModelForSequenceClassification.from_pretrained(result.path / "model")
+    assert saved.config.num_labels == 3 and math.isfinite(result.metrics["eval_loss"])

@@ -171,11 +171,12 @@ def load_model(
         from dsrecipes.model.lora import four_bit
 
         quantization = {"quantization_config": four_bit(options, dtype)}
+    same_head = _TASKS.get(auto_class, ("", "", False))[2]
     set_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
-            output_loading_info=True, **quantization,
+            output_loading_info=True, ignore_mismatched_sizes=not same_head, **quantization,
         )  # fmt: skip
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _explain(error, options) from error
@@ -183,8 +184,8 @@ def load_model(
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
-    missing = sorted(info["missing_keys"])
-    _refuse_holes(missing, model, name, _TASKS.get(auto_class, ("", "", False))[2])
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    _refuse_holes(missing, model, name, same_head)
     _draw_new_weights(model, missing, config, seed)
     if options.lora_r:
         from dsrecipes.model.lora import add_lora
@@ -200,7 +201,7 @@ def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_he
     holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
     if holes:
         raise UserError(
-            f"model {name}: {len(holes)} weights are missing from its files ({holes[0]}, ...); they are damaged or incomplete"
+            f"model {name}: {len(holes)} weights are missing from its files or have another shape ({holes[0]}, ...); they are damaged or incomplete"
         )
 
 
