@@ -60,6 +60,7 @@ class RecipeTrainer(Trainer):
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
+        self._rate = 0.0
         self._clock = _Clock()
 
     # ---- rows of a step ----
@@ -91,6 +92,7 @@ class RecipeTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
         """A step's micro batches, with their counts of useful tokens and rows taken out."""
         self._clock.start()
+        self._rate = float(self.optimizer.param_groups[0]["lr"])
         batches, items = super().get_batch_samples(*args)
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
@@ -162,6 +164,8 @@ class RecipeTrainer(Trainer):
             logs |= {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
             logs["peak_memory_gb"] = self._over_ranks([peak_memory_gb(self.args.device)], torch.distributed.ReduceOp.MAX)[0]
             self._tally = [0, 0]
+            # the rate of the step itself: with an optimizer block in the ZeRO JSON, Trainer reads the next step's
+            logs["learning_rate"] = self._rate
         super().log(logs, start_time)
 
     def _over_ranks(self, values: list[float], how: Any) -> list[float]:

@@ -14,7 +14,13 @@ from small import Runs, Small
 
 # before anything imports the hub's library, which reads these once
 _CACHE = Path(tempfile.mkdtemp(prefix="dsrecipes-tests-"))
-os.environ |= {"HF_HUB_OFFLINE": "1", "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"), "HF_HOME": str(_CACHE / "hf")}
+_BUILT = Path(tempfile.gettempdir(), f"dsrecipes-tests-torch-extensions-{os.getuid()}")  # kept: compiling takes minutes
+os.environ |= {
+    "TORCH_EXTENSIONS_DIR": str(_BUILT),
+    "HF_HUB_OFFLINE": "1",
+    "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
+    "HF_HOME": str(_CACHE / "hf"),
+}
 
 
 def pytest_unconfigure() -> None:
