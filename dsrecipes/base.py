@@ -216,9 +216,9 @@ class RecipeBase(ABC):
         if checkpoint:
             self.place.check_checkpoint(checkpoint)
         if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
-            goes_on = auto and (path / "config.yaml").is_file() if path else True
-            if path and checkpoint:
-                goes_on = checkpoint.resolve().is_relative_to(path.resolve())
+            goes_on = (
+                auto or path is None or (checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()))
+            )
             check_output(path or Path("runs"), resuming=goes_on, overwrite=self.config.train["overwrite_output_dir"])
         return path, checkpoint
 

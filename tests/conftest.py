@@ -21,6 +21,8 @@ os.environ |= {
     "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
     "HF_HOME": str(_CACHE / "hf"),
 }
+for _name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(_name, None)  # `make test ARGS=...` must not reach the make of a test
 
 
 def pytest_unconfigure() -> None:
