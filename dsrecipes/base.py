@@ -22,10 +22,12 @@ from dsrecipes.config import Config, TrainConfig, build_config
 from dsrecipes.data.audit import check_isolation
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import Row, load_splits
+from dsrecipes.data.files import Row
+from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
-from dsrecipes.find import Layers, RecipeFiles, layer
+from dsrecipes.find import RecipeFiles
+from dsrecipes.layers import Layers, layer
 from dsrecipes.model.load import (
     check_model,
     check_vocabulary,
@@ -124,6 +126,7 @@ class RecipeBase(ABC):
         self.config: Config = build_config(layers)
         self.console = console or Console()
         self._introduced = console is not None
+        self.console.bars = not self.config.train["disable_tqdm"]
 
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to a Trainer: data before the process group, the process group before the model."""
@@ -355,6 +358,11 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     if missing:
         raise UserError(
             f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        )
+    if found[0].auto_class.endswith("ForCausalLM") and found[0].metrics is not RecipeBase.metrics:
+        raise UserError(
+            f"{files.module}: {found[0].__name__}.metrics is never called: the evaluation of a causal language model keeps "
+            "no logits and reports the perplexity. Remove the method, or set auto_class"
         )
     return found[0]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.layers import accelerators, layer, parse_flags
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -54,8 +55,8 @@ def train(argv: list[str]) -> int:
     if procs is not None and not (procs.isdigit() and int(procs) > 0):
         raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
     if "--help" not in argv and "-h" not in argv:
-        layers = find.layer(find.parse_flags(argv))  # a wrong name is told before anything heavy is imported
-        ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else find.accelerators())
+        layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
+        ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
         if ranks > 1:
             return _launch(ranks, argv)
     from dsrecipes.run import main
@@ -109,7 +110,7 @@ def show(argv: list[str]) -> int:
     """The resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
     everything = "--all" in argv
     argv = _with_recipe([word for word in argv if word != "--all"])
-    layers = find.layer(find.parse_flags(argv))
+    layers = layer(parse_flags(argv))
     merged = layers.merged()
     _refuse_unknown(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}

@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import Layers
+from dsrecipes.layers import Layers
 
 
 def _help(text: str, default: Any = None) -> Any:

@@ -80,7 +80,7 @@ class Place:
         made = json.loads((checkpoint / MANIFEST).read_text()).get("made_by", self.made_by())
         if made != self.made_by():
             words = [
-                f"{each['ranks']} ranks, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}"
+                f"{each['ranks']} rank{'s' * (each['ranks'] > 1)}, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}"
                 for each in (made, self.made_by())
             ]
             raise UserError(

@@ -13,7 +13,7 @@ import traceback
 import warnings
 
 from dsrecipes.errors import EXIT_CODE, UserError
-from dsrecipes.find import layer, parse_flags
+from dsrecipes.layers import layer, parse_flags
 from dsrecipes.runs.console import Console
 
 _PATIENCE = 15

@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, Segments, chat_segments, encode_segments
+from dsrecipes.data.files import Row
 from dsrecipes.data.formats import messages_field, text_field
-from dsrecipes.data.load import Row
 from dsrecipes.errors import UserError
 
 WITH_INPUT = (

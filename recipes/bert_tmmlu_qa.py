@@ -18,7 +18,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import SPLITS, LocatedRows, Row, data_files, fetch_csv, load_splits, located, split_of
+from dsrecipes.data.files import LocatedRows, Row, located
+from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
 from dsrecipes.data.prepare import Split
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path

@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, encode_texts
+from dsrecipes.data.files import FileRows, LineRows, Row
 from dsrecipes.data.formats import text_field
-from dsrecipes.data.load import FileRows, LineRows, Row
 
 
 class Gpt2Clm(RecipeBase):

@@ -36,6 +36,15 @@ def _ranks(world: int, folder: Path) -> Iterator[Ranks]:
     pool.stop()
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a run in this process leaves in the environment does not reach the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """A pool of one worker process."""

@@ -87,7 +87,7 @@ class Ranks:
         self.folder.mkdir(parents=True, exist_ok=True)
         for rank in range(self.world):
             ours, theirs = Pipe()
-            env = os.environ | {
+            env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")} | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
                 "LOCAL_WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",

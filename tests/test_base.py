@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 from tiny import refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
@@ -28,14 +27,6 @@ class Haiku(RecipeBase):
 
         return encode_segments([[(r["prompt"], False), (r["answer"], True)] for r in records], tokenizer)
 """
-
-
-@pytest.fixture(autouse=True)
-def _environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ |= before
 
 
 @pytest.fixture
@@ -84,6 +75,7 @@ def test_a_bad_row_of_ones_own_recipe_names_the_field(mine, tmp_path, capfd):
         (MINE.split("    @staticmethod\n    def encode")[0], "Haiku lacks the method encode"),
         (MINE.split("    @staticmethod")[0] + "    pass\n", "Haiku lacks the methods encode, format_row"),
         ("import no_such_module\n", "no_such_module"),
+        (MINE + "\n    def metrics(self, split):\n        return None\n", r"Haiku\.metrics is never called"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, problem):

@@ -4,7 +4,8 @@ import pytest
 
 from dsrecipes.config import accumulation, build_config
 from dsrecipes.errors import UserError
-from dsrecipes.find import ABOUT_KEYS, find_config, find_recipe, layer, parse_flags, read_yaml, recipe_names, variant_names
+from dsrecipes.find import find_config, find_recipe, read_yaml, recipe_names, variant_names
+from dsrecipes.layers import ABOUT_KEYS, layer, parse_flags
 from dsrecipes.run import main
 
 from tiny import refusal  # isort: skip

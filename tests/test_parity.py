@@ -139,6 +139,7 @@ def test_losses_are_those_of_a_plain_loop_at_any_batch_size_and_number_of_ranks(
     run = {1: one_rank, 2: two_ranks}[world].run("evaluate", **case, batch_sizes=[1, 2, 5, 64])[0]
     folder = Path(run["path"], "model")
     assert run["rows"]["train"] < at_once
+    assert (run["rows"]["train"] < len(run["texts"]["train"])) == (name == "alpaca"), "only instructions are packed"
     assert logged(run, "loss") == pytest.approx([plain_loss(folder, auto_class, run["texts"]["train"])], abs=1e-5)
     held_out = plain_loss(folder, auto_class, run["texts"]["validation"])
     assert list(run["losses"].values()) == pytest.approx([held_out] * 4, abs=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from dsrecipes.config import build_config
 from dsrecipes.errors import UserError
-from dsrecipes.find import layer
+from dsrecipes.layers import layer
 from dsrecipes.place import find_place
 from dsrecipes.runs.folder import write_manifest
 
@@ -102,7 +102,7 @@ def test_accelerates_deepspeed_and_none_contradict(monkeypatch):
 
 def test_a_checkpoint_of_another_place_is_refused(tmp_path):
     write_manifest(tmp_path, {"ranks": 2, "zero": 3})
-    with pytest.raises(UserError, match=r"written by 2 ranks, ZeRO-3, and this run has 1 ranks, plain PyTorch"):
+    with pytest.raises(UserError, match=r"written by 2 ranks, ZeRO-3, and this run has 1 rank, plain PyTorch"):
         place(deepspeed="none").check_checkpoint(tmp_path)
     write_manifest(tmp_path, {"ranks": 1, "zero": None})
     assert place(deepspeed="none").check_checkpoint(tmp_path) is None

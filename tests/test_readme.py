@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from dsrecipes.config import build_config
-from dsrecipes.find import layer, parse_flags
+from dsrecipes.layers import layer, parse_flags
 
 from readme import CHINESE, ENGLISH, blocks, commands, launcher_lines, write_files  # isort: skip
 from tiny import ROOT  # isort: skip

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,14 +9,6 @@ import pytest
 from tiny import instructions, refusal, small_disk, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 
 from dsrecipes.run import main
-
-
-@pytest.fixture(autouse=True)
-def _environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ |= before
 
 
 def alpaca(tmp_path: Path, **changes: object) -> list[str]:

@@ -22,6 +22,16 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+TWO_METHODS = """
+from dsrecipes import RecipeBase
+
+class Mine(RecipeBase):
+    @staticmethod
+    def format_row(row): return {"text": row["text"]}
+    @staticmethod
+    def encode(records, tokenizer, options): return {"input_ids": [[1, 2]], "labels": [[1, 2]]}
+"""
+"""A recipe as short as can be."""
 _KEPT = tempfile.TemporaryDirectory(prefix="dsrecipes-tests-")
 
 

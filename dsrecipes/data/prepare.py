@@ -20,7 +20,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE, EncodeOptions
-from dsrecipes.data.load import Row, fingerprint
+from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.pack import blocks
 from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
 from dsrecipes.errors import UserError

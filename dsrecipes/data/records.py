@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import Row, located
+from dsrecipes.data.files import Row, located
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Chosen:
 
 
 def content_of(record: dict) -> str:
+    """A hash of the record: equal ones must not stand on both sides of a split."""
     return hashlib.md5(json.dumps(record, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
 
 

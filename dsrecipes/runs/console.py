@@ -24,6 +24,8 @@ class Console:
     def __init__(self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None) -> None:
         self.main, self.captured, self.rank_logs = main, capture, rank_logs
         self.out: IO[str] = sys.stdout
+        self.bars = True
+        self._open: tqdm | None = None
         self._saved: list[int] = []
         if capture:
             sys.stdout.flush()
@@ -59,7 +61,9 @@ class Console:
         tee.stdin.close()
 
     def release(self) -> None:
-        """Give the process its own stdout and stderr back."""
+        """Close an open progress bar, and give the process its own stdout and stderr back."""
+        if self._open is not None:
+            self._open.close()
         if self.captured:
             with contextlib.suppress(OSError):  # the log's disk may be full
                 sys.stdout.flush()
@@ -77,7 +81,8 @@ class Console:
     def progress(self, what: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
         """A progress bar on rank 0; in a file or pipe it moves every ten seconds instead of ten times a second."""
         live = self.out.isatty()
-        return tqdm(
-            desc=what, total=total, initial=initial, unit=unit, file=self.out, disable=not self.main,
+        self._open = tqdm(
+            desc=what, total=total, initial=initial, unit=unit, file=self.out, disable=not (self.main and self.bars),
             mininterval=0.1 if live else 10, dynamic_ncols=live, ncols=None if live else 100, **options,
         )  # fmt: skip
+        return self._open

@@ -173,10 +173,6 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
     config = json.loads(json.dumps(zero.json))
     _add_what_trainer_knows(config)
     clashes = []
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        config.setdefault(key, "auto")  # left out, DeepSpeed would stop, or not clip
-    for key in ("fp16", "bf16"):
-        config.setdefault(key, {}).setdefault("enabled", "auto")
     for key, flag, value in numbers.pairs():
         node, name = _node(config, key)
         if node is None or name not in node:

@@ -15,7 +15,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPredicti
 
 from dsrecipes import load_recipe
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import located
+from dsrecipes.data.files import located
 from dsrecipes.errors import UserError
 from dsrecipes.run import main
 

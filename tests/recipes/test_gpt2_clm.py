@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.load import FileRows, LineRows, load_splits
+from dsrecipes.data.files import FileRows, LineRows
+from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.errors import UserError
 from dsrecipes.run import main

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dsrecipes.config import build_config
 from dsrecipes.data.load import load_splits
-from dsrecipes.find import layer, recipe_names, starter_path
+from dsrecipes.find import recipe_names, starter_path
+from dsrecipes.layers import layer
 from dsrecipes.run import main
 
 

@@ -39,6 +39,18 @@ def test_other_ranks_say_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_error_stands_below_an_open_bar(capfd):
+    console = Console(capture=True)
+    console.progress("counting", total=3)
+    console.release()
+    print("error: no luck", file=sys.stderr)
+    console = Console()
+    console.bars = False
+    console.progress("unwanted", total=3).close()
+    out, err = capfd.readouterr()
+    assert out.endswith("\n") and "counting" in out and err == "error: no luck\n" and "unwanted" not in out
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
     import subprocess

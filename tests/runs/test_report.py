@@ -10,7 +10,7 @@ from tiny import tiny_gpt2
 
 from dsrecipes.config import build_config
 from dsrecipes.data.prepare import SplitStats
-from dsrecipes.find import layer
+from dsrecipes.layers import layer
 from dsrecipes.place import Place
 from dsrecipes.runs import report
 from dsrecipes.runs.folder import RunFolder
@@ -29,7 +29,7 @@ def place():
     ],
 )  # fmt: skip
 def test_no_token_is_written(tmp_path, monkeypatch, flags):
-    from dsrecipes.find import parse_flags
+    from dsrecipes.layers import parse_flags
 
     monkeypatch.setattr(sys, "argv", ["dsrecipes", "train", "gpt2_clm", *flags, "--seed", "3"])
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef123456")

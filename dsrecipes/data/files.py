@@ -1,0 +1,250 @@
+"""Rows of files, which know where they stand, for errors that say so."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from dsrecipes.errors import UserError
+
+Row = dict[str, Any]
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_PIECE = 4096
+_TITLE = re.compile(r" = [^=].*[^=] = \n?")
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of some files, read anew at each pass.
+
+    Iterating gives rows (dicts); `located` gives (where, row) with where as "FILE, line N" or "FILE, row N".
+    """
+
+    files: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.located())
+
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Rows with the place each stands at; raises UserError for a file that cannot be read."""
+        for path in self.files:
+            yield from _read(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the files' names and bytes."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LocatedRows:
+    """Rows in memory that keep the place each came from."""
+
+    rows: list[tuple[str, Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.rows)
+
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Rows with the place each stands at."""
+        return iter(self.rows)
+
+
+def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """(where, row) of any rows: a FileRows, a LocatedRows, a datasets.Dataset, a list."""
+    if isinstance(rows, (FileRows, LocatedRows)):
+        yield from rows.located()
+    else:
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the rows' content that costs little where the source already has one."""
+    own = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
+    if own:
+        return own
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _open(path: Path) -> TextIO:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}[suffix(path)]
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({_bad_byte(path, error)}); save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _bad_byte(path: Path, error: UnicodeDecodeError) -> str:
+    raw = path.read_bytes()
+    if path.name.endswith(".gz"):
+        raw = gzip.decompress(raw)
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as whole:
+        return f"byte {raw[whole.start]:#04x} in line {raw[: whole.start].count(bytes([10])) + 1}"
+    return error.reason
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path) as file:
+        text = file.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
+            yield from _jsonl(path)
+            return
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be rows") from None
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows, found {_kind(rows)}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg})") from None
+            except RecursionError:
+                raise UserError(f"{where}: nested too deeply to be a row") from None
+            yield where, _checked(row, where)
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)
+    with _open(path) as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}, line 1: a column name stands twice in the header")
+            start = reader.line_num + 1
+            for fields in reader:
+                where, start = f"{path}, line {start}", reader.line_num + 1
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)} columns")
+                yield where, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        source = io.BytesIO(gzip.decompress(path.read_bytes())) if path.name.endswith(".gz") else path
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
+
+
+def _text(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path) as file:
+        for line, row in pieces(file):
+            yield f"{path}, line {line}", row
+
+
+def pieces(lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    """Lines as (number of the first line, {"text", "end"}) of about 4 kB; `end` marks the last piece of a document.
+
+    All lines are one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
+    """
+    piece: list[str] = []
+    size, first = 0, 1
+    unfinished = False  # a piece of this document was given: what ends it must be given too, even when it is blank
+    for number, line in enumerate(lines, 1):
+        line = line.replace("\r\n", "\n")
+        title = _TITLE.fullmatch(line) is not None
+        if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
+            if unfinished or "".join(piece).strip():
+                yield first, {"text": "".join(piece), "end": title}
+                unfinished = not title
+            piece, size, first = [], 0, number
+        piece.append(line)
+        size += len(line)
+    if unfinished or "".join(piece).strip():
+        yield first, {"text": "".join(piece), "end": True}
+
+
+@dataclass(frozen=True)
+class LineRows:
+    """Rows that are the lines of WikiText, as its hub data set gives them, put together to documents again."""
+
+    rows: Iterable[Row]
+
+    @staticmethod
+    def fit(rows: Iterable[Row]) -> bool:
+        """Whether a level-1 title stands alone in one of the first rows."""
+        return any(_TITLE.fullmatch(str(row.get("text", ""))) for row in islice(rows, 100))
+
+    def __iter__(self) -> Iterator[Row]:
+        lines = (text if text.endswith("\n") else text + "\n" for text in (str(row["text"]) for row in self.rows))
+        return (row for _, row in pieces(lines))
+
+    @property
+    def fingerprint(self) -> str:
+        """The rows' own."""
+        return "lines " + fingerprint(self.rows)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
+            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with named fields, found {_kind(row)}")
+    return row

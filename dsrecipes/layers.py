@@ -1,0 +1,188 @@
+"""The values of a run before types are checked: recipe, profile, --config and flags in layers, later ones winning.
+
+Like find.py this imports neither torch nor transformers: `dsrecipes list` and `show` answer in under a second.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsrecipes.errors import UserError
+from dsrecipes.find import RecipeFiles, find_config, find_recipe, read_yaml, recipe_names
+
+PROFILES = ("auto", "full", "starter")
+ABOUT_KEYS = ("about", "machine", "starter")
+"""Keys of a recipe's YAML that are not flags: two lines for `dsrecipes list`, and the starter profile's values."""
+BELONGS_TO = {
+    "dataset": ("dataset_config", "eval_dataset", "skip_bad_rows"),
+    "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
+    "bf16": ("fp16",),
+    "fp16": ("bf16",),
+}
+"""Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them."""
+ALIASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Old names of transformers, which it reads only where the new name is not set."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place; `origin` is what `dsrecipes show` prints beside them."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a run is asked for, before types are checked: later layers win, None removes a key."""
+
+    recipe: RecipeFiles
+    profile: str
+    layers: tuple[Layer, ...]
+    why_profile: str
+
+    def merged(self) -> dict[str, tuple[Any, str]]:
+        """key -> (value, origin) after layering."""
+        result: dict[str, tuple[Any, str]] = {}
+        for layer in self.layers:
+            for owner, belongings in BELONGS_TO.items():
+                if owner in layer.values and layer.values[owner] != result.get(owner, (None,))[0]:
+                    result = {key: each for key, each in result.items() if key not in belongings}
+            for key, value in layer.values.items():
+                result.pop(key, None)
+                if value is not None:
+                    result[key] = (value, layer.origin)
+        return result
+
+    def is_on(self, key: str) -> bool:
+        """Whether a true/false key is on; defaults are off."""
+        return str(self.merged().get(key, (False, ""))[0]).lower() in ("true", "1", "yes")
+
+    def first_line(self) -> str:
+        """Which recipe and profile, and how to get the other one."""
+        other = {
+            "starter": " · the real model and data: --profile full",
+            "full": " · a small offline one: --profile starter",
+        }
+        hint = "" if self.why_profile == "the only one" else other[self.profile]
+        return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
+
+    def removed(self) -> set[str]:
+        """Keys that a lower layer sets and a higher one removes with null."""
+        return {key for layer in self.layers for key in layer.values} - set(self.merged())
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under their one name: `no_packing` true is `packing` false, an old name is the new one."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("no_") and str(value).lower() in ("true", "false"):
+            key, value = key[3:], str(value).lower() == "false"
+        result[ALIASES.get(key, key)] = None if value == [] else value
+    return result
+
+
+def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key` and `--key a b` as a mapping of strings, `true` and lists.
+
+    Types, choices and unknown keys are the business of the one parser in dsrecipes.config.
+    """
+    flags: dict[str, Any] = {}
+    key = None
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            name, has_value, value = token[2:].partition("=")
+            key = name.replace("-", "_")
+            flags[key] = [value] if has_value else []
+            if has_value:
+                key = None
+        elif key is None:
+            raise UserError(f"unexpected argument {token!r}: flags are written --name value")
+        else:
+            flags[key].append(token)
+    return {name: values[0] if len(values) == 1 else values or "true" for name, values in flags.items()}
+
+
+def accelerators() -> int:
+    """Number of visible accelerators; asks torch where it is loaded, else the drivers (NVIDIA, AMD)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+        count = len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
+    except (OSError, subprocess.TimeoutExpired):
+        count = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
+    if not count and Path("/dev/kfd").exists():
+        count = len(list(Path("/dev/dri").glob("renderD*")))
+    return min(count, len(visible.split(","))) if visible else count
+
+
+def _profile(asked: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
+    if asked not in PROFILES:
+        raise UserError(f"--profile {asked}: choose from {', '.join(PROFILES)}")
+    if asked == "starter" and not has_starter:
+        raise UserError("--profile starter: this recipe's YAML has no `starter:` section")
+    if asked != "auto" or not has_starter:
+        return ("full", "the only one") if not has_starter else (asked, "asked for")
+    if use_cpu:
+        return "starter", "--use_cpu"
+    count = accelerators()
+    return ("full", f"{count} accelerator{'s' * (count > 1)}") if count else ("starter", "no accelerator")
+
+
+def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
+    """Layer recipe YAML, profile, --config and flags into what the run is asked for.
+
+    Args:
+        flags: values by name, with `recipe`, `config` and `profile` among them.
+        origin: what `show` calls the values in `flags`.
+
+    Raises:
+        UserError: no recipe, an unknown one, a bad file or profile.
+    """
+    flags = dict(flags)
+    for key in ("recipe", "config", "profile"):
+        if isinstance(flags.get(key), list):
+            raise UserError(
+                f"unexpected argument {flags[key][1]!r}: --{key} takes one value, and flags are written --name value"
+            )
+    flags.pop("local_rank", None)  # the deepspeed launcher appends it; the rank is read from the environment
+    config_path = find_config(str(flags.pop("config"))) if flags.get("config") else None
+    flags.pop("config", None)
+    config = read_yaml(config_path) if config_path else {}
+    name = flags.pop("recipe", None) or config.get("recipe")
+    if not name:
+        raise UserError(f"no recipe given: --recipe NAME. The recipes are: {', '.join(recipe_names())}")
+    recipe = find_recipe(str(name))
+    base = read_yaml(recipe.yaml) if recipe.yaml else {}
+    starter = base.get("starter")
+    if starter is not None and not isinstance(starter, dict):
+        raise UserError(f"{recipe.yaml}: `starter:` must hold `key: value` lines")
+    asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
+    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in ("true", "1", "yes")
+    profile, why = _profile(asked, starter is not None, use_cpu)
+
+    def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return _named({key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
+
+    layers = [Layer("recipe", values(base))]
+    if profile == "starter":
+        layers.append(Layer("profile", values(starter or {})))
+    if config_path:
+        layers.append(Layer(str(config_path), values(config)))
+    layers.append(Layer(origin, _named(flags)))
+    return Layers(recipe, profile, tuple(layers), why)

@@ -1,0 +1,132 @@
+"""Files as rows; every kind of damaged file says where it is damaged."""
+
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny import SHARED, needs_shared
+
+from dsrecipes.data.files import FileRows, fingerprint, located
+from dsrecipes.data.load import load_splits
+from dsrecipes.errors import UserError
+
+ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]
+
+
+def write(path, rows):
+    """`rows` in the form of the file's suffix."""
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("[" + ",\n".join(lines) + "]" if kind == "json" else "\n\n".join(lines), encoding="utf-8")
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_rows_of_each_kind_of_file(tmp_path, kind, packed):
+    path = write(tmp_path / f"rows.{kind}{packed}", ROWS)
+    rows = load_splits(str(path))["train"]
+    assert list(rows) == ROWS == list(rows)  # twice: files are read anew
+    places = [where for where, _ in located(rows)]
+    assert places[0].startswith(f"{path}, ") and places[0] != places[1]
+
+
+def test_the_place_of_a_row_is_its_line(tmp_path):
+    jsonl = write(tmp_path / "a.jsonl", ROWS)
+    assert [where for where, _ in FileRows((jsonl,)).located()] == [f"{jsonl}, line 1", f"{jsonl}, line 3"]
+    table = write(tmp_path / "a.csv", [*ROWS, ROWS[0]])
+    assert [where.rsplit(" ", 1)[1] for where, _ in FileRows((table,)).located()] == ["2", "4", "5"]
+
+
+def test_variations_of_json(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert list(FileRows((path,))) == ROWS
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)))  # JSON lines under the name .json, with a BOM
+    assert list(FileRows((path,))) == ROWS
+
+
+def test_text_is_cut_into_pieces_and_nothing_is_lost(tmp_path):
+    text = " = One = \n" + "line of words\r\n" * 2000 + "\n = = Section = = \nmore\n\n = Two = \nthe end"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    rows = list(FileRows((path,)))
+    assert "".join(row["text"] for row in rows) == text.replace("\r\n", "\n")
+    assert [row["end"] for row in rows].count(True) == 2 and rows[-1]["end"] and len(rows) > 3
+    assert rows[-1]["text"].startswith(" = Two = ")
+
+
+def test_a_document_cut_at_its_last_blank_line_still_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(" = One = \n" + "words " * 1000 + "\n \n = Two = \n" + "words " * 1000 + "\n\n")
+    assert [row["end"] for row in FileRows((path,))] == [False, True, False, True]
+
+
+@needs_shared
+def test_wikitext_has_its_documents():
+    path = SHARED / "wikitext-2" / "valid.txt"
+    rows = list(FileRows((path,)))
+    text = path.read_text(encoding="utf-8")
+    assert "".join(row["text"] for row in rows) == text.removeprefix(" \n")  # a blank line before the first title
+    titles = sum(line.startswith(" = ") and not line.startswith(" = =") for line in text.splitlines())
+    assert sum(row["end"] for row in rows) == titles == 60
+
+
+def gz_cut(raw: bytes) -> bytes:
+    return gzip.compress(raw * 400)[:-20]
+
+
+GOOD = b'{"a": 1}\n'
+DAMAGED = [
+    ("x.json", b'[{"a": 1},\n{"a": }]', ["x.json, line 2, column 7", "not JSON"]),
+    ("x.json", b'{"a": 1}', ["x.json", "expected a list of rows, found an object"]),
+    ("x.json", b'[{"a": 1}, [2]]', ["x.json, row 2", "found a list"]),
+    ("x.json", b"", ["x.json", "not JSON"]),
+    ("x.json", b"[" * 200_000, ["x.json", "too deeply"]),
+    ("x.jsonl", GOOD + b"\n" + b'{"a": 1', ["x.jsonl, line 3, column", "not JSON"]),
+    ("x.jsonl", GOOD + b'"text"\n', ["x.jsonl, line 2", "found text"]),
+    ("x.jsonl", GOOD + b"nul\n", ["x.jsonl, line 2"]),
+    ("x.jsonl", GOOD * 2 + '{"a": "é"}'.encode("latin-1"), ["x.jsonl", "not UTF-8", "0xe9", "line 3"]),
+    ("x.csv", b"a,b\n1,2\n1,2,3\n", ["x.csv, line 3", "3 fields", "2 columns"]),
+    ("x.csv", b'a,b\n1,2\n"1,2\n', ["x.csv, line 3", "not CSV"]),
+    ("x.csv", b"a,a\n1,2\n", ["x.csv, line 1", "twice"]),
+    ("x.csv", "a,b\n1,2\n\u6c34,2\n".encode("big5"), ["x.csv", "not UTF-8", "line 3"]),
+    ("x.parquet", b"PAR1 this is none PAR1", ["x.parquet", "not a Parquet file"]),
+    ("x.parquet", b"", ["x.parquet", "not a Parquet file"]),
+    ("x.txt", b"one\ntwo \xff\n", ["x.txt", "not UTF-8", "0xff", "line 2"]),
+    ("x.jsonl.gz", GOOD, ["x.jsonl.gz", "damaged gzip"]),
+    ("x.jsonl.gz", gz_cut(GOOD), ["x.jsonl.gz", "damaged gzip"]),
+    ("x.parquet.gz", gz_cut(GOOD), ["x.parquet.gz", "damaged gzip"]),
+    ("x.csv.gz", gzip.compress(b"a,b\n1,\xe9\n"), ["x.csv.gz", "not UTF-8", "line 2"]),
+    ("x.xml", b"<a/>", ["x.xml", "unknown kind", ".jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "parts"), DAMAGED, ids=[f"{each[0]}-{i}" for i, each in enumerate(DAMAGED)])
+def test_a_damaged_file_says_where(tmp_path, name, raw, parts):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        list(load_splits(str(tmp_path / name))["train"])
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), error.value
+
+
+def test_the_fingerprint_is_of_the_bytes(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    before = fingerprint(FileRows((path,)))
+    assert before == fingerprint(load_splits(str(path))["train"])
+    path.write_bytes(path.read_bytes().replace(b"eins", b"Eins"))
+    assert fingerprint(FileRows((path,))) != before
+    assert fingerprint([{"a": 1}]) == fingerprint([{"a": 1}]) != fingerprint([{"a": 2}])
