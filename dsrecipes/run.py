@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     # two steps of qlora_zero3 took 180 s so, and 32 s asleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rank = int(os.environ.get("RANK", "0"))
-    console, verbose = Console(main=rank == 0), False
+    console, verbose, story = Console(main=rank == 0), False, None
     try:
         layers = layer(parse_flags(argv))
         verbose = layers.is_on("verbose")
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         console.say(layers.first_line())  # before the imports, which take ten seconds
         from dsrecipes.base import recipe_class
 
-        recipe_class(layers.recipe)(layers, console).run()
+        story = recipe_class(layers.recipe)(layers, console)
+        story.run()
     except UserError as error:
         console.release()
         if verbose:
@@ -63,7 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.release()
         if rank == 0:
-            print("\ninterrupted; --output_dir THE_RUN_FOLDER --resume_from_checkpoint auto goes on", file=sys.stderr)
+            folder = getattr(story, "folder", None)
+            way = (
+                f"; --output_dir {folder.path} --resume_from_checkpoint auto goes on from the last checkpoint"
+                if folder
+                else ""
+            )
+            print(f"\ninterrupted{way}", file=sys.stderr)
         return 130
     except BaseException:
         console.release()
