@@ -19,7 +19,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, build_config
-from dsrecipes.data.audit import check_isolation
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
@@ -28,6 +27,7 @@ from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles
 from dsrecipes.layers import Layers, layer
+from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
     check_model,
     check_vocabulary,
@@ -323,7 +323,7 @@ class _BeforeFirstStep(TrainerCallback):
         sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
         if recipe.sequences["train"].bins is not None:
-            check_isolation(trainer.model, args.device)
+            keep_apart(trainer.model, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
             recipe.console.say(report.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)

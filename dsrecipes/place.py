@@ -22,6 +22,7 @@ from dsrecipes.zero.runtime import (
     Ranks,
     complete_ranks,
     hide_accelerators,
+    keep_memory,
     probe_deepspeed,
     read_launch,
     set_threads,
@@ -112,6 +113,7 @@ def find_place(config: Config) -> Place:
     zero, fallback = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
+        keep_memory()
         if zero is None and ranks.world == 1:
             for key in RANK_KEYS:  # a single plain process needs no process group
                 os.environ.pop(key, None)

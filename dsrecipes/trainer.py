@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,7 +69,7 @@ class RecipeTrainer(Trainer):
     def _loader(self, data: Sequences, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
         sampler = StepSampler(
-            len(data), micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
+            data.lengths, micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
             seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle,
         )  # fmt: skip
         return StepLoader(
@@ -142,7 +143,9 @@ class RecipeTrainer(Trainer):
             metrics["perplexity"] = math.exp(min(metrics["loss"], 700)) if count else math.nan
         rows = len(dataloader.dataset)
         if self.compute_metrics is not None:
-            prediction = EvalPrediction(torch.cat(logits)[:rows].numpy(), torch.cat(labels)[:rows].numpy())
+            order = dataloader.batch_sampler.order().flatten()
+            place = np.argsort(order, kind="stable")[-rows:]  # fillers, -1, come first
+            prediction = EvalPrediction(torch.cat(logits).numpy()[place], torch.cat(labels).numpy()[place])
             metrics |= self.compute_metrics(prediction)
         self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}

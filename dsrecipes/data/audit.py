@@ -7,18 +7,28 @@ from transformers import PreTrainedModel
 
 from dsrecipes.errors import UserError
 
-_LIMITS = {torch.float32: 1e-4}
-"""Largest difference of logits, in their standard deviations, that rounding explains; 0.1 in half precision."""
-
 
 def check_isolation(model: PreTrainedModel, device: torch.device) -> None:
+    """Refuse packing where an example's logits change with the one before it (UserError).
+
+    All ranks must call it together, for under ZeRO-3 each holds a part of the weights.
+    """
+    difference, limit = leak(model, device)
+    if not difference <= limit:
+        raise UserError(
+            f"packing leaks in a {type(model).__name__}: an example's logits change by {difference:.2g} standard deviations "
+            "when another one stands before it. Give --packing false"
+        )
+
+
+def leak(model: PreTrainedModel, device: torch.device) -> tuple[float, float]:
     """Put two short examples into one sequence, and compare the second one's logits with those it has alone.
 
     Models with ALiBi, learned positions of their own, or a recurrent state look across examples whatever the position
-    ids say. All ranks must call it together, for under ZeRO-3 each holds a part of the weights.
+    ids say.
 
-    Raises:
-        UserError: they differ; names the flag that turns packing off.
+    Returns:
+        The largest difference in standard deviations of the logits, and the largest that rounding explains.
     """
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -31,8 +41,4 @@ def check_isolation(model: PreTrainedModel, device: torch.device) -> None:
         ]
         alone = model(input_ids=second, position_ids=places[1], use_cache=False).logits[0]
     difference = ((together - alone).abs().max() / alone.float().std().clamp(min=1e-9)).item()
-    if not difference <= _LIMITS.get(alone.dtype, 0.1):
-        raise UserError(
-            f"packing leaks in a {type(model).__name__}: an example's logits change by {difference:.2g} standard deviations "
-            "when another one stands before it. Give --packing false"
-        )
+    return difference, 1e-4 if alone.dtype == torch.float32 else 0.1

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
+_WINDOW = 1 << 15
+"""Examples that are packed at a time."""
 COUNTS = "counts"
 """Key of a batch's [useful tokens, rows]; the trainer takes it out before the model sees the batch."""
 Features = dict[str, Any]
@@ -33,9 +35,16 @@ class Sequences(TorchDataset):
     def __init__(self, data: Dataset, capacity: int | None = None) -> None:
         """`capacity` in tokens packs; None leaves one row to a sequence."""
         self.data = data.with_format("numpy")
-        self.bins = None
+        self.bins: list[np.ndarray] | None = None
+        self.lengths = _lengths(data)
+        """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
-            self.bins = pack(_lengths(data), capacity)
+            self.bins = [
+                start + each
+                for start in range(0, len(data), _WINDOW)
+                for each in pack(self.lengths[start : start + _WINDOW], capacity)
+            ]
+            self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
 
     def __len__(self) -> int:
         return len(self.data) if self.bins is None else len(self.bins)
@@ -50,21 +59,29 @@ class Sequences(TorchDataset):
 
 
 def _lengths(data: Dataset) -> np.ndarray:
-    import pyarrow.compute
+    import pyarrow.compute as pc
 
-    return pyarrow.compute.list_value_length(data.data.column("input_ids")).to_numpy()
+    lengths = []
+    for chunk in data.data.column("input_ids").chunks:  # one by one: together they would be read into memory
+        own = pc.list_value_length(chunk).to_numpy()
+        if hasattr(chunk.type.value_type, "value_type"):
+            own = np.maximum.reduceat(pc.list_value_length(chunk.flatten()).to_numpy(), np.cumsum(own) - own)
+        lengths.append(own)
+    return np.concatenate(lengths)
 
 
 class StepSampler:
     """Index batches of one rank; the rows of a step depend on seed, epoch and step alone.
 
     A step's `micro x accumulation x world` rows are laid out as (accumulation, rank, micro), so the same rows meet
-    in a step however they are divided. The last step of an epoch is filled with FILLER.
+    in a step however they are divided. Inside the step they are sorted by length, so that the rows of a micro batch,
+    and of all ranks' at a time, are about as long: less padding and waiting, and the step has the same rows. Without
+    shuffling the whole data are sorted. The last step of an epoch is filled with FILLER.
     """
 
     def __init__(
         self,
-        rows: int,
+        lengths: np.ndarray,
         micro: int,
         *,
         accumulation: int = 1,
@@ -73,9 +90,9 @@ class StepSampler:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        self.rows, self.shape, self.rank = rows, (accumulation, world, micro), rank
+        self.lengths, self.shape, self.rank = np.append(lengths, 0), (accumulation, world, micro), rank
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-        self.steps = -(-rows // (accumulation * world * micro))
+        self.steps = -(-len(lengths) // (accumulation * world * micro))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
@@ -84,13 +101,21 @@ class StepSampler:
     def __len__(self) -> int:
         return self.steps * self.shape[0]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def order(self) -> np.ndarray:
+        """Row numbers of the epoch, all ranks': (steps, accumulation x world x micro)."""
+        rows = len(self.lengths) - 1
         order = np.full(self.steps * int(np.prod(self.shape)), FILLER)
-        order[: self.rows] = (
-            np.random.default_rng((self.seed, self.epoch)).permutation(self.rows) if self.shuffle else range(self.rows)
-        )
-        for step in order.reshape(self.steps, *self.shape):
-            yield from step[:, self.rank].tolist()
+        if self.shuffle:
+            order[:rows] = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
+        else:
+            order[:rows] = np.argsort(-self.lengths[:rows], kind="stable")
+        order = order.reshape(self.steps, -1)
+        longest_first = np.argsort(-self.lengths[order], axis=1, kind="stable")  # lengths[FILLER] is the 0 at the end
+        return np.take_along_axis(order, longest_first, axis=1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.order():
+            yield from step.reshape(self.shape)[:, self.rank].tolist()
 
 
 class StepLoader(DataLoader):

@@ -9,13 +9,15 @@ from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
 from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepSampler
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.model import attention
 
 
 def rows_of_steps(rows, micro, accumulation, world, epoch=0, **kwargs):
     """The rows of each optimizer step, over ranks and micro batches."""
     steps = []
+    lengths = np.random.default_rng(0).integers(1, 99, size=rows)
     for rank in range(world):
-        sampler = StepSampler(rows, micro, accumulation=accumulation, rank=rank, world=world, seed=7, **kwargs)
+        sampler = StepSampler(lengths, micro, accumulation=accumulation, rank=rank, world=world, seed=7, **kwargs)
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler) and {len(batch) for batch in batches} == {micro}
@@ -37,9 +39,19 @@ def test_the_rows_of_a_step_do_not_depend_on_how_they_are_divided(rows):
 def test_an_epoch_has_its_own_order():
     orders = [list(rows_of_steps(64, 8, 1, 1, epoch)) for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
-    assert rows_of_steps(10, 4, 1, 1, shuffle=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [FILLER, FILLER, 8, 9]]
-    a, b = (list(StepSampler(64, 8, seed=seed)) for seed in (1, 2))
+    a, b = (list(StepSampler(np.ones(64), 8, seed=seed)) for seed in (1, 2))
     assert a != b
+
+
+def test_rows_of_a_micro_batch_are_about_as_long():
+    lengths = np.array([9, 1, 8, 2, 7, 3, 6, 4])
+    ranks = [list(StepSampler(lengths, 2, accumulation=2, rank=rank, world=2, seed=3)) for rank in (0, 1)]
+    assert [[sorted(lengths[batch].tolist()) for batch in batches] for batches in ranks] == [
+        [[8, 9], [3, 4]],
+        [[6, 7], [1, 2]],
+    ]
+    # an evaluation sorts all rows, and fillers come last
+    assert StepSampler(lengths[:7], 2, world=2, shuffle=False).order().tolist() == [[0, 2, 4, 6], [5, 3, 1, FILLER]]
 
 
 def dataset(lengths, masked=0):
@@ -70,14 +82,14 @@ def test_shapes_labels_and_selected_logits():
     assert "logits_to_keep" not in plain and (plain["shift_labels"] != IGNORE).sum() == 4
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
-def test_packed_loss_is_unpacked_loss_for_every_token(tiny, attention):
+def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
     data = dataset([120, 2, 3, 57, 9, 33, 2, 90, 17, 64, 5, 40], masked=2)
-    model = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation=attention).eval()
     collate = CausalCollator(pad_id=0, select_logits=True)
     losses = {}
-    for name, sequences in (("single", Sequences(data)), ("packed", Sequences(data, 128))):
+    for name, sequences, how in (("single", Sequences(data), "sdpa"), ("packed", Sequences(data, 128), implementation)):
+        model = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation=how).eval()
         found = {}
         for items in (
             [sequences[i] for i in range(start, min(start + 4, len(sequences)))] for start in range(0, len(sequences), 4)
