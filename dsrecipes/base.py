@@ -167,7 +167,7 @@ class RecipeBase(ABC):
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_BeforeFirstStep(self, trainer))
+        trainer.add_callback(_FirstAndLastStep(self, trainer))
         if self.console.main and not train["dry_run"]:
             trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
         return trainer
@@ -308,8 +308,8 @@ class _DryRunEnds(Exception):
     """Raised before the first step of a dry run."""
 
 
-class _BeforeFirstStep(TrainerCallback):
-    """Engine and optimizer stand: check and show them, write the resolved ZeRO JSON, end a dry run."""
+class _FirstAndLastStep(TrainerCallback):
+    """Engine and optimizer stand: check and show them, write the resolved ZeRO JSON, end a dry run. Log the last step."""
 
     def __init__(self, recipe: RecipeBase, trainer: RecipeTrainer) -> None:
         self.recipe, self.trainer = recipe, trainer
@@ -330,6 +330,11 @@ class _BeforeFirstStep(TrainerCallback):
             raise _DryRunEnds
         if engine is not None and recipe.console.main:
             report.write_ds_config(recipe.folder, trainer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the last step whatever logging_steps is: it is the run's result."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
