@@ -6,15 +6,17 @@ Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, UserError
-from dsrecipes.layers import layer, parse_flags
+from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
 
 _PATIENCE = 15
@@ -34,6 +36,29 @@ def _others_are_busy() -> bool:
     return total > 0 and (total - idle) / total * (os.cpu_count() or 1) > 0.2
 
 
+def _unneeded(layers: Layers) -> list[str]:
+    """Packages that transformers imports wherever it finds them, and that this process has no use for."""
+    if Path(sys.argv[0]).name not in ("dsrecipes", "run.py"):
+        return []  # not our own command: what follows in this process may need them
+    values = {key: str(value) for key, (value, _) in layers.merged().items()}
+    plain = values.get("lora_r", "0") == "0" and str(layers.recipe.module).startswith("dsrecipes.recipes.")
+    if plain and not any(word in values.get("optim", "") for word in ("8bit", "bnb", "paged")):
+        return ["scipy", "peft", "bitsandbytes"]
+    return ["scipy"]
+
+
+@contextlib.contextmanager
+def _hidden(packages: list[str]) -> Iterator[None]:
+    """Let packages seem not installed for a while: a fifth of the time to the first step went into their import."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 def _tell(message: str, rank: int) -> None:
     if rank:
         time.sleep(_PATIENCE)
@@ -49,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
         parser().print_help()
         return 0
-    if _others_are_busy():
+    if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -66,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
         console.say(layers.first_line())  # before the imports, which take ten seconds
-        from dsrecipes.base import recipe_class
+        with _hidden(_unneeded(layers)):
+            from dsrecipes.base import recipe_class
 
         story = recipe_class(layers.recipe)(layers, console)
         story.run()

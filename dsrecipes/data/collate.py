@@ -20,6 +20,8 @@ FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
 _WINDOW = 1 << 15
 """Examples that are packed at a time."""
+_DEALT = 16
+"""Steps whose rows are dealt together by length."""
 COUNTS = "counts"
 """Key of a batch's [useful tokens, rows]; the trainer takes it out before the model sees the batch."""
 Features = dict[str, Any]
@@ -74,9 +76,11 @@ class StepSampler:
     """Index batches of one rank; the rows of a step depend on seed, epoch and step alone.
 
     A step's `micro x accumulation x world` rows are laid out as (accumulation, rank, micro), so the same rows meet
-    in a step however they are divided. Inside the step they are sorted by length, so that the rows of a micro batch,
-    and of all ranks' at a time, are about as long: less padding and waiting, and the step has the same rows. Without
-    shuffling the whole data are sorted. The last step of an epoch is filled with FILLER.
+    in a step however they are divided. So that the rows of a micro batch, and of all ranks' at a time, are about as
+    long, the shuffled rows of 16 steps are sorted by length and cut into quarters of a step: each step gets one drawn
+    from the longest, one from the next, and so on. So each step is as likely as any other to get a row, and has long and
+    short ones. Inside a step rows are sorted by length. Without shuffling the whole data are sorted. The last step of
+    an epoch is filled with FILLER.
     """
 
     def __init__(
@@ -106,12 +110,23 @@ class StepSampler:
         rows = len(self.lengths) - 1
         order = np.full(self.steps * int(np.prod(self.shape)), FILLER)
         if self.shuffle:
-            order[:rows] = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
+            draw = np.random.default_rng((self.seed, self.epoch))
+            order[:rows] = draw.permutation(rows)
+            self._deal(order[: rows - rows % (len(order) // self.steps)], len(order) // self.steps, draw)
         else:
-            order[:rows] = np.argsort(-self.lengths[:rows], kind="stable")
-        order = order.reshape(self.steps, -1)
-        longest_first = np.argsort(-self.lengths[order], axis=1, kind="stable")  # lengths[FILLER] is the 0 at the end
-        return np.take_along_axis(order, longest_first, axis=1)
+            order[:rows] = self._longest_first(np.arange(rows))
+        return np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+
+    def _longest_first(self, rows: np.ndarray) -> np.ndarray:
+        return rows[np.argsort(-self.lengths[rows], kind="stable")]  # lengths[FILLER] is the 0 at the end
+
+    def _deal(self, order: np.ndarray, step: int, draw: np.random.Generator) -> None:
+        """Deal rows of near lengths together to whole steps of `step` rows, in place."""
+        parts = next((parts for parts in (4, 2) if step % parts == 0), step)
+        for start in range(0, len(order), _DEALT * step):
+            hand = self._longest_first(order[start : start + _DEALT * step]).reshape(parts, -1, step // parts)
+            dealt = np.stack([draw.permutation(of_a_length) for of_a_length in hand], axis=1)
+            order[start : start + dealt.size] = dealt.ravel()
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.order():

@@ -211,7 +211,7 @@ def _encoded(
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             length = _length(ids)
-            supervised = sum(label != IGNORE for label in labels[1:]) if isinstance(labels, list) else 1
+            supervised = _supervised(labels) if isinstance(labels, list) else 1
             if length > options.max_length and not recipe.cut_into_blocks:
                 dropped[f"longer than {options.max_length} tokens"] += 1
             elif not supervised and not recipe.cut_into_blocks:
@@ -251,6 +251,11 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
+
+
+def _supervised(labels: list[int]) -> int:
+    """Labels that are learned; the first token is nobody's next one."""
+    return len(labels) - 1 - labels.count(IGNORE) + (labels[0] == IGNORE) if labels else 0
 
 
 def _length(ids: list) -> int:

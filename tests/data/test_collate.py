@@ -54,6 +54,19 @@ def test_rows_of_a_micro_batch_are_about_as_long():
     assert StepSampler(lengths[:7], 2, world=2, shuffle=False).order().tolist() == [[0, 2, 4, 6], [5, 3, 1, FILLER]]
 
 
+def test_little_padding_and_no_step_for_the_long_ones():
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, size=1800).astype(int) + 1
+    sampler, means = StepSampler(lengths, 8, accumulation=4, seed=1), []
+    padded = sum(len(batch) * lengths[batch].max() for batch in sampler if FILLER not in batch)
+    at_random = sum(8 * lengths[at : at + 8].max() for at in range(0, len(lengths), 8))
+    assert padded < 1.15 * lengths.sum() < 0.6 * at_random
+    for epoch in range(300):
+        sampler.set_epoch(epoch)
+        means.append([lengths[step].mean() for step in sampler.order()[:-1]])
+    # 300 epochs of 32 rows: the mean of a step's lengths is known to a hundredth, were its rows drawn one by one
+    assert np.abs(np.mean(means, axis=0) / lengths.mean() - 1).max() < 0.05
+
+
 def dataset(lengths, masked=0):
     """Random ids; the first `masked` of each row are no labels."""
     draw = np.random.default_rng(0)
