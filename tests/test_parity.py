@@ -90,7 +90,7 @@ def test_layouts_of_eight_rows_a_step_agree_with_eight_at_once(
         divided = run(*layout)
         assert logged(divided, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-5), layout
         assert logged(divided, "eval_loss") == pytest.approx(logged(whole, "eval_loss"), abs=1e-5), layout
-        assert logged(divided, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-5), layout
+        assert logged(divided, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-5, abs=1e-7), layout
         theirs = load_file(Path(divided["path"], "model", "model.safetensors"))
         assert theirs.keys() == weights.keys()
         assert max(float((theirs[key] - weights[key]).abs().max()) for key in weights) <= 1e-5, layout

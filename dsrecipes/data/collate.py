@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from dsrecipes.data.columns import Column
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.pack import pack
 
@@ -30,15 +31,16 @@ Features = dict[str, Any]
 class Sequences(TorchDataset):
     """Rows as they are, or several whole ones to a sequence.
 
-    An item is {"rows": [row, ...]} with row a dict of input_ids, labels and what else encode gave; item FILLER has
-    one row with nothing to learn from.
+    An item is [row, ...] with row a dict of input_ids, labels and what other numbers encode gave; item FILLER has one
+    row with nothing to learn from.
     """
 
     def __init__(self, data: Dataset, capacity: int | None = None) -> None:
         """`capacity` in tokens packs; None leaves one row to a sequence."""
-        self.data = data.with_format("numpy")
+        self.data = data
         self.bins: list[np.ndarray] | None = None
-        self.lengths = _lengths(data)
+        self._read_columns()
+        self.lengths = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
             self.bins = [
@@ -48,28 +50,33 @@ class Sequences(TorchDataset):
             ]
             self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
 
+    def _read_columns(self) -> None:
+        table = self.data.data
+        self.columns = {
+            name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers: what lies in a file is opened there again."""
+        return {key: value for key, value in vars(self).items() if key != "columns"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._read_columns()
+
+    def _row(self, row: int) -> Features:
+        return {name: column[row] for name, column in self.columns.items()}
+
     def __len__(self) -> int:
         return len(self.data) if self.bins is None else len(self.bins)
 
     def __getitem__(self, index: int) -> list[Features]:
         if index == FILLER:
-            row = self.data[0]
+            row = self._row(0)
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
             return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
-        return [self.data[int(i)] for i in ([index] if self.bins is None else self.bins[index])]
-
-
-def _lengths(data: Dataset) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    lengths = []
-    for chunk in data.data.column("input_ids").chunks:  # one by one: together they would be read into memory
-        own = pc.list_value_length(chunk).to_numpy()
-        if hasattr(chunk.type.value_type, "value_type"):
-            own = np.maximum.reduceat(pc.list_value_length(chunk.flatten()).to_numpy(), np.cumsum(own) - own)
-        lengths.append(own)
-    return np.concatenate(lengths)
+        return [self._row(i) for i in ([index] if self.bins is None else self.bins[index])]
 
 
 class StepSampler:
