@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from dsrecipes.data.audit import check_isolation, leak
+from dsrecipes.data.audit import check_isolation, distance, second_example
 
 NAME = "dsrecipes_by_example"
 
@@ -19,25 +21,27 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each run of position ids.
+    """Causal attention inside each run of position ids; transformers' own where there is a mask or a cache.
 
     Args:
         query: (batch, heads, length, head size); key and value may have fewer heads.
-        position_ids: (batch, length), 0 where an example begins; absent, each row is one example.
+        position_ids: (batch or 1, length), 0 where an example begins; absent, each row is one example.
 
     Returns:
         (batch, length, heads, head size), and no weights.
     """
     batch, heads, length, _ = query.shape
-    positions = torch.arange(length).expand(batch, length) if position_ids is None else position_ids
-    starts = (positions == 0).flatten().nonzero().flatten().tolist()
+    if attention_mask is not None or key.shape[2] != length:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    positions = torch.arange(length) if position_ids is None else position_ids
+    starts = (positions.expand(batch, length) == 0).flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], batch * length], strict=True)]
     # split, not slices: the backward pass of each slice would fill a tensor of the whole size
     examples = [states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value)]
@@ -51,8 +55,17 @@ def _attention(
     return torch.cat(outputs, 1).view(batch, length, heads, -1), None
 
 
+def _mask(
+    *, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """No mask, unless there is padding or a cache."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def attend_by_example(model: PreTrainedModel, on: bool) -> bool:
@@ -78,9 +91,10 @@ def keep_apart(model: PreTrainedModel, device: torch.device, choose: bool) -> No
     Raises:
         UserError: they do, whatever the attention.
     """
-    if choose and device.type == "cpu" and attend_by_example(model, True):
-        difference, limit = leak(model, device)
-        if difference <= limit:
-            return
-        attend_by_example(model, False)
+    if choose and device.type == "cpu":
+        alone = second_example(model, device, packed=False)  # by the model's own attention
+        if attend_by_example(model, True):
+            if not distance(second_example(model, device, packed=True), alone):
+                return
+            attend_by_example(model, False)
     check_isolation(model, device)
