@@ -23,7 +23,7 @@ endif
 TRAIN = $(BIN)/dsrecipes train $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(PROCS),--procs $(PROCS)) \
 	$(if $(filter 0,$(GPUS)),--use_cpu true) $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED)) $(ARGS)
 
-.PHONY: help install train list show test test-fast lint tensorboard clean
+.PHONY: help install train list show test test-fast lint bench bench-quick bench-envs tensorboard clean
 
 help:
 	@echo "make train RECIPE=gpt2_clm     train (installs on first use); without a GPU a small offline profile"
@@ -33,6 +33,7 @@ help:
 	@echo "make tensorboard               the curves of all runs, at http://localhost:6006"
 	@echo "make test                      all tests;  make test-fast: without several ranks"
 	@echo "make lint                      ruff"
+	@echo "make bench-quick               speed beside naive loops, in two minutes;  make bench: all (make bench-envs first)"
 	@echo
 	@echo "variables: RECIPE, GPUS (default: all visible; 0 = CPU), PROCS (ranks; default: GPUS, or 1),"
 	@echo "           DEEPSPEED (zero0 .. zero3, zero3_offload, ..., none, or a JSON), CONFIG (a YAML), ARGS (any flags)"
@@ -66,6 +67,28 @@ test-fast: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-quick: install
+	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
+
+bench-envs: .bench/trl/installed .bench/lf/installed
+
+# Each its own, with our release of torch. `===` is the index's build alone: torchvision and torchaudio, which
+# LLaMA-Factory imports, do not load beside a local build of torch such as 2.13.0+cpu.
+.bench/trl/installed: constraints.txt
+	$(PYTHON) -m venv .bench/trl
+	grep '^torch==' constraints.txt > .bench/trl/torch.txt
+	.bench/trl/bin/python -m pip install -c .bench/trl/torch.txt torch trl==1.16.0 peft
+	@touch $@
+
+.bench/lf/installed: constraints.txt
+	$(PYTHON) -m venv .bench/lf
+	sed -n 's/^torch==/torch===/p' constraints.txt > .bench/lf/torch.txt
+	.bench/lf/bin/python -m pip install -c .bench/lf/torch.txt torch llamafactory==0.9.5
+	@touch $@
 
 tensorboard: install
 	$(BIN)/tensorboard --logdir runs
