@@ -33,7 +33,7 @@ help:
 	@echo "make tensorboard               the curves of all runs, at http://localhost:6006"
 	@echo "make test                      all tests;  make test-fast: without several ranks"
 	@echo "make lint                      ruff"
-	@echo "make bench-quick               speed beside naive loops, in two minutes;  make bench: all (make bench-envs first)"
+	@echo "make bench-quick               speed beside naive loops, one short round;  make bench: all (make bench-envs first)"
 	@echo
 	@echo "variables: RECIPE, GPUS (default: all visible; 0 = CPU), PROCS (ranks; default: GPUS, or 1),"
 	@echo "           DEEPSPEED (zero0 .. zero3, zero3_offload, ..., none, or a JSON), CONFIG (a YAML), ARGS (any flags)"

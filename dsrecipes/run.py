@@ -19,6 +19,7 @@ from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
 
+_GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
 """Seconds that rank 0 has to tell what ails every rank: the launcher ends all ranks with the first that ends."""
 
@@ -106,12 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         console.release()
         if rank == 0:
             folder = getattr(story, "folder", None)
-            way = (
-                f"; --output_dir {folder.path} --resume_from_checkpoint auto goes on from the last checkpoint"
-                if folder
-                else ""
-            )
-            print(f"\ninterrupted{way}", file=sys.stderr)
+            print("\ninterrupted" + (_GO_ON.format(folder.path) if folder else ""), file=sys.stderr)
         return 130
     except BaseException:
         console.release()

@@ -87,6 +87,7 @@ def fingerprint(rows: Iterable[Row]) -> str:
 
 
 def suffix(path: Path) -> str:
+    """The kind of file, in lower case, `.gz` left aside."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
