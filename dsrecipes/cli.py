@@ -7,12 +7,15 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import sys
 import textwrap
 import uuid
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from dsrecipes import find
@@ -129,6 +132,17 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+_USES: tuple[str, ...] = ()
+"""The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
+
+
+def _use(command: str, argv: list[str]) -> int:
+    """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+
+
 def _refuse_unknown(keys: Iterable[str]) -> None:
     """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
     spec = importlib.util.find_spec("transformers")
@@ -152,7 +166,8 @@ def _refuse_unknown(keys: Iterable[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `dsrecipes` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "list": list_recipes, "show": show}
+    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
+    commands |= {name: partial(_use, name) for name in _USES}
     if not argv or argv[0] in ("-h", "--help"):
         print(textwrap.dedent(_USAGE), end="")
         return 0 if argv else EXIT_CODE

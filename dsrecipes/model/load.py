@@ -152,7 +152,13 @@ def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: s
 
 
 def load_model(
-    options: ModelConfig, config: PretrainedConfig, auto_class: str, dtype: torch.dtype, seed: int, deepspeed: bool
+    options: ModelConfig,
+    config: PretrainedConfig,
+    auto_class: str,
+    dtype: torch.dtype,
+    seed: int,
+    deepspeed: bool,
+    adapter: bool = True,
 ) -> PreTrainedModel:
     """The weights, in 4 bits and with LoRA where asked, ready for Trainer.
 
@@ -162,6 +168,7 @@ def load_model(
         dtype: of the weights; in 4 bits of the computation and the storage too, so that ZeRO-3 finds one dtype.
         seed: for whatever starts at random: a new head, an adapter.
         deepspeed: whether DeepSpeed will hold the weights, and keep fp32 copies of those it trains.
+        adapter: whether a LoRA run's model gets its new adapter; False for the base alone.
     """
     name, where = _source(options)
     if options.from_scratch:
@@ -187,7 +194,7 @@ def load_model(
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _refuse_holes(missing, model, name, same_head)
     _draw_new_weights(model, missing, config, seed)
-    if options.lora_r:
+    if options.lora_r and adapter:
         from dsrecipes.model.lora import add_lora
 
         set_seed(seed)

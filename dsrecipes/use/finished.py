@@ -1,0 +1,149 @@
+"""A finished run, opened: its configuration, recipe, tokenizer and model, tuned or as it was before."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dsrecipes.errors import UserError
+from dsrecipes.layers import layer
+from dsrecipes.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dsrecipes.base import RecipeBase
+    from dsrecipes.config import Config
+    from dsrecipes.data.encode import EncodeOptions
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors, without abbreviations."""
+
+    def __init__(self, command: str, about: str) -> None:
+        """`command` as it is typed after `dsrecipes`."""
+        super().__init__(prog=f"dsrecipes {command}", description=about, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong, and where the flags are told."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def find_run(name: str) -> RunFolder:
+    """A run folder by its path, or `last`: the newest under runs/ that ended with a model.
+
+    Raises:
+        UserError: there is none, or it holds no trained model.
+    """
+    if name == "last":
+        ended = [path.parent for path in Path("runs").glob("*/*/model") if (path.parent / "config.yaml").is_file()]
+        if not ended:
+            raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
+        return RunFolder(max(ended, key=lambda path: (path / "model").stat().st_mtime))
+    folder = RunFolder(Path(name).expanduser())
+    if not folder.path.is_dir():
+        raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
+    if not folder.config.is_file():
+        raise UserError(f"{name}: no run folder (no config.yaml in it)")
+    if not folder.model.is_dir():
+        raise UserError(
+            f"{name}: this run has no model yet; `dsrecipes train --config {folder.config} --output_dir {name} "
+            "--resume_from_checkpoint auto` goes on with it"
+        )
+    return folder
+
+
+@dataclass
+class FinishedRun:
+    """One run folder; what is heavy is loaded at first use."""
+
+    folder: RunFolder
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration that the run recorded, checked again."""
+        from dsrecipes.config import build_config
+
+        return build_config(layer({"config": str(self.folder.config)}))
+
+    @cached_property
+    def recipe(self) -> type[RecipeBase]:
+        """The recipe's class, for its row hooks."""
+        from dsrecipes.base import recipe_class
+
+        return recipe_class(self.config.layers.recipe)
+
+    @cached_property
+    def options(self) -> EncodeOptions:
+        """What the rows were encoded with."""
+        from dsrecipes.data.encode import EncodeOptions
+
+        return EncodeOptions(self.config.data.max_length, self.config.data.prompt_style)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved beside the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder.model)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The accelerator where there is one, unless the run was told to use the CPU."""
+        import torch
+
+        if self.config.train["use_cpu"] or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda")
+
+    def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model in evaluation mode: base and adapter for LoRA, in 4 bits where the run was.
+
+        Args:
+            base: the model as it was before the run.
+            dtype: of the weights; fp32 on a CPU, bf16 on a GPU that has it, else fp16, where it is not given.
+
+        Raises:
+            UserError: the base cannot be had, or files of model/ are missing or damaged.
+        """
+        import torch
+        import transformers
+        from safetensors import SafetensorError
+        from transformers.utils.logging import disable_progress_bar
+
+        from dsrecipes.model.load import load_config, load_model
+
+        disable_progress_bar()
+        if dtype is None:
+            dtype = torch.float32
+            if self.device.type == "cuda":
+                dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        options, auto = self.config.model, self.recipe.auto_class
+        adapter = (self.folder.model / "adapter_config.json").is_file()
+        try:
+            if base or adapter:
+                model = load_model(
+                    options, load_config(options, auto), auto, dtype, self.config.train["seed"], False, adapter=False
+                )
+            if adapter and not base:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, str(self.folder.model))
+            elif not base:
+                model = getattr(transformers, auto).from_pretrained(self.folder.model, dtype=dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{self.folder.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return model.to(self.device).eval()
+
+
+def open_run(name: str) -> FinishedRun:
+    """A run folder by path or `last`.
+
+    Raises:
+        UserError: there is none, or it holds no trained model.
+    """
+    return FinishedRun(find_run(name))
