@@ -1,0 +1,137 @@
+"""Prompts in the recipe's own format, and a model's answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.data.encode import IGNORE
+from dsrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from dsrecipes.use.finished import FinishedRun
+
+Json = dict[str, Any]
+_ANSWER = "answer"
+"""Stands where a row has no answer yet: the recipe's encoding wants one, and it is cut off again."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given, and what the row says the answer is (None where it says nothing)."""
+
+    ids: list[int]
+    text: str
+    reference: str | None
+
+
+def prompt_of(run: FinishedRun, row: Json) -> Prompt:
+    """A row, with or without its answer, as the recipe's training rows show it up to the last answer.
+
+    A recipe that trains on every token (gpt2_clm) has no answer in its rows: the whole text is the prompt.
+
+    Raises:
+        ValueError: the row lacks a field; the message names it.
+        UserError: the recipe's model does not write text.
+    """
+    if not run.recipe.auto_class.endswith("ForCausalLM"):
+        raise UserError(f"{run.folder.path}: this model does not write text; it answers questions with four options")
+    asked, answered = _with_answer(row)
+    encoded = run.recipe.encode([run.recipe.format_row(asked)], run.tokenizer, run.options)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    if all(label != IGNORE for label in labels):
+        ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
+        return Prompt(ids, run.tokenizer.decode(ids), None)
+    start = len(labels)
+    while start and labels[start - 1] == IGNORE:  # what a chat template writes behind the answer
+        start -= 1
+    end = start
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    reference = run.tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() if answered else None
+    return Prompt(ids[:start], run.tokenizer.decode(ids[:start]), reference)
+
+
+def _with_answer(row: Json) -> tuple[Json, bool]:
+    """The row with something where its answer belongs, and whether it had one."""
+    for key in ("messages", "conversations"):
+        turns = row.get(key)
+        if isinstance(turns, list) and turns:
+            role = turns[-1].get("role", turns[-1].get("from")) if isinstance(turns[-1], dict) else None
+            if role in ("assistant", "gpt"):
+                return row, True
+            return row | {key: [*turns, {"role": "assistant", "content": _ANSWER}]}, False
+    if "instruction" in row and not str(row.get("output") or "").strip():
+        return row | {"output": _ANSWER}, False
+    return row, True
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    batch_size: int = 8,
+) -> Iterator[tuple[int, str]]:
+    """(index of the prompt, answer) as batches end: sorted by length, the longest first, left-padded.
+
+    Args:
+        prompts: token ids of each; longest first shows at once whether memory is enough.
+        settings: transformers' own, with max_new_tokens set.
+
+    Raises:
+        UserError: a prompt and its answer have no room in the model's positions.
+    """
+    import torch
+
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if room and longest + settings.max_new_tokens > room:
+        number = next(index for index, ids in enumerate(prompts) if len(ids) == longest)
+        raise UserError(
+            f"prompt {number + 1} has {longest} tokens, and with {settings.max_new_tokens} new ones they pass the model's "
+            f"{room} positions: shorten it, or give a smaller --max_new_tokens"
+        )
+    pad = settings.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        width = len(prompts[chosen[0]])
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device)
+        with torch.no_grad():
+            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for index, tokens in zip(chosen, written[:, width:].tolist(), strict=True):
+            yield index, tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def generation_settings(run: FinishedRun, model: PreTrainedModel, **changes: Any) -> GenerationConfig:
+    """Greedy decoding of up to 256 new tokens that ends at eos, with changes by transformers' own names.
+
+    A temperature above 0 turns sampling on, 0 turns it off.
+
+    Raises:
+        UserError: a name that GenerationConfig does not know, or a value that it refuses.
+    """
+    from transformers import GenerationConfig
+
+    from dsrecipes.errors import nearest
+    from dsrecipes.model.load import pad_id
+
+    known = vars(GenerationConfig())
+    for name in changes:
+        if name not in known:
+            raise UserError(f"unknown generation setting {name!r}{nearest(name, known)}")
+    values: Json = {"max_new_tokens": 256, "do_sample": False} | changes
+    if "temperature" in values:
+        values["do_sample"] = values["temperature"] > 0
+        if not values["do_sample"]:
+            del values["temperature"]
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    try:
+        return GenerationConfig(pad_token_id=pad_id(run.tokenizer), eos_token_id=eos or run.tokenizer.eos_token_id, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generation settings: {str(error).splitlines()[0]}") from error
