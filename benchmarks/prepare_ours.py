@@ -27,7 +27,7 @@ def main() -> None:
         AlpacaLlamaSft, load_splits(str(args.data / "alpaca.json")), tokenizer, EncodeOptions(LENGTH, "alpaca"),
         validation_split=0.0, seed=0, skip_bad_rows=True, console=Console(),
     )["train"]  # fmt: skip
-    sequences = Sequences(split.data, LENGTH)
+    sequences = Sequences(split.path, LENGTH)
     write_prepared(args, time.perf_counter() - began, split.stats.rows, len(sequences))
 
 

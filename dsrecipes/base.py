@@ -152,7 +152,7 @@ class RecipeBase(ABC):
         self._fit_head()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
         self.sequences = {
-            name: Sequences(each.data, data.max_length if packs else None) for name, each in self.splits.items()
+            name: Sequences(each.path, data.max_length if packs else None) for name, each in self.splits.items()
         }
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])

@@ -102,6 +102,15 @@ def _saved(name: str, model, tokenizer) -> str:
     return str(folder)
 
 
+def arrow_file(columns: dict[str, list]) -> Path:
+    """A file of columns as data.prepare writes them."""
+    from dsrecipes.data.columns import write_columns
+
+    path = Path(tempfile.mkdtemp(dir=_KEPT.name), "rows.arrow")
+    write_columns(path, [columns])
+    return path
+
+
 def write_rows(path: Path, rows: list[dict]) -> str:
     """Rows as a .jsonl or .json file; returns its path."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dsrecipes.data.columns import Column
+from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.pack import pack
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
@@ -35,9 +33,9 @@ class Sequences(TorchDataset):
     row with nothing to learn from.
     """
 
-    def __init__(self, data: Dataset, capacity: int | None = None) -> None:
-        """`capacity` in tokens packs; None leaves one row to a sequence."""
-        self.data = data
+    def __init__(self, path: Path, capacity: int | None = None) -> None:
+        """The rows of a prepared split's file; `capacity` in tokens packs, None leaves one row to a sequence."""
+        self.path = path
         self.bins: list[np.ndarray] | None = None
         self._read_columns()
         self.lengths = self.columns["input_ids"].lengths()
@@ -45,13 +43,13 @@ class Sequences(TorchDataset):
         if capacity is not None:
             self.bins = [
                 start + each
-                for start in range(0, len(data), _WINDOW)
+                for start in range(0, len(self.lengths), _WINDOW)
                 for each in pack(self.lengths[start : start + _WINDOW], capacity)
             ]
             self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
 
     def _read_columns(self) -> None:
-        table = self.data.data
+        table = read_columns(self.path)
         self.columns = {
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
@@ -68,7 +66,7 @@ class Sequences(TorchDataset):
         return {name: column[row] for name, column in self.columns.items()}
 
     def __len__(self) -> int:
-        return len(self.data) if self.bins is None else len(self.bins)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> list[Features]:
         if index == FILLER:

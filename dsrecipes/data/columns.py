@@ -1,11 +1,43 @@
-"""Rows of an Arrow column as numpy views of the memory-mapped file: no copy, and a hundredth of the time of a Dataset's."""
+"""Columns in an Arrow file, and their rows as numpy views of it: no copy, and a hundredth of the time of a Dataset's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+
+def write_columns(path: Path, batches: Iterable[dict[str, list]]) -> None:
+    """Write batches of columns as an Arrow stream, integers in 32 bits; without a batch the file is empty."""
+    writer = None
+    with pa.OSFile(str(path), "wb") as sink:
+        for batch in batches:
+            table = pa.RecordBatch.from_pydict({name: _array(values) for name, values in batch.items()})
+            writer = writer or pa.ipc.new_stream(sink, table.schema)
+            writer.write_batch(table)
+        if writer is not None:
+            writer.close()
+
+
+def read_columns(path: Path) -> pa.Table:
+    """The table of an Arrow stream, memory-mapped."""
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+
+
+def _array(values: list) -> pa.Array:
+    array = pa.array(values)
+    kind, depth = array.type, 0
+    while pa.types.is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if not pa.types.is_int64(kind):
+        return array
+    small = pa.int32()
+    for _ in range(depth):
+        small = pa.list_(small)
+    return array.cast(small)
 
 
 class Column:

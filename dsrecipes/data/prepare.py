@@ -12,13 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.data.columns import write_columns
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.pack import blocks
@@ -49,10 +50,17 @@ class SplitStats:
 
 @dataclass
 class Split:
-    """A prepared split: one row a sequence, with input_ids and labels."""
+    """A prepared split: an Arrow file of one row a sequence, with input_ids and labels."""
 
-    data: Dataset
+    path: Path
     stats: SplitStats
+
+    @cached_property
+    def data(self) -> Dataset:
+        """Its rows as a datasets.Dataset; training reads the file without one."""
+        from datasets import Dataset
+
+        return Dataset.from_file(str(self.path))
 
 
 def cache_root() -> Path:
@@ -161,14 +169,8 @@ def _write_splits(
 
 
 def _read_splits(folder: Path) -> dict[str, Split]:
-    from datasets import Dataset
-
     stats = json.loads((folder / "stats.json").read_text())
-    return {
-        name: Split(Dataset.from_file(str(folder / f"{name}.arrow")), SplitStats(**each))
-        for name, each in stats.items()
-        if each["kept"]
-    }
+    return {name: Split(folder / f"{name}.arrow", SplitStats(**each)) for name, each in stats.items() if each["kept"]}
 
 
 def _write(
@@ -181,16 +183,11 @@ def _write(
     split: str,
 ) -> SplitStats:
     stats = SplitStats()
-    writer = None
-    with console.progress(f"tokenizing {split}", unit=" rows") as bar, pyarrow.OSFile(str(path), "wb") as sink:
+    with console.progress(f"tokenizing {split}", unit=" rows") as bar:
         encoded = _encoded(recipe, records, tokenizer, options, stats, bar.update)
-        for batch in _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded:
-            table = pyarrow.RecordBatch.from_pydict({name: _array(values) for name, values in batch.items()})
-            if writer is None:
-                writer = pyarrow.ipc.new_stream(sink, table.schema)
-            writer.write_batch(table)
-        if writer is not None:
-            writer.close()
+        write_columns(
+            path, _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded
+        )
     return stats
 
 
@@ -264,19 +261,6 @@ def _length(ids: list) -> int:
 
 def _total(ids: list) -> int:
     return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-
-
-def _array(values: list) -> pyarrow.Array:
-    array = pyarrow.array(values)
-    kind, depth = array.type, 0
-    while pyarrow.types.is_list(kind):
-        kind, depth = kind.value_type, depth + 1
-    if not pyarrow.types.is_int64(kind):
-        return array
-    small = pyarrow.int32()
-    for _ in range(depth):
-        small = pyarrow.list_(small)
-    return array.cast(small)
 
 
 def _refuse_empty(stats: dict[str, SplitStats]) -> None:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from tiny import tiny_gpt2, tiny_llama
+from tiny import arrow_file, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
 from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepSampler
@@ -72,7 +71,7 @@ def dataset(lengths, masked=0):
     draw = np.random.default_rng(0)
     ids = [draw.integers(3, 500, size=length).tolist() for length in lengths]
     labels = [[*[IGNORE] * min(masked, len(row) - 1), *row[min(masked, len(row) - 1) :]] for row in ids]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+    return arrow_file({"input_ids": ids, "labels": labels})
 
 
 def test_shapes_labels_and_selected_logits():
@@ -88,7 +87,7 @@ def test_shapes_labels_and_selected_logits():
     assert batch["position_ids"][1].tolist() == list(range(8)) and batch["input_ids"][1, 7] == 9
     # a position is kept where the next token of the same row is a label: never at the end of a row
     assert batch["logits_to_keep"].int().tolist() == [[0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 0, 0], [0] * 8]
-    rows = data[:]["input_ids"]
+    rows = [single[i][0]["input_ids"].tolist() for i in range(3)]
     assert batch["shift_labels"].tolist() == rows[0][2:] + rows[1][2:] + rows[2][2:]
     assert batch[COUNTS].tolist() == [15, 3]
     plain = CausalCollator(pad_id=9, select_logits=False)([packed[0]])
@@ -139,7 +138,7 @@ def test_a_step_of_fillers_alone_has_no_gradient(tiny):
 
 
 def test_padding_of_questions_and_of_texts():
-    questions = Dataset.from_dict(
+    questions = arrow_file(
         {"input_ids": [[[1, 2], [3]], [[4, 5, 6], [7, 8]]], "token_type_ids": [[[0, 1], [0]], [[0, 0, 1], [0, 1]]],
          "labels": [1, 0], "subject": ["a", "b"]}
     )  # fmt: skip
@@ -149,7 +148,7 @@ def test_padding_of_questions_and_of_texts():
     assert batch["attention_mask"].tolist()[:2] == [[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]]
     assert batch["token_type_ids"].shape == (3, 2, 3) and "subject" not in batch
     assert batch["labels"].tolist() == [1, 0, IGNORE] and batch[COUNTS].tolist() == [8, 2]
-    texts = Sequences(Dataset.from_dict({"input_ids": [[1, 2], [3]], "labels": [1, 0]}))
+    texts = Sequences(arrow_file({"input_ids": [[1, 2], [3]], "labels": [1, 0]}))
     batch = PaddingCollator(pad_id=0)([texts[0], texts[1], texts[FILLER]])
     assert batch["input_ids"].tolist() == [[1, 2], [3, 0], [1, 2]] and batch["labels"].tolist() == [1, 0, IGNORE]
 
@@ -160,7 +159,7 @@ def test_padding_does_not_change_the_scores():
     model = AutoModelForMultipleChoice.from_pretrained(tiny_bert()).eval()
     draw = np.random.default_rng(0)
     ids = [[draw.integers(5, 2000, size=size).tolist() for size in sizes] for sizes in ((3, 9, 4, 5), (30, 2, 60, 7))]
-    data = Sequences(Dataset.from_dict({"input_ids": ids, "labels": [0, 3]}))
+    data = Sequences(arrow_file({"input_ids": ids, "labels": [0, 3]}))
     collate = PaddingCollator(pad_id=0)
     scores = []
     for items in ([data[0]], [data[1]], [data[0], data[1]]):
