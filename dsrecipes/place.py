@@ -22,6 +22,7 @@ from dsrecipes.zero.runtime import (
     Ranks,
     complete_ranks,
     hide_accelerators,
+    import_muon_uncompiled,
     keep_memory,
     probe_deepspeed,
     read_launch,
@@ -145,6 +146,8 @@ def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None]:
     zero = read_zero(path)
     reason = probe_deepspeed(zero.uses_nvme)
     if reason is None:
+        if not zero.uses_muon:
+            import_muon_uncompiled()
         return zero, None
     if config.train["require_deepspeed"] or launch.deepspeed:
         raise UserError(

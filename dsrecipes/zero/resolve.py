@@ -53,6 +53,11 @@ class Zero:
         """Whether anything is kept on a disk."""
         return "nvme" in (self._device("offload_optimizer"), self._device("offload_param"))
 
+    @property
+    def uses_muon(self) -> bool:
+        """Whether the JSON names DeepSpeed's Muon optimizer."""
+        return "muon" in str(self.json.get("optimizer", {}).get("type", "")).lower()
+
     def _device(self, part: str) -> str:
         return (self.json.get("zero_optimization", {}).get(part) or {}).get("device", "none")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.metadata
 import os
 import socket
@@ -195,8 +196,9 @@ def probe_deepspeed(nvme: bool) -> str | None:
         return (
             f"deepspeed {version} is older than {'.'.join(map(str, _MINIMUM))}, whose ZeRO-2 accumulates gradients rightly"
         )
-    # On CPU DeepSpeed compiles a shared-memory operation at first use; without it gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On CPU DeepSpeed compiles a shared-memory operation at first use; without it gloo does the same work. Set before it
+    # is read, it also saves a probe of all operations, which starts a compiler.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if nvme:
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -205,6 +207,20 @@ def probe_deepspeed(nvme: bool) -> str | None:
                 "NVMe offload needs libaio and its headers (Debian and Ubuntu: apt install libaio-dev) and a C++ compiler"
             )
     return None
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer, as each start of ZeRO does, without the torch.compile that decorates it.
+
+    That would import torch's whole compiler: 1.2 to 1.8 s of each start (benchmarks/README.md), for an optimizer that
+    the run does not use.
+    """
+    compiler, torch.compile = torch.compile, lambda function=None, **options: function or (lambda each: each)
+    try:
+        with contextlib.suppress(ImportError):  # other versions have no such module
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compiler
 
 
 def hide_accelerators() -> None:
