@@ -2,7 +2,7 @@
 
     make bench-envs && make bench                                  everything, three rounds
     .venv/bin/python benchmarks/bench.py step --only ours trl-best --rounds 1 --steps 4
-    .venv/bin/python benchmarks/bench.py zero                      also: prepare, startup
+    .venv/bin/python benchmarks/bench.py zero                      also: prepare, startup, vocabulary
 
 Tables and a picture are written to benchmarks/results/. What is measured and how: benchmarks/README.md.
 """
@@ -101,10 +101,10 @@ def flags(values: Json) -> list[str]:
     ]
 
 
-def our_values(data: Path, steps: int, out: Path, micro: int = 4) -> Json:
+def our_values(data: Path, steps: int, out: Path, micro: int = 4, model: Path = WORK / "model") -> Json:
     """The flags of ours."""
     return {
-        "profile": "full", "use_cpu": True, "model_name_or_path": str(WORK / "model"), "dataset": str(data / "alpaca.json"),
+        "profile": "full", "use_cpu": True, "model_name_or_path": str(model), "dataset": str(data / "alpaca.json"),
         "skip_bad_rows": True, "max_length": LENGTH, "validation_split": 0.0, "global_batch_size": TOKENS // LENGTH,
         "per_device_train_batch_size": micro, "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0,
         "weight_decay": 0.0, "activation_checkpointing": False, "save_strategy": "no", "eval_strategy": "no",
@@ -142,28 +142,37 @@ def our_result(out: Path, data: Path, values: Json) -> Json:
         "steps": steps,
         "first_step_at": lines[0]["time"],
         "versions": versions(),
+        "peak_gb": lines[-1]["peak_memory_gb"],
         "seen": [],
     }
 
 
-def contestant(name: str, data: Path, steps: int, out: Path, changes: Json | None = None, save: bool = True) -> Json:
+def contestant(
+    name: str,
+    data: Path,
+    steps: int,
+    out: Path,
+    changes: Json | None = None,
+    save: bool = True,
+    model: Path = WORK / "model",
+) -> Json:
     """Run one, and return its result with the time its process started."""
     if name.startswith("ours"):
-        values = our_values(data, steps, out / "run") | (changes or {})
+        values = our_values(data, steps, out / "run", model=model) | (changes or {})
         command = [sys.executable, "-m", "dsrecipes.run", "--recipe", "alpaca_llama_sft", *flags(values)]
         began = run(command, out, {})
         return our_result(out / "run", data, values) | {"began": began, "model": str(out / "run" / "model")}
     rows = json.loads((data / "info.json").read_text())["rows_per_step"]
     command = [
         str(PYTHONS[family(name)]), str(HERE / SCRIPTS[family(name)]), *([] if save else ["--no_save"]),
-        *flags({"name": name, "model": WORK / "model", "data": data, "out": out, "steps": steps, "rows_per_step": rows}),
+        *flags({"name": name, "model": model, "data": data, "out": out, "steps": steps, "rows_per_step": rows}),
         "--set", json.dumps(changes or {}),
     ]  # fmt: skip
     began = run(command, out, {})
     return json.loads((out / "result.json").read_text()) | {"began": began, "model": str(out / "model")}
 
 
-# ---- the four parts ----
+# ---- the parts ----
 
 
 def step_part(args: argparse.Namespace, data: Path) -> Json:
@@ -171,7 +180,9 @@ def step_part(args: argparse.Namespace, data: Path) -> Json:
     names = present(args.only or (QUICK if args.quick else NAMES))
     initial = inputs.held_out_loss(WORK / "model", data, args.held_out)
     found: Json = {name: {"rates": [], "tokens": []} for name in names}
+    limits = []
     for number in range(args.rounds):
+        limits.append(inputs.arithmetic_limit(data))
         for name in names:
             result = contestant(name, data, args.steps, WORK / "runs" / name)
             measured, own = result["steps"][args.warmup :], found[name]
@@ -189,7 +200,9 @@ def step_part(args: argparse.Namespace, data: Path) -> Json:
         if "ours" in found:
             pairs = zip(found["ours"]["rates"], own["rates"], strict=True)
             own["ratio"] = statistics.median(mine / other for mine, other in pairs)
-    return {"initial_held_out": initial, "steps": args.steps, "warmup": args.warmup, "contestants": found}
+    return {
+        "initial_held_out": initial, "steps": args.steps, "warmup": args.warmup, "limits": limits, "contestants": found
+    }  # fmt: skip
 
 
 def check(found: Json, initial: float) -> None:
@@ -317,6 +330,16 @@ def startup_part(args: argparse.Namespace, data: Path) -> Json:
     return found
 
 
+def vocabulary_part(args: argparse.Namespace, data: Path) -> Json:
+    """Most memory resident in two steps with a vocabulary of 128,256 tokens (Llama 3's): all logits, and selected ones."""
+    model = inputs.make_model(WORK / "model-128k", 128256)
+    found = {}
+    for name in ("packed", "packed-selected", "ours"):
+        found[name] = contestant(name, data, 2, WORK / "vocabulary" / name, save=False, model=model)["peak_gb"]
+        print(f"vocabulary 128,256, {name}: {found[name]:.2f} GB", flush=True)
+    return found
+
+
 # ---- the command ----
 
 
@@ -329,7 +352,13 @@ def machine() -> Json:
     return {"cpu": cpu, "cores": os.cpu_count(), "memory": size, "system": platform.platform(), "load": os.getloadavg()[0]}
 
 
-PARTS = {"step": step_part, "zero": zero_part, "prepare": prepare_part, "startup": startup_part}
+PARTS = {
+    "step": step_part,
+    "zero": zero_part,
+    "prepare": prepare_part,
+    "startup": startup_part,
+    "vocabulary": vocabulary_part,
+}
 
 
 def main() -> None:

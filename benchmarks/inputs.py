@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ _VERSION = "1"
 """Change it with what make_rows writes."""
 
 
-def make_model(folder: Path) -> Path:
-    """A Llama of 31 M parameters with SmolLM2's vocabulary, from random weights of seed 0."""
+def make_model(folder: Path, vocabulary: int = 49152) -> Path:
+    """A Llama of 31 M parameters with SmolLM2's tokenizer (and vocabulary, if no other is asked for), seed 0."""
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -37,7 +38,7 @@ def make_model(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        vocab_size=vocabulary, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=EOS_ID, pad_token_id=EOS_ID,
     )  # fmt: skip
@@ -143,6 +144,27 @@ def _write(folder: Path, kept: list[dict], held: list[dict], eos: str, info: dic
 def read_tokens(file: Path) -> list[dict[str, list[int]]]:
     """Rows of input_ids and labels."""
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def arithmetic_limit(folder: Path) -> float:
+    """Useful tokens a second of a machine that does nothing but this model's matrix products, at the rate measured now.
+
+    6 operations for each weight of the layers and each token, and for each weight of the head and each token that has a
+    label (forward and both halves of the backward pass); the rate is that of products of 2,048 x 2,048 matrices, fp32.
+    """
+    import torch
+
+    rows = read_tokens(folder / "tokens.jsonl")
+    share = sum(label != -100 for row in rows for label in row["labels"]) / sum(len(row["labels"]) for row in rows)
+    layer = 384 * 384 * 2 + 2 * 384 * 128 + 3 * 384 * 1024
+    torch.set_num_threads(2)
+    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / sorted(seconds)[6] / (6 * (8 * layer + share * 384 * 49152))
 
 
 def matching(seen: list[dict[str, list[int]]], folder: Path) -> float | None:

@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,7 @@ def write_result(
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"name": args.name, "config": config, "steps": steps, "first_step_at": meter.ends[1], "versions": versions()}
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     (args.out / "result.json").write_text(json.dumps(result | {"seen": seen or []}))
 
 

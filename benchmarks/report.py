@@ -45,7 +45,8 @@ def step_table(part: Json) -> list[str]:
         "",
         f"{part['steps']} steps a run, of which the first {part['warmup']} are not timed. Held-out loss before training: "
         f"{part['initial_held_out']:.3f}; it is taken on the same rows, one at a time, after the last step. "
-        "The ratio is taken in each round; its median is shown.",
+        "The ratio is taken in each round; its median is shown. "
+        f"Arithmetic limit, measured before each round: {middle(part['limits'], ',.0f')}.",
         *table(head, rows),
     ]
 
@@ -81,7 +82,19 @@ def startup_table(part: Json) -> list[str]:
     ]
 
 
-TABLES = {"step": step_table, "zero": zero_table, "prepare": prepare_table, "startup": startup_table}
+def vocabulary_table(part: Json) -> list[str]:
+    """Peak memory with a large vocabulary."""
+    rows = [[name, f"{peak:.2f}"] for name, peak in part.items()]
+    return ["## Vocabulary of 128,256 tokens: most memory resident, four sequences of 512", *table(["", "GB"], rows)]
+
+
+TABLES = {
+    "step": step_table,
+    "zero": zero_table,
+    "prepare": prepare_table,
+    "startup": startup_table,
+    "vocabulary": vocabulary_table,
+}
 
 
 def heading(result: Json) -> list[str]:
