@@ -49,14 +49,14 @@ def _unneeded(layers: Layers) -> list[str]:
 
 
 @contextlib.contextmanager
-def _hidden(packages: list[str]) -> Iterator[None]:
+def hidden(packages: list[str]) -> Iterator[None]:
     """Let packages seem not installed for a while: a fifth of the time to the first step went into their import."""
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    names = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))
     try:
         yield
     finally:
-        for name in hidden:
+        for name in names:
             del sys.modules[name]
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
         console.say(layers.first_line())  # before the imports, which take ten seconds
-        with _hidden(_unneeded(layers)):
+        with hidden(_unneeded(layers)):
             from dsrecipes.base import recipe_class
 
         story = recipe_class(layers.recipe)(layers, console)

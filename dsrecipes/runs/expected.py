@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 _TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
 _DRAWN, _ROWS, _WIDTH, _KEPT = 16, 2, 64, 4
-"""Length of the drawn rows; number of training rows and their length; positions from the end whose logits are kept."""
+"""Length of drawn rows; number of training rows and their length; positions from the end whose logits are kept."""
 
 
-def _drawn(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
+def drawn(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
     """Two rows of random ids, each of four choices for multiple choice."""
     shape = (2, 4, length) if auto_class.endswith("ForMultipleChoice") else (2, length)
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
@@ -52,9 +53,27 @@ def logits_of(model: PreTrainedModel, batch: Batch, auto_class: str) -> torch.Te
     return (logits[:, -_KEPT:] if causal else logits).float().cpu().contiguous()
 
 
+def allowed_difference(logits: torch.Tensor, precision: str, four_bit: bool) -> float:
+    """How far rounding may move the logits of the same weights, in units of the logits or of their standard deviation."""
+    share = 1e-4
+    if precision != "fp32":
+        share = 0.2  # of 8 bits or 11 bits of mantissa, over all layers; another model's logits differ by several
+    elif four_bit:
+        share = 1e-2
+    return share * max(1.0, logits.std().item())
+
+
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Ids of fixed texts, and the number of tokens."""
     return {"size": len(tokenizer), "texts": {text: tokenizer(text)["input_ids"] for text in _TEXTS}}
+
+
+def _saved_tensors(model: Path) -> dict[str, str]:
+    """Name and fingerprint of each tensor; none where the save went wrong, which verify tells once all ranks are done."""
+    try:
+        return {name: fingerprint(tensor) for path in weight_files(model) for name, tensor in tensors(path)}
+    except UserError:
+        return {}
 
 
 def record(story: RecipeBase, trainer: RecipeTrainer) -> None:
@@ -64,7 +83,7 @@ def record(story: RecipeBase, trainer: RecipeTrainer) -> None:
     vocabulary = trainer.model.config.get_text_config().vocab_size
     kept: Batch = {}
     for name, batch in {
-        "random ids": _drawn(auto_class, vocabulary, length, args.seed),
+        "random ids": drawn(auto_class, vocabulary, length, args.seed),
         "training rows": _first_rows(trainer, auto_class),
     }.items():
         logits = logits_of(trainer.model, {key: value.to(args.device) for key, value in batch.items()}, auto_class)
@@ -73,8 +92,7 @@ def record(story: RecipeBase, trainer: RecipeTrainer) -> None:
         return
     folder = story.folder
     folder.verified.unlink(missing_ok=True)  # it spoke of an earlier model/
-    files = weight_files(folder.model)
-    others = [path for path in folder.model.rglob("*") if path.is_file() and path not in files and path.suffix != ".md"]
+    others = [p for p in folder.model.rglob("*") if p.is_file() and p.suffix not in (".safetensors", ".md")]
     facts = {
         "step": trainer.state.global_step,
         "auto_class": auto_class,
@@ -82,7 +100,7 @@ def record(story: RecipeBase, trainer: RecipeTrainer) -> None:
         "dtype": str(story.place.dtype(story.config.model)).removeprefix("torch."),
         "learned": any(line.get("learning_rate", 0) > 0 for line in trainer.state.log_history),
         "tokenizer": tokenizer_facts(story.tokenizer),
-        "weights": {name: fingerprint(tensor) for path in files for name, tensor in tensors(path)},
+        "weights": _saved_tensors(folder.model),
         "files": {path.relative_to(folder.model).as_posix(): checksum(path) for path in sorted(others)},
     }
     beside = folder.expected.with_suffix(".partial")

@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from dsrecipes.errors import UserError
 
+GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
+"""Why there may be nothing."""
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a saved model's weights, or its adapter's.
@@ -24,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder} holds no weights: no .safetensors file and no index of several")
+            raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER}")
         return files
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

