@@ -151,7 +151,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
 
 def verified(facts: dict[str, Any]) -> str:
     """VERIFIED.json in words."""
-    return f"{facts['tensors']:,} tensors, largest difference {facts['largest_difference']:.0e} (allowed {facts['allowed']:.0e})"
+    return f"{facts['tensors']:,} tensors, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"
 
 
 def _command(name: str) -> str:

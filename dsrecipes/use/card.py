@@ -48,7 +48,7 @@ def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
         f"## Figures\n\n{_figures(run)}",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}```",
         f"## Check\n\nThe largest difference of its logits from those of the run, on fixed random ids and computed in "
-        f"float32: {result['largest_difference']:.1e}.",
+        f"float32: {result['largest_difference']:.2g}.",
     ]
     return "\n\n".join(sections) + "\n"
 

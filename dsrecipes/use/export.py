@@ -153,7 +153,7 @@ def rounding(dtype: str) -> str:
     """How far a weight may move when it is stored, in words."""
     import torch
 
-    return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.0e} of its size"
+    return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size"
 
 
 def main(argv: list[str]) -> int:
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
     words = {"LoRA": "adapter merged", "QLoRA": "4-bit base dequantised, adapter merged", "none": "all weights"}
     print(f"exported  {result['path']} · {words[result['merged']]}")
     print(
-        f"logits    largest difference from the run's {result['largest_difference']:.1e} (allowed {result['allowed']:.1e}); "
+        f"logits    largest difference from the run's {result['largest_difference']:.2g} (allowed {result['allowed']:.2g}); "
         f"{rounding(result['dtype'])}"
     )
     print(f"card      {result['path']}/README.md: add a licence before you hand it on")

@@ -137,7 +137,7 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     asked = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if output is not None and model.config.architectures and asked != tied:
+    if output is not None and asked != tied:
         raise UserError(
             f"{path}: config.json has tie_word_embeddings {asked}, but the two embeddings are {'one' if tied else 'two'}"
         )
@@ -174,9 +174,11 @@ def _compare(
         difference = (logits - expected).abs().max().item()
         limit = allowed_difference(expected, facts["precision"], four_bit)
         if not difference <= limit:
+            base = run.config.model.model_name_or_path
+            other = f", or the base {base} is not the one of the training" if run.config.model.lora_r else ""
             raise UserError(
                 f"{run.folder.model}: its logits on {name} differ from the live engine's by up to {difference:.2g} (allowed "
-                f"{limit:.2g}): what was saved is not what was trained"
+                f"{limit:.2g}): what was saved is not what was trained{other}"
             )
         differences.append(difference)
         limits.append(limit)
