@@ -41,9 +41,11 @@ from dsrecipes.place import Place, find_place
 from dsrecipes.runs import report
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import draw_curve
+from dsrecipes.runs.expected import record
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
 from dsrecipes.runs.record import Recorder
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
+from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
 
 
@@ -278,6 +280,7 @@ class RecipeBase(ABC):
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
         self.console.say("saving the model")
         trainer.save_model(str(self.folder.model))
+        record(self, trainer)
         metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": trainer.last_loss()}
         for name, prefix in (("validation", "eval"), ("test", "test")):
             if name not in self.splits:
@@ -291,6 +294,7 @@ class RecipeBase(ABC):
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
         result = RunResult(self.folder.path, trainer.state.global_step, metrics)
+        problem: str | None = None
         if self.console.main:
             report.write_metrics(self.folder, metrics)
             self.write_extras(self.folder.path)
@@ -299,8 +303,13 @@ class RecipeBase(ABC):
                 self.folder.curve,
                 f"{self.config.layers.recipe.name}: {self.config.model.model_name_or_path}",
             )
+            if self.config.train["verify_model"]:
+                self.console.say("verifying the model")
+                problem = verify_apart(self.folder)
             self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
         trainer.accelerator.wait_for_everyone()
+        if problem:
+            raise UserError(problem)
         return result
 
 

@@ -28,6 +28,8 @@ usage: dsrecipes COMMAND ...
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  verify RUN                         check that the saved model is what was trained
+  export RUN --to DIR                write the model as one folder that plain transformers loads, adapters merged
 """
 
 
@@ -132,7 +134,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ()
+_USES: tuple[str, ...] = ("verify", "export")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 

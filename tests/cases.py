@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsrecipes import load_recipe
+from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
@@ -66,6 +66,29 @@ def train_and_probe(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     story, trainer, result = _run(recipe, values)
     logits = probe(trainer.model_wrapped, trainer.causal, story.model_config.vocab_size)
     return _facts(story, trainer, result) | {"logits": logits}
+
+
+def train_without_gathering(recipe: str, values: dict[str, Any]) -> str:
+    """Run a recipe at ZeRO-3 whose engine does not gather the weights it saves; returns what the run ends with."""
+    story = load_recipe(recipe, **values)
+    build = story.build_trainer
+
+    def ungathered() -> RecipeTrainer:
+        trainer = build()
+        save = trainer.save_model
+
+        def without(folder: str) -> None:
+            trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = False
+            save(folder)
+
+        trainer.save_model = without  # type: ignore[method-assign]
+        return trainer
+
+    story.build_trainer = ungathered  # type: ignore[method-assign]
+    try:
+        return f"step {story.run().step}"
+    except UserError as error:
+        return str(error)
 
 
 def evaluate(recipe: str, values: dict[str, Any], batch_sizes: list[int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dsrecipes import load_recipe
 from dsrecipes.errors import UserError
 from dsrecipes.run import main
 from dsrecipes.runs.curve import read_log
+from dsrecipes.use.verify import verify
 
 MINE = """
 from dsrecipes.base import RecipeBase
@@ -41,6 +42,7 @@ def test_two_methods_are_a_recipe(mine, tmp_path, capfd):
     values = {
         "model_name_or_path": tiny_gpt2(), "dataset": str(tmp_path / "haiku.jsonl"), "max_length": 64, "max_steps": 2,
         "per_device_train_batch_size": 2, "deepspeed": "none", "use_cpu": True, "output_dir": str(tmp_path / "run"), "logging_steps": 1,
+        "verify_model": False,
     }  # fmt: skip
     result = load_recipe(str(mine), **values).run()
     assert result.step == 2 and len([line for line in read_log(result.path / "log.jsonl") if "loss" in line]) == 2
@@ -116,7 +118,8 @@ def test_a_classifier_of_three_classes_is_two_methods(tmp_path, model):
     result = load_recipe(
         str(tmp_path / "mood.py"), model_name_or_path=model(), dataset=str(tmp_path / "rows.jsonl"), max_length=64,
         max_steps=2, per_device_train_batch_size=5, per_device_eval_batch_size=3, validation_split=0.2, save_steps=1,
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"), verify_model=False,
     ).run()  # fmt: skip
     saved = AutoModelForSequenceClassification.from_pretrained(result.path / "model")
+    assert verify(str(result.path))["largest_difference"] < 1e-5
     assert saved.config.num_labels == 3 and math.isfinite(result.metrics["eval_loss"])

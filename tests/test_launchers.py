@@ -21,7 +21,8 @@ from readme import launcher_lines  # isort: skip
 pytestmark = pytest.mark.ranks
 
 SMALL = (
-    "--profile starter --max_steps 3 --max_length 64 --logging_steps 1 --eval_strategy no --save_strategy no --use_cpu true"
+    "--profile starter --max_steps 3 --max_length 64 --logging_steps 1 --eval_strategy no --save_strategy no --use_cpu true "
+    "--verify_model false"
 )
 """Makes any of the README's gpt2_clm lines short."""
 DIGITS = ("step", "epoch", "loss", "grad_norm", "learning_rate")

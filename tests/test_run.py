@@ -18,7 +18,7 @@ def alpaca(tmp_path: Path, **changes: object) -> list[str]:
     values = {
         "recipe": "alpaca_llama_sft", "profile": "starter", "use_cpu": "true", "model_name_or_path": tiny_llama(),
         "dataset": tmp_path / "rows.jsonl", "prompt_style": "alpaca", "max_length": 256, "max_steps": 1, "deepspeed": "none",
-        "output_dir": tmp_path / "run",
+        "output_dir": tmp_path / "run", "verify_model": "false",
     } | changes  # fmt: skip
     return [f"--{key}={value}" for key, value in values.items() if value is not None]
 

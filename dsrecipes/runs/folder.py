@@ -33,6 +33,8 @@ class RunFolder:
     model = property(lambda self: self.path / "model")
     metrics = property(lambda self: self.path / "metrics.json")
     curve = property(lambda self: self.path / "loss_curve.png")
+    expected = property(lambda self: self.path / "expected.safetensors")
+    verified = property(lambda self: self.path / "VERIFIED.json")
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""

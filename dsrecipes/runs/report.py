@@ -141,11 +141,17 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
+        *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
         _line("next", f"{_command('tensorboard')} --logdir {path}"),
         _line("", f"{_command('dsrecipes')} train --config {folder.config}   (the same again)"),
     ]
     return "\n".join(lines)
+
+
+def verified(facts: dict[str, Any]) -> str:
+    """VERIFIED.json in words."""
+    return f"{facts['tensors']:,} tensors, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"
 
 
 def _command(name: str) -> str:

@@ -33,23 +33,26 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-def find_run(name: str) -> RunFolder:
+def find_run(name: str, *, ended: bool = True) -> RunFolder:
     """A run folder by its path, or `last`: the newest under runs/ that ended with a model.
+
+    Args:
+        ended: refuse a run without model/; False for what needs its checkpoints alone.
 
     Raises:
         UserError: there is none, or it holds no trained model.
     """
     if name == "last":
-        ended = [path.parent for path in Path("runs").glob("*/*/model") if (path.parent / "config.yaml").is_file()]
-        if not ended:
+        found = [path.parent for path in Path("runs").glob("*/*/model") if (path.parent / "config.yaml").is_file()]
+        if not found:
             raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
-        return RunFolder(max(ended, key=lambda path: (path / "model").stat().st_mtime))
+        return RunFolder(max(found, key=lambda path: (path / "model").stat().st_mtime))
     folder = RunFolder(Path(name).expanduser())
     if not folder.path.is_dir():
         raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
         raise UserError(f"{name}: no run folder (no config.yaml in it)")
-    if not folder.model.is_dir():
+    if ended and not folder.model.is_dir():
         raise UserError(
             f"{name}: this run has no model yet; `dsrecipes train --config {folder.config} --output_dir {name} "
             "--resume_from_checkpoint auto` goes on with it"
@@ -62,6 +65,13 @@ class FinishedRun:
     """One run folder; what is heavy is loaded at first use."""
 
     folder: RunFolder
+    checkpoint: Path | None = None
+    """Take weights and tokenizer from here instead of model/."""
+
+    @property
+    def source(self) -> Path:
+        """Where the weights and the tokenizer lie."""
+        return self.checkpoint or self.folder.model
 
     @cached_property
     def config(self) -> Config:
@@ -89,7 +99,7 @@ class FinishedRun:
         """The tokenizer that was saved beside the model."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder.model)
+        return AutoTokenizer.from_pretrained(self.source)
 
     @cached_property
     def device(self) -> torch.device:
@@ -123,7 +133,7 @@ class FinishedRun:
             if self.device.type == "cuda":
                 dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         options, auto = self.config.model, self.recipe.auto_class
-        adapter = (self.folder.model / "adapter_config.json").is_file()
+        adapter = (self.source / "adapter_config.json").is_file()
         try:
             if base or adapter:
                 model = load_model(
@@ -132,11 +142,11 @@ class FinishedRun:
             if adapter and not base:
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(self.folder.model))
+                model = PeftModel.from_pretrained(model, str(self.source))
             elif not base:
-                model = getattr(transformers, auto).from_pretrained(self.folder.model, dtype=dtype)
+                model = getattr(transformers, auto).from_pretrained(self.source, dtype=dtype)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.folder.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.source} cannot be loaded: {str(error).splitlines()[0]}") from error
         return model.to(self.device).eval()
 
 

@@ -83,7 +83,7 @@ def run(recipe, tmp_path, **changes):
         "profile": "starter", "use_cpu": True, "model_name_or_path": tiny_llama(), "dataset": rows, "prompt_style": "chat",
         "max_length": 256, "validation_split": 0.2, "global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 2,
         "lora_r": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2, "warmup_steps": 0, "deepspeed": "none",
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(tmp_path / "run"), "verify_model": False,
     }  # fmt: skip
     story = load_recipe(recipe, **values | changes)
     return story, story.run()

@@ -203,7 +203,7 @@ def test_a_run_writes_accuracy_baselines_and_the_held_out_questions(tmp_path):
         )
     story = recipe(
         dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "run"), from_scratch=True, max_steps=2, save_steps=2, logging_steps=1,
-        global_batch_size=8, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, warmup_steps=0,
+        global_batch_size=8, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, warmup_steps=0, verify_model=False,
     )  # fmt: skip
     result = story.run()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))

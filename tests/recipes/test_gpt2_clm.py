@@ -30,6 +30,7 @@ def values(tmp_path, **changes):
         "profile": "starter", "use_cpu": True, "model_name_or_path": tiny_gpt2(), "dataset": str(text), "validation_split": 0,
         "eval_dataset": str(tmp_path / "held.txt"), "max_length": 64, "global_batch_size": 4, "per_device_train_batch_size": 2,
         "max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1, "warmup_steps": 0, "deepspeed": "none",
+        "verify_model": False,
     } | changes  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""The safetensors files of a saved model: which there are, their tensors, and a fingerprint of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dsrecipes.errors import UserError
+
+GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
+"""Why there may be nothing."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a saved model's weights, or its adapter's.
+
+    Raises:
+        UserError: there is none, or one that the index names is missing.
+    """
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER}")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: it does not say which tensor lies in which file") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: {index.name} says that {len(names)} files hold the weights")
+    return [folder / name for name in names]
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a file, one in memory at a time.
+
+    Raises:
+        UserError: the file is cut off or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut off or damaged: {str(error).splitlines()[0]}") from error
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """Dtype, shape and checksum of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {zlib.crc32(data.numpy()):08x}"
+
+
+def checksum(path: Path) -> str:
+    """A file's sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,229 @@
+"""dsrecipes verify RUN: load the saved model in this process, without DeepSpeed, and see that it is what was trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dsrecipes
+from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.runs.folder import RunFolder
+from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_PACKAGES = ("dsrecipes", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
+
+
+def verify(run: str) -> dict[str, Any]:
+    """Check every file and tensor of a run's model/, and its logits against the live engine's; write VERIFIED.json.
+
+    Args:
+        run: a run folder, or `last`.
+
+    Returns:
+        What VERIFIED.json holds: tensors, largest_difference, allowed, files (sha256), versions, date.
+
+    Raises:
+        UserError: what is wrong, with the tensor or file; VERIFIED.json is gone then.
+    """
+    from dsrecipes.runs.expected import read_expected
+    from dsrecipes.runs.weights import checksum
+
+    folder = find_run(run)
+    folder.verified.unlink(missing_ok=True)
+    facts, batches = read_expected(folder)
+    count = _check_tensors(folder.model, facts)
+    finished = FinishedRun(folder)
+    _check_tokenizer(finished, facts)
+    for name, known in facts["files"].items():
+        if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
+            raise UserError(f"{folder.model / name} is missing or was changed since training ended")
+    difference, allowed = _compare(_load(finished, facts), finished, facts, batches)
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES if name.replace("-", "_") in sys.modules}
+    result = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": facts["step"], "tensors": count,
+        "largest_difference": difference, "allowed": allowed, "precision": facts["precision"],
+        "device": str(finished.device), "versions": versions,
+        "files": {p.relative_to(folder.model).as_posix(): checksum(p) for p in sorted(folder.model.rglob("*")) if p.is_file()},
+    }  # fmt: skip
+    beside = folder.verified.with_suffix(".partial")
+    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.rename(folder.verified)
+    return result
+
+
+def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
+    """Every tensor: whole, not empty, finite, and as it was saved. Returns how many there are."""
+    from dsrecipes.runs.weights import GATHER, fingerprint, tensors, weight_files
+
+    known, zero = dict(facts["weights"]), []
+    for path in weight_files(model):
+        for name, tensor in tensors(path):
+            where = f"{path}: tensor {name}"
+            if not tensor.numel():
+                raise UserError(f"{where} is empty; {GATHER}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{where} holds NaN or infinite numbers")
+            if "lora_B" in name:
+                zero.append(not tensor.any())
+            if name not in known:
+                raise UserError(f"{where} was not saved by this run: the file is another model's")
+            if fingerprint(tensor) != known.pop(name):
+                raise UserError(f"{where} was changed since training ended" + (" (it is all zero)" * (not tensor.any())))
+    if known:
+        raise UserError(f"{model}: {len(known)} tensors are missing that this run saved: {', '.join(sorted(known)[:3])}")
+    if not facts["weights"]:
+        raise UserError(f"{model} holds no tensors; {GATHER}")
+    if zero and all(zero) and facts["learned"]:
+        raise UserError(f"{model}: every lora_B of the adapter is zero, so it changes nothing: training did not reach it")
+    return len(facts["weights"])
+
+
+def _check_tokenizer(run: FinishedRun, facts: dict[str, Any]) -> None:
+    """The tokenizer gives the ids that it gave when training ended."""
+    known = facts["tokenizer"]
+    try:
+        found = run.tokenizer
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.folder.model}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    if len(found) != known["size"]:
+        raise UserError(
+            f"{run.folder.model}: the tokenizer has {len(found)} tokens, the one of the training had {known['size']}"
+        )
+    for text, ids in known["texts"].items():
+        if found(text)["input_ids"] != ids:
+            raise UserError(f"{run.folder.model}: the tokenizer is not that of the training: it gives {text!r} other ids")
+
+
+def _load(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
+    """The model by plain transformers or peft, with no tensor missing, left over or of another shape."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    dtype = getattr(torch, facts["dtype"])
+    if run.device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32  # a CPU computes little in fp16
+    try:
+        adapter = (run.folder.model / "adapter_config.json").is_file()
+        model = _load_adapter(run, dtype) if adapter else _load_whole(run, facts["auto_class"], dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run.folder.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model.to(run.device).eval()
+
+
+def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:
+    import transformers
+
+    model, info = getattr(transformers, auto_class).from_pretrained(
+        run.folder.model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+        trust_remote_code=run.config.model.trust_remote_code,
+    )  # fmt: skip
+    path = run.folder.model
+    for key, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
+        if info[key]:
+            raise UserError(f"{path}: by config.json {len(info[key])} tensors {words}: {', '.join(sorted(info[key])[:3])}")
+    for name, found, wanted in info["mismatched_keys"]:
+        raise UserError(f"{path}: tensor {name} has shape {list(found)}, config.json asks for {list(wanted)}")
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    asked = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if output is not None and asked != tied:
+        raise UserError(
+            f"{path}: config.json has tie_word_embeddings {asked}, but the two embeddings are {'one' if tied else 'two'}"
+        )
+    return model
+
+
+def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from dsrecipes.runs.weights import tensors, weight_files
+
+    model = PeftModel.from_pretrained(run.load(base=True, dtype=dtype), str(run.folder.model))
+    wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in tensors(path)}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        state = "is missing" if name in wanted else "is not part of the adapter"
+        raise UserError(f"{run.folder.model}: by adapter_config.json tensor {name} {state}")
+    return model
+
+
+def _compare(
+    model: PreTrainedModel, run: FinishedRun, facts: dict[str, Any], batches: dict[str, dict[str, torch.Tensor]]
+) -> tuple[float, float]:
+    """(largest difference of the logits from the recorded ones, what rounding may explain)."""
+    from dsrecipes.runs.expected import allowed_difference, logits_of
+
+    four_bit = run.config.model.load_in_4bit
+    differences, limits = [], []
+    for name, batch in batches.items():
+        expected = batch.pop("logits")
+        if not expected.isfinite().all():
+            raise UserError(f"{run.folder.path}: the logits were not finite when training ended: it diverged")
+        logits = logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, facts["auto_class"])
+        difference = (logits - expected).abs().max().item()
+        limit = allowed_difference(expected, facts["precision"], four_bit)
+        if not difference <= limit:
+            base = run.config.model.model_name_or_path
+            other = f", or the base {base} is not the one of the training" if run.config.model.lora_r else ""
+            raise UserError(
+                f"{run.folder.model}: its logits on {name} differ from the live engine's by up to {difference:.2g} (allowed "
+                f"{limit:.2g}): what was saved is not what was trained{other}"
+            )
+        differences.append(difference)
+        limits.append(limit)
+    return max(differences), max(limits)
+
+
+def verify_apart(folder: RunFolder) -> str | None:
+    """Verify a run that just ended in a fresh process on the CPU, for the accelerator is still full.
+
+    Returns:
+        What is wrong, or None.
+    """
+    env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(key, None)
+    root = str(Path(dsrecipes.__file__).parents[1])
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])}
+    command = [sys.executable, "-m", "dsrecipes.use.verify", str(folder.path.absolute())]
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode == EXIT_CODE:
+        return f"the saved model failed its verification. {last.removeprefix('error: ')}"
+    return (
+        f"the saved model was not verified: the process that loads it ended with exit code {done.returncode} ({last[:200]}); "
+        f"`dsrecipes verify {folder.path}` tries again, --verify_model false leaves it out"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`dsrecipes verify RUN`."""
+    parser = CommandParser("verify", "Check that the model a run saved is what it trained.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
+    asked = parser.parse_args(argv)
+    result = verify(asked.run)
+    from dsrecipes.runs.report import verified
+
+    print(f"VERIFIED  {find_run(asked.run).verified}\n          {verified(result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
