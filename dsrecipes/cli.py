@@ -28,6 +28,8 @@ usage: dsrecipes COMMAND ...
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  evaluate RUN [flags]               loss, accuracy or answers of a finished run on rows that it did not train on
+  compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
 """
 
 
@@ -132,7 +134,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ()
+_USES: tuple[str, ...] = ("evaluate", "compare")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 
