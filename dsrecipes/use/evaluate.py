@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
+from dsrecipes.use.log_likelihood import FORMS
 
 if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 TASKS = ("loss", "choices", "answers")
-FORMS = ("tmmluplus", "cmmlu", "mmlu", "mmlu_continuation")
 
 
 def evaluate(
@@ -76,7 +76,7 @@ class Evaluation:
 
         self.run, self.settings = run, settings
         self.console = console or Console(main=False)
-        self.task = task or self._fitting(dataset)
+        self.task = task or self._fitting()
         self._refuse_unfit(dataset)
         if self.task == "choices" and self._writes():
             from dsrecipes.use.rows import QuestionRows
@@ -90,11 +90,14 @@ class Evaluation:
     def _writes(self) -> bool:
         return self.run.recipe.auto_class.endswith("ForCausalLM")
 
-    def _fitting(self, dataset: str | None) -> str:
+    def _fitting(self) -> str:
         return "loss" if self._writes() else "choices"
 
     def _refuse_unfit(self, dataset: str | None) -> None:
         name = self.run.config.layers.recipe.name
+        for asked, known in ((self.task, TASKS), (self.settings.form, tuple(FORMS))):
+            if asked not in known:
+                raise UserError(f"{asked!r} is unknown; choose from {', '.join(known)}")
         if not self._writes() and self.run.recipe.auto_class != "AutoModelForMultipleChoice":
             raise UserError(
                 f"{name}: evaluate measures causal language models and multiple choice, not a {self.run.recipe.auto_class}"
@@ -174,14 +177,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, help="default: loss for models that write, choices for questions")
     parser.add_argument("--limit", type=_count, help="take the first N rows")
     parser.add_argument("--batch_size", type=_count, default=8, help="rows at a time (default: 8)")
-    parser.add_argument("--num_fewshot", type=int, default=0, help="solved questions before each (default: 0)")
+    parser.add_argument("--num_fewshot", type=_count_or_none, default=0, help="solved questions before each (default: 0)")
     parser.add_argument(
-        "--form", choices=FORMS, default="tmmluplus",
+        "--form", choices=tuple(FORMS), default="tmmluplus",
         help="lm-evaluation-harness's task whose wording is used for a model that writes (default: tmmluplus)",
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=_count, default=256, help="longest answer of --task answers (default: 256)")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave out rows of --dataset that cannot be read")
     parser.add_argument("--out", type=Path, help="write everything, item by item, into a new .json file")
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _count(text: str) -> int:

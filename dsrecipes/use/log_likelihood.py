@@ -16,11 +16,12 @@ import numpy as np
 from dsrecipes.data import questions
 from dsrecipes.data.questions import LETTERS
 from dsrecipes.errors import UserError
-from dsrecipes.use.forward import Wanted, logits_at
 
 if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dsrecipes.use.forward import Wanted
 
 Record = dict[str, Any]
 
@@ -106,6 +107,7 @@ def log_likelihoods(
         UserError: a continuation alone is longer than the model reads, or has no token of its own.
     """
     from dsrecipes.model.load import pad_id
+    from dsrecipes.use.forward import logits_at
 
     room = positions(model)
     inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}

@@ -97,14 +97,15 @@ def test_a_run_against_itself_shows_no_difference(done, capsys):
 
 
 def test_rows_that_were_trained_on_are_named(done, tmp_path):
-    trained = [json.loads(line) for line in open(done["answers"].path.parent / "rows.jsonl", encoding="utf-8")]
-    rows = [trained[3] | {"output": "another answer"}, {"instruction": "Name a colour.", "output": "Blue."}]
-    told = compare(str(done["answers"].path), dataset=write_rows(tmp_path / "mixed.jsonl", rows), limit=2)
+    path = str(done["answers"].path)
+    own = evaluate(path, split="validation", task="answers", max_new_tokens=1)["items"]
+    kept = {int(item["item"].rpartition(" ")[2]) for item in own}
+    rows = [row | {"instruction": row["instruction"].upper()} for row in instructions(24)]
+    told = compare(path, dataset=write_rows(tmp_path / "all.jsonl", [*rows, {"instruction": "Sing.", "output": "La."}]))
     (found,) = told["overlaps"]
-    kept = [each for each in found["met"] if each["item"].endswith("line 1")]
-    assert found["rows"] == 2 and len(found["met"]) == len(kept) <= 1
-    if kept:  # the row may be one of those that the run held out
-        assert kept[0]["training row"].endswith("line 4")
+    assert found["rows"] == 25 and len(kept) == 6
+    assert {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*range(1, 25)} - kept
+    assert all(each["training row"].rpartition(" ")[2] == each["item"].rpartition(" ")[2] for each in found["met"])
 
 
 def test_flips_are_counted_and_named():
