@@ -88,10 +88,6 @@ class RecipeBase(ABC):
         if data.eval_dataset:
             held = load_splits(data.eval_dataset, data.dataset_config)
             splits["validation"] = held.get("validation", held.get("train", held.get("test")))
-        if "train" not in splits:
-            raise UserError(
-                f"--dataset {data.dataset} has no training rows, only {', '.join(splits)}: name files with --dataset and --eval_dataset"
-            )
         return splits
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -147,8 +143,13 @@ class RecipeBase(ABC):
         engine = self.place.resolve_zero(self.config, self.model_config)
         self.tokenizer = self.load_tokenizer()
         check_vocabulary(self.tokenizer, self.model_config)
+        rows = self.load_rows()
+        if "train" not in rows:
+            raise UserError(
+                f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"
+            )
         self.splits: dict[str, Split] = prepare(
-            type(self), self.load_rows(), self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
         self._fit_head()

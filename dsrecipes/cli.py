@@ -30,6 +30,8 @@ usage: dsrecipes COMMAND ...
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
   verify RUN                         check that the saved model is what was trained
   export RUN --to DIR                write the model as one folder that plain transformers loads, adapters merged
+  evaluate RUN [flags]               loss, accuracy or answers of a finished run on rows that it did not train on
+  compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
 """
 
 
@@ -134,7 +136,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ("verify", "export")
+_USES: tuple[str, ...] = ("evaluate", "compare", "verify", "export")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,34 +16,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row, located
-from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
 from dsrecipes.data.prepare import Split
-from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import starter_path
+from dsrecipes.data.questions import LETTERS, SHARES, SUBJECTS, UNGROUPED, pool, question_record, sources
 from dsrecipes.trainer import Metrics
-
-LETTERS = "ABCD"
-SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}
-"""Shares of the pooled rows."""
-GROUPS = {
-    "STEM": """advance_chemistry basic_medical_science computer_science engineering_math junior_chemistry
-        junior_math_exam junior_science_exam organic_chemistry pharmacy physics secondary_physics
-        statistics_and_machine_learning tve_mathematics tve_natural_sciences""",
-    "humanities": """administrative_law anti_money_laundering general_principles_of_law introduction_to_law
-        jce_humanities taxation trust_practice""",
-    "social_sciences": """chinese_language_and_literature clinical_psychology economics education
-        education_(profession_level) educational_psychology geography_of_taiwan human_behavior junior_chinese_exam
-        macroeconomics national_protection occupational_therapy_for_psychological_disorders physical_education
-        politic_science taiwanese_hokkien three_principles_of_people ttqav2 tve_chinese_language""",
-    "other": """accounting agriculture auditing business_management culinary_skills dentistry finance_banking
-        financial_analysis fire_science insurance_studies junior_social_studies logic_reasoning management_accounting
-        marketing_management mechanical music nautical_science official_document_management optometry pharmacology
-        real_estate technical trade traditional_chinese_medicine_clinical_medicine tve_design veterinary_pathology
-        veterinary_pharmacology""",
-}
-"""The 66 subjects of TMMLU+ by group (Tam et al., arXiv:2403.01858; github.com/iKala/ievals, subject list)."""
-SUBJECTS = {subject: group for group, names in GROUPS.items() for subject in names.split()}
-UNGROUPED = "ungrouped"
 
 
 class BertTmmluQa(RecipeBase):
@@ -57,19 +29,7 @@ class BertTmmluQa(RecipeBase):
     @staticmethod
     def format_row(row: Row) -> dict:
         """{"question", "options" (four), "answer" (0 to 3), "subject"}; column names in any letter case."""
-        fields = {str(key).strip().lower(): value for key, value in row.items()}
-        question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
-        letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
-        if letter not in tuple(LETTERS):
-            raise ValueError(f"field 'answer' must be A, B, C or D, found {fields['answer']!r}")
-        if not question.strip():
-            raise ValueError("field 'question' is empty")
-        return {
-            "question": question,
-            "options": options,
-            "answer": LETTERS.index(letter),
-            "subject": str(fields.get("subject", "")),
-        }
+        return question_record(row)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
@@ -86,10 +46,10 @@ class BertTmmluQa(RecipeBase):
         """Questions with their subject, pooled and split anew, or by the files' own splits."""
         data = self.config.data
         splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
-        for name, rows in _sources(data.dataset, data.subjects):
+        for name, rows in sources(data.dataset, data.subjects):
             splits[name] += rows
         if data.eval_dataset:
-            splits["validation"] = [pair for _, rows in _sources(data.eval_dataset, data.subjects) for pair in rows]
+            splits["validation"] = [pair for _, rows in sources(data.eval_dataset, data.subjects) for pair in rows]
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
         self.questions = {name: LocatedRows(rows) for name, rows in splits.items() if rows}
@@ -155,92 +115,3 @@ def _means(right: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
         name: {"accuracy": float(right[table == name].mean()), "questions": int((table == name).sum())}
         for name in sorted(set(names))
     }
-
-
-def _text(fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if value is None:
-        raise ValueError(f"field {name!r} is missing (the row has: {', '.join(fields)})")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"field {name!r} must be text, found {type(value).__name__}")
-    return str(value)
-
-
-def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
-    """The subjects that names and groups mean; None for all.
-
-    Raises:
-        UserError: a name that is neither a subject of the data nor a group.
-    """
-    if not asked:
-        return None
-    known = set(known)
-    chosen: set[str] = set()
-    for name in asked:
-        members = {subject for subject in known if SUBJECTS.get(subject, UNGROUPED) == name}
-        if name not in known and not members:
-            choices = sorted({*known, *GROUPS})
-            raise UserError(
-                f"--subjects {name}: no such subject or group in the data{nearest(name, choices)}. "
-                f"Groups: {', '.join(GROUPS)}; subjects: {', '.join(sorted(known))}"
-            )
-        chosen |= members or {name}
-    return chosen
-
-
-def _sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
-    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched."""
-    folder = Path(starter_path(dataset)).expanduser()
-    if not folder.exists():
-        wanted_subjects(asked, SUBJECTS)
-        folder = fetch_csv(dataset)
-    files = [folder] if folder.is_file() else data_files(folder)
-    if not files:
-        load_splits(str(folder))  # says what is missing
-    by_subject = [(subject_of(path), path) for path in files]
-    wanted = wanted_subjects(asked, {subject for subject, _ in by_subject})
-    splits = {path: split_of(path.relative_to(folder) if folder.is_dir() else path) for path in files}
-    if "train" not in splits.values():
-        # the few `dev` questions of a subject are TMMLU+'s train split; its validation questions are called `val`
-        splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
-    for subject, path in by_subject:
-        if wanted is None or subject in wanted:
-            rows = [(where, {"subject": subject, **row}) for where, row in located(load_splits(str(path))["train"])]
-            yield splits[path] or "train", rows
-
-
-def _is_dev(path: Path) -> bool:
-    return "dev" in (path.name.split(".")[0].lower().rpartition("_")[2], path.parent.name.lower())
-
-
-def subject_of(path: Path) -> str:
-    """The subject that a file's name tells: physics_test.csv and test/physics.csv are physics."""
-    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    head, _, last = stem.rpartition("_")
-    return head if head and last.lower() in SPLITS else stem
-
-
-def pool(rows: list[tuple[str, Row]], seed: int) -> dict[str, list[tuple[str, Row]]]:
-    """Split 70/25/5 inside each subject, seeded; equal questions (letter case and spacing aside) stay together.
-
-    Each question in turn goes where its split is furthest behind its share, so that small subjects, too, add up to
-    the shares over all.
-    """
-    repeats: dict[str, list[tuple[str, Row]]] = {}
-    for where, row in rows:
-        question = next((value for key, value in row.items() if str(key).strip().lower() == "question"), None)
-        repeats.setdefault(re.sub(r"\s+", "", unicodedata.normalize("NFKC", str(question))).casefold(), []).append(
-            (where, row)
-        )
-    subjects: dict[str, list[list[tuple[str, Row]]]] = {}
-    for same in repeats.values():
-        subjects.setdefault(str(same[0][1].get("subject", "")), []).append(same)
-    splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
-    draw, seen = random.Random(seed), 0
-    for subject in sorted(subjects):
-        draw.shuffle(subjects[subject])
-        for same in subjects[subject]:
-            seen += len(same)
-            name = max(SHARES, key=lambda each: SHARES[each] * seen - len(splits[each]))
-            splits[name] += same
-    return splits

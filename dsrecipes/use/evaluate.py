@@ -1,0 +1,235 @@
+"""A finished run measured: dsrecipes evaluate RUN [--dataset D] [--task loss|choices|answers] [--base].
+
+dsrecipes evaluate last
+dsrecipes evaluate last --dataset exam --num_fewshot 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.errors import UserError
+from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
+from dsrecipes.use.log_likelihood import FORMS
+
+if TYPE_CHECKING:
+    from dsrecipes.runs.console import Console
+    from dsrecipes.use.measure import Measure, Settings
+    from dsrecipes.use.rows import Item
+
+Json = dict[str, Any]
+TASKS = ("loss", "choices", "answers")
+
+
+def evaluate(
+    run: str,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    base: bool = False,
+    task: str | None = None,
+    skip_bad_rows: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> Json:
+    """A run's figures on its own held-out rows or another data set, and what each item got.
+
+    Args:
+        run: a run folder's path, or `last`.
+        dataset: a file, folder or hub name; the run's own data where it is not given.
+        split: test, validation or train; the first of these that is there.
+        base: measure the model as it was before the run.
+        task: loss, choices or answers; what the recipe trains where it is not given.
+        skip_bad_rows: leave out rows of `dataset` that cannot be read.
+        console: shows progress; none where it is not given.
+        settings: fields of dsrecipes.use.measure.Settings.
+
+    Raises:
+        UserError: no such run, rows or task.
+    """
+    from dsrecipes.use.measure import Settings
+
+    prepared = Evaluation(open_run(run), dataset, split, task, skip_bad_rows, Settings(**settings), console)
+    return prepared.of(base)
+
+
+class Evaluation:
+    """Rows of one split, ready to be put to a run's model, tuned or not."""
+
+    def __init__(
+        self,
+        run: FinishedRun,
+        dataset: str | None,
+        split: str | None,
+        task: str | None,
+        skip_bad_rows: bool,
+        settings: Settings,
+        console: Console | None,
+    ) -> None:
+        from dsrecipes.runs.console import Console
+        from dsrecipes.use.rows import Rows
+
+        self.run, self.settings = run, settings
+        self.console = console or Console(main=False)
+        self.task = task or self._fitting()
+        self._refuse_unfit(dataset)
+        if self.task == "choices" and self._writes():
+            from dsrecipes.use.rows import QuestionRows
+
+            self.rows: Rows | QuestionRows = QuestionRows(str(dataset), skip_bad_rows)
+        else:
+            self.rows = Rows(run, dataset, skip_bad_rows)
+        self.split = self.rows.choose(split)
+        self.measure, self.total = self._prepared()
+
+    def _writes(self) -> bool:
+        return self.run.recipe.auto_class.endswith("ForCausalLM")
+
+    def _fitting(self) -> str:
+        return "loss" if self._writes() else "choices"
+
+    def _refuse_unfit(self, dataset: str | None) -> None:
+        name = self.run.config.layers.recipe.name
+        for asked, known in ((self.task, TASKS), (self.settings.form, tuple(FORMS))):
+            if asked not in known:
+                raise UserError(f"{asked!r} is unknown; choose from {', '.join(known)}")
+        if not self._writes() and self.run.recipe.auto_class != "AutoModelForMultipleChoice":
+            raise UserError(
+                f"{name}: evaluate measures causal language models and multiple choice, not a {self.run.recipe.auto_class}"
+            )
+        if not self._writes() and self.task != "choices":
+            raise UserError(f"--task {self.task}: a model of {name} answers questions with four options; --task choices")
+        if self._writes() and self.task == "choices" and not dataset:
+            raise UserError(
+                "--task choices: name a file or folder of questions with --dataset (columns question,A,B,C,D,answer)"
+            )
+        if self.settings.num_fewshot and not (self._writes() and self.task == "choices"):
+            raise UserError("--num_fewshot is for questions put to a model that writes: --task choices")
+
+    def _prepared(self) -> tuple[Measure, int]:
+        from dsrecipes.use import measure
+        from dsrecipes.use.rows import QuestionRows, Rows
+
+        if self.task == "loss":
+            assert isinstance(self.rows, Rows)
+            return measure.losses(self.run, self.rows.sequences(self.split, self.console), self.settings)
+        items = self.items()
+        if self.task == "answers":
+            return measure.written(self.run, items, self.settings)
+        if not isinstance(self.rows, QuestionRows):
+            return measure.choices_by_head(self.run, items, self.settings)
+        shots = self.rows.shots(items, self.split, self.settings.num_fewshot)
+        return measure.choices_by_likelihood(self.run, items, shots, self.settings)
+
+    def items(self) -> list[Item]:
+        """The rows of the split, up to the limit."""
+        found = self.rows.items(self.split)[: self.settings.limit]
+        if not found:
+            raise UserError(f"{self.rows.name}: no rows in {self.split}")
+        return found
+
+    def of(self, base: bool) -> Json:
+        """Figures of the tuned model or the base."""
+        from dsrecipes.use.measure import figures
+
+        model = self.run.load(base=base)
+        with self.console.progress("base" if base else "tuned", total=self.total, leave=False) as bar:
+            items = self.measure(model, bar)
+        told: Json = {"run": str(self.run.folder.path), "weights": "base" if base else "tuned", "task": self.task}
+        told |= {"dataset": self.rows.name, "split": self.split, "rows": len(items)}
+        if self.task == "choices" and self._writes():
+            told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
+        return told | {"figures": figures(self.task, items), "items": items}
+
+
+def lines(result: Json) -> Iterator[str]:
+    """What a person reads of a result."""
+    how = f" · form {result['form']}, {result['num_fewshot']}-shot" if "form" in result else ""
+    yield f"run       {result['run']} · {result['weights']} model"
+    yield f"data      {result['rows']:,} rows of {result['split']} · {result['dataset']}"
+    yield f"task      {result['task']}{how}"
+    figures = result["figures"]
+    yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
+    if "confusion" not in figures:
+        return
+    for kind in ("group", "subject"):
+        table = figures[f"accuracy_by_{kind}"]
+        yield f"\n{kind:<48}accuracy  questions"
+        yield from (f"{name:<48}{each['accuracy']:>8.3f}{each['questions']:>11,}" for name, each in table.items())
+    yield "\nanswer    said A   said B   said C   said D"
+    yield from (
+        f"{letter:<6}" + "".join(f"{count:>9,}" for count in row)
+        for letter, row in zip("ABCD", figures["confusion"], strict=True)
+    )
+    yield "\nsure of its answer   accuracy  questions"
+    yield from (f"{each['confidence']:<21.3f}{each['accuracy']:>8.3f}{each['questions']:>11,}" for each in figures["bins"])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that evaluate and compare share."""
+    parser.add_argument("--dataset", help="file, folder or hub name (default: the run's own)")
+    parser.add_argument("--split", choices=("test", "validation", "train"), help="default: the first of these that is there")
+    parser.add_argument("--task", choices=TASKS, help="default: loss for models that write, choices for questions")
+    parser.add_argument("--limit", type=_count, help="take the first N rows")
+    parser.add_argument("--batch_size", type=_count, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--num_fewshot", type=_count_or_none, default=0, help="solved questions before each (default: 0)")
+    parser.add_argument(
+        "--form", choices=tuple(FORMS), default="tmmluplus",
+        help="lm-evaluation-harness's task whose wording is used for a model that writes (default: tmmluplus)",
+    )  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=_count, default=256, help="longest answer of --task answers (default: 256)")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="leave out rows of --dataset that cannot be read")
+    parser.add_argument("--out", type=Path, help="write everything, item by item, into a new .json file")
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return int(text)
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse an --out that exists or has no folder, before anything is computed."""
+    if path and (path.exists() or not path.parent.is_dir()):
+        raise UserError(f"--out {path}: " + ("it exists; name another file" if path.exists() else "no such folder"))
+
+
+def write_out(path: Path | None, result: Json) -> None:
+    """The result as JSON, and a line that says where."""
+    if path:
+        path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        print(f"\nwritten   {path}")
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = CommandParser("evaluate", "Measure a finished run on rows that it did not train on.")
+    parser.add_argument("run", help="a run folder, or last")
+    parser.add_argument("--base", action="store_true", help="measure the model as it was before the run")
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    out = flags.pop("out")
+    check_out(out)
+    result = evaluate(flags.pop("run"), console=shown(), **flags)
+    print("\n".join(lines(result)))
+    write_out(out, result)
+    return 0
+
+
+def shown() -> Console:
+    """A console whose progress bars leave stdout to the results."""
+    from dsrecipes.runs.console import Console
+
+    console = Console()
+    console.out = sys.stderr
+    console.bars = sys.stderr.isatty()
+    return console

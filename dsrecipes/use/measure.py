@@ -1,0 +1,208 @@
+"""One model on one set of items, by task: what evaluate and compare are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.questions import LETTERS
+from dsrecipes.data.records import content_of
+from dsrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import PreTrainedModel
+
+    from dsrecipes.use.finished import FinishedRun
+    from dsrecipes.use.rows import Item
+
+Json = dict[str, Any]
+Measure = Callable[["PreTrainedModel", "tqdm"], list[Json]]
+"""A loaded model to one entry an item, in the items' order."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation may be told beside its rows."""
+
+    limit: int | None = None
+    batch_size: int = 8
+    num_fewshot: int = 0
+    form: str = "tmmluplus"
+    max_new_tokens: int = 256
+
+
+def losses(run: FinishedRun, data: Any, settings: Settings) -> tuple[Measure, int]:
+    """The summed loss of each sequence over its labels, in nats."""
+    from dsrecipes.data.collate import Sequences
+
+    sequences = Sequences(data)
+    count = min(len(sequences), settings.limit or len(sequences))
+    rows = [sequences[index][0] for index in range(count)]
+    return partial(_losses, run, rows, settings.batch_size), count
+
+
+def _losses(run: FinishedRun, rows: list[Json], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    import torch
+
+    from dsrecipes.model.load import pad_id
+    from dsrecipes.use.forward import logits_at
+
+    labels = [row["labels"] for row in rows]
+    places = [np.flatnonzero(each[1:] != IGNORE) for each in labels]
+    wanted = [(row["input_ids"].tolist(), place.tolist()) for row, place in zip(rows, places, strict=True)]
+    found: list[Json] = [{} for _ in rows]
+    for index, logits in logits_at(model, wanted, pad_id(run.tokenizer), batch_size):
+        targets = torch.from_numpy(labels[index][places[index] + 1].astype(np.int64)).to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        key = hashlib.md5(np.array(wanted[index][0]).tobytes(), usedforsecurity=False).hexdigest()
+        found[index] = {"item": f"sequence {index + 1}", "key": key, "loss": loss, "tokens": len(targets)}
+        bar.update()
+    return found
+
+
+def choices_by_head(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
+    """Questions put to a multiple-choice head, as in training: the share of each option."""
+    return partial(_by_head, run, items, settings.batch_size), len(items)
+
+
+def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    import torch
+
+    from dsrecipes.data.collate import COUNTS, PaddingCollator
+    from dsrecipes.model.load import pad_id
+
+    encoded = run.recipe.encode([item.record for item in items], run.tokenizer, run.options)
+    names = [name for name in encoded if name != "subject"]
+    rows = [{name: _texts(encoded[name][index]) for name in names} for index in range(len(items))]
+    order = sorted(range(len(rows)), key=lambda index: -max(map(len, rows[index]["input_ids"])))
+    collate, found = PaddingCollator(pad_id(run.tokenizer)), [dict[str, Any]() for _ in items]
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        batch = collate([[rows[index]] for index in chosen])
+        del batch[COUNTS], batch["labels"]
+        with torch.no_grad():
+            logits = model(**{name: values.to(model.device) for name, values in batch.items()}).logits.float()
+        for index, chances in zip(chosen, logits.log_softmax(-1).cpu().double(), strict=True):
+            answer, best = items[index].record["answer"], int(chances.argmax())
+            found[index] = _question(items[index]) | {
+                "probabilities": chances.exp().tolist(), "predicted": LETTERS[best],
+                "acc": float(best == answer), "loss": -float(chances[answer]), "tokens": 1,
+            }  # fmt: skip
+            bar.update()
+    return found
+
+
+def _texts(value: Any) -> Any:
+    """A question's four lists of tokens as the collator takes them: an array of lists."""
+    if not isinstance(value, list):
+        return value
+    texts = np.empty(len(value), dtype=object)
+    texts[:] = value
+    return texts
+
+
+def choices_by_likelihood(
+    run: FinishedRun, items: list[Item], shots: dict[str, list[Json]], settings: Settings
+) -> tuple[Measure, int]:
+    """Questions put to a causal model: the log-likelihood of each choice. `shots` are solved questions by subject."""
+    return partial(_by_likelihood, run, items, shots, settings), 4 * len(items)
+
+
+def _by_likelihood(
+    run: FinishedRun, items: list[Item], shots: dict[str, list[Json]], settings: Settings, model: PreTrainedModel, bar: tqdm
+) -> list[Json]:
+    from dsrecipes.use.log_likelihood import context, log_likelihoods, options, score
+
+    pairs = [
+        (asked, f" {choice}")
+        for item in items
+        for asked in [context(item.record, shots.get(item.record["subject"], []), settings.form)]
+        for choice in options(item.record, settings.form)
+    ]
+    found = log_likelihoods(model, run.tokenizer, pairs, settings.batch_size, bar)
+    fours = [found[begin : begin + 4] for begin in range(0, len(found), 4)]
+    return [_question(item) | score(item.record, four, settings.form) for item, four in zip(items, fours, strict=True)]
+
+
+def _question(item: Item) -> Json:
+    record = item.record
+    shown = {"question": record["question"], "options": record["options"], "subject": record["subject"]}
+    return {"item": item.where, "key": content_of(record), **shown, "answer": LETTERS[record["answer"]]}
+
+
+def written(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
+    """Greedy answers to instructions, beside the rows' own.
+
+    Raises:
+        UserError: the recipe's rows have no answers.
+    """
+    from dsrecipes.use.answers import prompt_of
+
+    prompts = [prompt_of(run, item.row) for item in items]
+    if any(prompt.reference is None for prompt in prompts):
+        raise UserError(
+            f"--task answers: rows of {run.config.layers.recipe.name} have no answer to compare with; --task loss"
+        )
+    return partial(_written, run, items, prompts, settings), len(items)
+
+
+def _written(
+    run: FinishedRun, items: list[Item], prompts: list[Any], settings: Settings, model: PreTrainedModel, bar: tqdm
+) -> list[Json]:
+    from dsrecipes.use.answers import answers, generation_settings
+    from dsrecipes.use.metrics import exact_match, rouge_l
+
+    how = generation_settings(run, model, max_new_tokens=settings.max_new_tokens)
+    found: list[Json] = [{} for _ in items]
+    for index, text in answers(model, run.tokenizer, [each.ids for each in prompts], how, settings.batch_size):
+        prompt = prompts[index]
+        found[index] = {
+            "item": items[index].where, "key": content_of(items[index].record), "prompt": prompt.text,
+            "reference": prompt.reference, "answer": text,
+            "rouge_l": rouge_l(text, prompt.reference), "exact_match": exact_match(text, prompt.reference),
+        }  # fmt: skip
+        bar.update()
+    return found
+
+
+def figures(task: str, items: list[Json]) -> Json:
+    """The figures of a task over its items."""
+    if task == "loss":
+        mean = sum(each["loss"] for each in items) / sum(each["tokens"] for each in items)
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
+    if task == "answers":
+        from dsrecipes.use.metrics import ExactMatch, RougeL
+
+        pairs = {"predictions": [each["answer"] for each in items], "references": [each["reference"] for each in items]}
+        both = [metric(keep_in_memory=True).compute(**pairs) for metric in (RougeL, ExactMatch)]
+        return {**(both[0] or {}), **(both[1] or {})}
+    return _choice_figures(items)
+
+
+def _choice_figures(items: list[Json]) -> Json:
+    from dsrecipes.recipes.bert_tmmlu_qa import Accuracy
+    from dsrecipes.use.metrics import Calibration
+
+    letters = {name: [LETTERS.index(each[name]) for each in items] for name in ("predicted", "answer")}
+    accuracy = Accuracy(keep_in_memory=True).compute(
+        predictions=letters["predicted"], references=letters["answer"], subjects=[each["subject"] for each in items]
+    )
+    calibration = Calibration(keep_in_memory=True).compute(
+        predictions=[max(each["probabilities"]) for each in items], references=[each["acc"] == 1 for each in items]
+    )
+    confusion = np.zeros((4, 4), dtype=int)
+    np.add.at(confusion, (letters["answer"], letters["predicted"]), 1)
+    rest = {
+        name: float(np.mean([each[name] for each in items]))
+        for name in ("acc_norm", "acc_bytes", "loss")
+        if name in items[0]
+    }
+    return {**(accuracy or {}), **rest, **(calibration or {}), "confusion": confusion.tolist()}

@@ -1,0 +1,179 @@
+"""The rows that a finished run is measured on: its own splits as it made them, or another data set's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.data.files import LocatedRows, Row
+from dsrecipes.data.questions import plain, question_record, sources
+from dsrecipes.data.records import Records, content_of, hold_out
+from dsrecipes.errors import UserError
+from dsrecipes.layers import layer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from dsrecipes.runs.console import Console
+    from dsrecipes.use.finished import FinishedRun
+
+SPLITS = ("test", "validation", "train")
+"""In the order in which an evaluation looks for rows."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a split: its place in the files, as it stands there, and through the recipe's format_row."""
+
+    where: str
+    row: Row
+    record: dict[str, Any]
+
+
+@dataclass
+class Rows:
+    """The rows of a run, or of another data set read by the run's recipe, by split."""
+
+    run: FinishedRun
+    dataset: str | None = None
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the files' rows; nothing is tokenized yet."""
+        layers = self.run.config.layers
+        if self.dataset:
+            # all rows of a file, in the file's own splits: what the run kept aside concerns its own data alone
+            changed = {"dataset": self.dataset, "dataset_config": None, "eval_dataset": None, "subjects": None}
+            changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
+            layers = layer({"config": str(self.run.folder.config)} | changed)
+        self.story = self.run.recipe(layers)
+        self.raw: dict[str, Iterable[Row]] = self.story.load_rows()
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return str(self.story.config.data.dataset)
+
+    @property
+    def held_out(self) -> float:
+        """The share of the training rows that the run held out itself."""
+        return 0.0 if "validation" in self.raw else self.story.config.data.validation_split
+
+    def choose(self, asked: str | None) -> str:
+        """The split that is asked for; else test, validation or, of a data set given by hand, its only one.
+
+        Raises:
+            UserError: the data have no such split, or the run kept nothing aside.
+        """
+        known = [name for name in SPLITS if name in self.raw or (name == "validation" and self.held_out)]
+        if asked:
+            return _known(asked, known, self.name)
+        if known[0] == "train" and not self.dataset:
+            raise UserError(
+                f"{self.run.folder.path}: this run kept no rows aside; name some with --dataset, or give --split train"
+            )
+        return known[0]
+
+    def items(self, split: str) -> list[Item]:
+        """A split's rows, those that the run held out of its training rows among them.
+
+        Raises:
+            UserError: a row at fault, where the run did not skip such rows.
+        """
+        options, held = self.story.config.data, self.held_out if split != "test" else 0.0
+
+        def both(row: Row) -> dict[str, Any]:
+            return {"row": row, "record": self.run.recipe.format_row(row)}
+
+        records = Records(both, self.raw["train" if held else split], options.skip_bad_rows)
+        found = [Item(where, **each) for where, each in records]
+        if not held:
+            return found
+        out = hold_out([content_of(each.record) for each in found], held, self.story.config.train["seed"])
+        return [each for index, each in enumerate(found) if (index in out) == (split == "validation")]
+
+    def sequences(self, split: str, console: Console) -> Dataset:
+        """A split's token ids and labels, exactly as a training run on these rows evaluates them."""
+        from dsrecipes.data.prepare import prepare
+
+        splits, name = self.raw, split
+        if self.dataset and split == "train":
+            splits, name = {"train": self.raw[split], "test": self.raw[split]}, "test"  # no last block is left out
+        elif "train" not in splits:
+            splits = splits | {"train": splits[split]}
+        prepared = prepare(
+            self.run.recipe, splits, self.run.tokenizer, self.run.options, validation_split=self.held_out,
+            seed=self.story.config.train["seed"], skip_bad_rows=self.story.config.data.skip_bad_rows, console=console,
+        )  # fmt: skip
+        if name not in prepared:
+            raise UserError(f"{self.name}: no row of {split} is left; --split names another")
+        return prepared[name].data
+
+
+@dataclass
+class QuestionRows:
+    """Files of four-way questions for a model that writes, by the splits that the files' names tell."""
+
+    name: str
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Read all files."""
+        self.raw: dict[str, list[tuple[str, Row]]] = {}
+        for split, rows in sources(self.name, []):
+            self.raw.setdefault(split, []).extend(rows)
+
+    def choose(self, asked: str | None) -> str:
+        """The split that is asked for; else test, validation or what there is (UserError: no such split)."""
+        known = [name for name in SPLITS if name in self.raw]
+        return _known(asked, known, self.name) if asked else known[0]
+
+    def items(self, split: str) -> list[Item]:
+        """A split's questions (UserError: a row at fault)."""
+        records = Records(question_record, LocatedRows(self.raw[split]), self.skip_bad_rows)
+        return [Item(where, {}, record) for where, record in records]
+
+    def shots(self, items: list[Item], split: str, count: int) -> dict[str, list[dict[str, Any]]]:
+        """The first `count` training questions (TMMLU+ and MMLU call them dev) of each subject that is asked.
+
+        Raises:
+            UserError: there are not so many, or they are the questions asked.
+        """
+        if not count:
+            return {}
+        if "train" not in self.raw or split == "train":
+            raise UserError(f"--num_fewshot {count}: {self.name} has no dev questions beside those that are asked")
+        by_subject: dict[str, list[dict[str, Any]]] = {}
+        for item in self.items("train"):
+            by_subject.setdefault(item.record["subject"], []).append(item.record)
+        for subject in sorted({item.record["subject"] for item in items}):
+            if len(by_subject.get(subject, [])) < count:
+                raise UserError(f"--num_fewshot {count}: {subject} has {len(by_subject.get(subject, []))} dev questions")
+        return {subject: records[:count] for subject, records in by_subject.items()}
+
+
+def _known(asked: str, known: list[str], name: str) -> str:
+    if asked not in known:
+        raise UserError(f"--split {asked}: {name} has no such rows; it has {', '.join(known)}")
+    return asked
+
+
+_LINE = 40
+"""Characters that a line of text must have to be one that two documents do not share by chance."""
+
+
+def contents(record: dict[str, Any]) -> list[str]:
+    """What makes a record the same as another, letter case and spacing aside.
+
+    The question without its options; an instruction or a chat without its answers; the longer lines of a text.
+    """
+    if "question" in record:
+        return [plain(record["question"])]
+    if "messages" in record:
+        return [plain("".join(turn["content"] for turn in record["messages"] if turn["role"] != "assistant"))]
+    if "instruction" in record:
+        return [plain(record["instruction"] + record.get("input", ""))]
+    if isinstance(record.get("text"), str):
+        return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
+    return [content_of(record)]
