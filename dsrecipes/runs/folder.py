@@ -33,6 +33,8 @@ class RunFolder:
     model = property(lambda self: self.path / "model")
     metrics = property(lambda self: self.path / "metrics.json")
     curve = property(lambda self: self.path / "loss_curve.png")
+    data = property(lambda self: self.path / "data.json")
+    page = property(lambda self: self.path / "report.html")
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""
