@@ -32,10 +32,11 @@
       font: {color: colour("--ink"), family: getComputedStyle(document.body).fontFamily, size: 13},
       margin: {l: 8, r: 12, t: 28, b: 8}, hovermode: "x unified", hoverdistance: -1,
       hoverlabel: {bgcolor: colour("--paper"), bordercolor: colour("--rule"), font: {color: colour("--ink")}},
-      legend: {orientation: "h", x: 0, y: -0.22, yanchor: "top"},
+      legend: {orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom"},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--link")},
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",  // a finger scrolls the page
-      xaxis: {...axis, title: {text: chart.kind === "bars" ? words.length : words.step}, ...(few ? {dtick: 1} : {})},
+      xaxis: {...axis, title: {text: chart.kind === "bars" ? words.length : words.step}, ...(few ? {dtick: 1} : {}),
+        hoverformat: ",.0f"},
       yaxis: {...axis, exponentformat: "e", ...(chart.kind === "bars" ? {rangemode: "tozero"} : {})},
     };
   };
