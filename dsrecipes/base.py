@@ -273,6 +273,7 @@ class RecipeBase(ABC):
         self.console.log_to(folder.console)
         if self.console.main:
             report.write_start(folder, self.config, self.place)
+            report.write_data(folder, self.splits, self.sequences)
         return folder.path
 
     def _resume_step(self) -> int:
@@ -307,11 +308,21 @@ class RecipeBase(ABC):
             if self.config.train["verify_model"]:
                 self.console.say("verifying the model")
                 problem = verify_apart(self.folder)
+            self._write_page()
             self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
         trainer.accelerator.wait_for_everyone()
         if problem:
             raise UserError(problem)
         return result
+
+    def _write_page(self) -> None:
+        """report.html; the run is whole without it, so whatever fails there is told and no more."""
+        from dsrecipes.use.report import report as write_page
+
+        try:
+            write_page(self.folder.path)
+        except Exception as error:
+            self.console.say(f"{'report':<10}not written: {error}")
 
 
 class _DryRunEnds(Exception):

@@ -32,6 +32,7 @@ usage: dsrecipes COMMAND ...
   export RUN --to DIR                write the model as one folder that plain transformers loads, adapters merged
   evaluate RUN [flags]               loss, accuracy or answers of a finished run on rows that it did not train on
   compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
+  report RUN [RUN...] [--out FILE]   one HTML file about a run, or several side by side
 """
 
 
@@ -136,7 +137,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ("evaluate", "compare", "verify", "export")
+_USES: tuple[str, ...] = ("evaluate", "compare", "verify", "export", "report")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 

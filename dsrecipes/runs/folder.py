@@ -35,6 +35,8 @@ class RunFolder:
     curve = property(lambda self: self.path / "loss_curve.png")
     expected = property(lambda self: self.path / "expected.safetensors")
     verified = property(lambda self: self.path / "VERIFIED.json")
+    data = property(lambda self: self.path / "data.json")
+    page = property(lambda self: self.path / "report.html")
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""

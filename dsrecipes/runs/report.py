@@ -11,9 +11,11 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +26,7 @@ from dsrecipes.runs.folder import RunFolder
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
     from dsrecipes.config import Config, ModelConfig
+    from dsrecipes.data.collate import Sequences
     from dsrecipes.data.prepare import Split, SplitStats
     from dsrecipes.place import Place
     from dsrecipes.trainer import RecipeTrainer
@@ -143,6 +146,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
         *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
+        *([_line("report", str(folder.page))] if folder.page.is_file() else []),
         _line("next", f"{_command('tensorboard')} --logdir {path}"),
         _line("", f"{_command('dsrecipes')} train --config {folder.config}   (the same again)"),
     ]
@@ -191,8 +195,19 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         "command": shlex.join(_without_secrets(sys.argv)), "python": platform.python_version(), "platform": platform.platform(),
         "cpus": os.cpu_count(), "device": place.device, "devices": _devices(), "ranks": place.ranks.world,
         "precision": place.precision, "engine": place.name(), "fallback": place.fallback, "packages": versions,
+        "origins": {key: origin for key, (_, origin) in config.layers.merged().items()},
     }  # fmt: skip
     folder.environment.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences]) -> None:
+    """data.json: what became of each split's rows, and a histogram of their lengths in tokens."""
+    told = {}
+    for name, split in splits.items():
+        counts, edges = np.histogram(sequences[name].columns["input_ids"].lengths(), bins=24)
+        lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
+        told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
+    folder.data.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_secrets(argv: list[str]) -> list[str]:
