@@ -28,6 +28,7 @@ usage: dsrecipes COMMAND ...
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  judge RUN --judge FOLDER|URL       an LLM grades a run's answers against the base's, another run's or the rows' own
 """
 
 
@@ -132,7 +133,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ()
+_USES: tuple[str, ...] = ("judge",)
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 
