@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dsrecipes.use.answers import Prompt
 
 Json = dict[str, Any]
+VERDICTS = ("written", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def judge(
     *,
     judge: str,
     judge_model: str | None = None,
+    verdict: str = "written",
     against: str = "base",
     prompts: str | None = None,
     rubric: str | None = None,
@@ -68,6 +70,8 @@ def judge(
         run: a run folder, or `last`.
         judge: a model folder, or the address of an OpenAI-compatible server, http(s)://HOST[:PORT]/v1.
         judge_model: the model's name on that server.
+        verdict: `written` by the judge, or `likelihood`: a model folder writes nothing, and the likeliest of the three
+            verdict lines counts.
         against: `base`, `reference` (the rows' own answers) or another run folder.
         prompts: a file of rows in the recipe's form; default: the rows that the run held out.
         rubric: a text with {question}, {answer_a}, {answer_b} and the verdict's form; default: the one shipped.
@@ -87,6 +91,8 @@ def judge(
     for (name, low), value in zip(least.items(), given, strict=True):
         if value is not None and value < low:
             raise UserError(f"--{name} {value}: give {low} or more")
+    if verdict not in VERDICTS or (verdict == "likelihood" and is_url(judge)):
+        raise UserError(f"--verdict {verdict}: give {' or '.join(VERDICTS)}; likelihood is for a model folder, not a server")
     text = read_rubric(rubric)
     server = ServerJudge(judge, judge_model, timeout) if is_url(judge) else None
     folder = None if server else judge_folder(judge)
@@ -98,7 +104,7 @@ def judge(
         "against": fingerprint(other.folder.model) if other is not tuned else against,
         "items": len(items), "prompts": _hash([[each.question, each.prompt.ids] for each in items]),
         "judge": judge if server else fingerprint(folder), "judge_folder": str(folder) if folder else None,
-        "judge_model": judge_model, "rubric": _hash(text), "retries": retries, "max_new_tokens": max_new_tokens,
+        "judge_model": judge_model, "verdict": verdict, "rubric": _hash(text), "retries": retries, "max_new_tokens": max_new_tokens,
         "judge_tokens": judge_tokens,
     }  # fmt: skip
     path = Path(out).expanduser() if out else tuned.folder.path / "judge.jsonl"
@@ -111,7 +117,7 @@ def judge(
         _write_answers(file, tuned, other, items, against, max_new_tokens, batch_size, console)
         if folder and len(file.judgements) < 2 * len(items):
             console.say(f"loading   the judge, {folder}")
-            asked = LocalJudge(folder)
+            asked = LocalJudge(folder, verdict == "likelihood")
         if asked:
             _judge_all(file, asked, text, items, retries, judge_tokens, console)
     return _summary(file)
@@ -304,6 +310,8 @@ def _parser() -> CommandParser:
     add("run", metavar="RUN", help="a run folder, or `last`")
     add("--judge", required=True, metavar="FOLDER|URL", help=f"a model folder, or http(s)://HOST[:PORT]/v1 (key: {KEY})")
     add("--judge_model", metavar="NAME", help="the model's name on the server")
+    add("--verdict", default="written", metavar="written|likelihood",
+        help="written by the judge, or the likeliest of the three verdict lines (a folder only; for a small model)")  # fmt: skip
     add("--against", default="base", metavar="base|reference|RUN", help="default: base, the model before the run")
     add("--prompts", metavar="FILE", help="rows in the recipe's form; default: those that the run held out")
     add("--rubric", metavar="FILE", help=f"what the judge is asked; start from a copy of {RUBRIC}")

@@ -19,7 +19,8 @@ from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 KEY = "DSRECIPES_JUDGE_KEY"
 """The environment variable with the server's key. No other key or token of the environment goes to a server."""
@@ -83,8 +84,12 @@ def judge_folder(name: str) -> Path:
 class LocalJudge:
     """A model folder, asked through its chat template."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, by_likelihood: bool = False) -> None:
         """Load it: on the GPU where there is one.
+
+        Args:
+            by_likelihood: it writes nothing; the verdict is the likeliest of the three lines that a reply may end with,
+                as the model's whole reply. A small model that never keeps to the form has an opinion then.
 
         Raises:
             UserError: no causal language model, no chat template, damaged files.
@@ -97,7 +102,7 @@ class LocalJudge:
         disable_progress_bar()
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else None
-        self.folder = folder
+        self.folder, self.by_likelihood = folder, by_likelihood
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
             if not self.tokenizer.chat_template:
@@ -113,11 +118,6 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply have no room in the model's positions.
         """
-        import torch
-        from transformers import GenerationConfig
-
-        from dsrecipes.model.load import pad_id
-
         asked = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
@@ -128,6 +128,17 @@ class LocalJudge:
                 f"--judge {self.folder}: a prompt of {count} tokens and a reply of {max_new_tokens} pass its {room} "
                 "positions; give a smaller --max_new_tokens or --judge_tokens, a shorter --rubric, or another judge"
             )
+        if self.by_likelihood:
+            return self._weigh(asked["input_ids"])
+        return self._write(asked, attempt, max_new_tokens)
+
+    def _write(self, asked: BatchEncoding, attempt: int, max_new_tokens: int) -> Reply:
+        import torch
+        from transformers import GenerationConfig
+
+        from dsrecipes.model.load import pad_id
+
+        count = asked["input_ids"].shape[1]
         own = self.model.generation_config
         sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE} if attempt else {"do_sample": False}
         settings = GenerationConfig(
@@ -138,6 +149,20 @@ class LocalJudge:
             torch.manual_seed(attempt)
             written = self.model.generate(**asked, generation_config=settings)[0, count:]
         return Reply(self.tokenizer.decode(written, skip_special_tokens=True), count, len(written))
+
+    def _weigh(self, prompt: Tensor) -> Reply:
+        """The three log-likelihoods, and the verdict of the greatest; its cost is three prompts and no reply."""
+        import torch
+
+        found = {}
+        for verdict in ("A", "B", "TIE"):
+            line = self.tokenizer(f"VERDICT: {verdict}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = torch.cat([prompt, line.to(prompt.device)], dim=1)
+            with torch.no_grad():
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
+            found[verdict] = logits.float().log_softmax(-1).gather(1, ids[0, prompt.shape[1] :, None]).sum().item()
+        told = ", ".join(f"{verdict} {value:.4f}" for verdict, value in found.items())
+        return Reply(f"log-likelihoods: {told}\nVERDICT: {max(found, key=found.__getitem__)}", 3 * prompt.shape[1], 0)
 
 
 class ServerJudge:
