@@ -33,6 +33,7 @@ usage: dsrecipes COMMAND ...
   evaluate RUN [flags]               loss, accuracy or answers of a finished run on rows that it did not train on
   compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
   report RUN [RUN...] [--out FILE]   one HTML file about a run, or several side by side
+  judge RUN --judge FOLDER|URL       an LLM grades a run's answers against the base's, another run's or the rows' own
 """
 
 
@@ -137,7 +138,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ("evaluate", "compare", "verify", "export", "report")
+_USES: tuple[str, ...] = ("evaluate", "compare", "judge", "verify", "export", "report")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 
