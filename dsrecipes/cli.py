@@ -28,6 +28,10 @@ usage: dsrecipes COMMAND ...
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+
+with RUN, a finished run's folder or `last`:
+  chat RUN [--base | --both]         talk to the model
+  generate RUN --prompts FILE        answers to all rows of a file
 """
 
 
@@ -132,7 +136,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ()
+_USES: tuple[str, ...] = ("chat", "generate")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 
@@ -140,7 +144,14 @@ def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+    try:
+        return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _refuse_unknown(keys: Iterable[str]) -> None:
