@@ -83,6 +83,10 @@ def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, syst
     if run.recipe.auto_class.endswith("ForMultipleChoice"):
         from dsrecipes.use.questions import QuestionSession
 
+        if system or settings.keys() - {"max_new_tokens"}:
+            raise UserError(
+                f"{run.folder.path}: this model chooses among four options; it takes no system text and no sampling"
+            )
         return QuestionSession(run, speakers, terminal)
     from dsrecipes.use.session import TextSession
 

@@ -43,6 +43,8 @@ class Conversation:
     """False switches the adapter of a LoRA run off: the untuned model, without a second copy."""
     system: str | None = None
     settings: Json = field(default_factory=dict)
+    keep_cut: bool = False
+    """Ctrl-C ends an answer, which is kept so far; otherwise it is raised."""
     notice: Callable[[str], None] = lambda text: None
     """Told when a turn no longer fits into the model's positions."""
     turns: list[Turn] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Conversation:
         self.turns, self.first, self._seen = [], 0, []
 
     def say(self, text: str, write: Callable[[str], None] = lambda text: None) -> str:
-        """The answer to `text`; `write` is given its pieces as they come. Ctrl-C ends the answer, which is kept so far.
+        """The answer to `text`; `write` is given its pieces as they come.
 
         Raises:
             UserError: the recipe cannot take this text, or it has no room in the model's positions.
@@ -99,6 +101,8 @@ class Conversation:
                     input_ids=row, attention_mask=torch.ones_like(row), generation_config=settings, streamer=stream
                 )
         except KeyboardInterrupt:
+            if not self.keep_cut:
+                raise
             stream.end()
         except ValueError as error:  # a setting that does not go with streaming, such as num_beams
             raise UserError(f"transformers refuses: {str(error).splitlines()[0]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -59,7 +60,8 @@ class Partial:
 
     def _release(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which was told when it was met
+                self._file.close()
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
@@ -90,18 +92,29 @@ class Partial:
         self._append([{"index": index, "answer": answer} for index, answer in answers.items()])
 
     def _append(self, rows: list[Json]) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(_lines(rows))
             self._file.flush()
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); mend that, and the same call goes on"
+            ) from error
 
     def finish(self, rows: list[Json]) -> None:
         """Write the rows to OUT by way of a file beside it, and remove OUT.partial."""
         if self.out is None:
             return
         beside = self.out.with_name(f"{self.out.name}.writing")
-        beside.write_text(_lines(rows), encoding="utf-8")
-        beside.rename(self.out)
+        try:
+            beside.write_text(_lines(rows), encoding="utf-8")
+            beside.rename(self.out)
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: cannot be written ({error.strerror}); mend that, and the same call goes on"
+            ) from error
         self.path.unlink()
 
 

@@ -30,18 +30,16 @@ def probabilities(
     """
     import torch
 
-    from dsrecipes.data.collate import COUNTS, PaddingCollator
-    from dsrecipes.model.load import pad_id
-
     if len(options) != len(LETTERS):
-        raise UserError(f"a question has {len(LETTERS)} options, found {len(options)}")
+        raise UserError(f"a question has four options, found {len(options)}")
     row = {"question": question, **dict(zip(LETTERS, options, strict=True)), "answer": LETTERS[0]}
     try:
         encoded = run.recipe.encode([run.recipe.format_row(row)], run.tokenizer, run.options)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"recipe {run.config.layers.recipe.name} cannot take this question: {error}") from error
-    batch = PaddingCollator(pad_id(run.tokenizer))([[{name: column[0] for name, column in encoded.items()}]])
-    inputs = {name: each.to(model.device) for name, each in batch.items() if name not in ("labels", COUNTS)}
+    texts = {name: column[0] for name, column in encoded.items() if isinstance(column[0], list)}
+    padded = run.tokenizer.pad(texts, return_tensors="pt")
+    inputs = {name: each[None].to(model.device) for name, each in padded.items()}
     with torch.no_grad(), contextlib.nullcontext() if adapter else model.disable_adapter():
         return model(**inputs).logits[0].float().softmax(-1).tolist()
 

@@ -141,7 +141,7 @@ class TextSession(Session):
         self.ask_with = "text> " if asking.continues else "you> "
         self.conversations = {
             each.name: Conversation(
-                run, each.model, asking, each.adapter, settings=dict(settings or {}),
+                run, each.model, asking, each.adapter, settings=dict(settings or {}), keep_cut=terminal.interactive,
                 notice=lambda text: terminal.tell(f"({text})"),
             )
             for each in speakers

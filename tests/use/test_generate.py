@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from made import made_run
-from tiny import ROOT, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from tiny import ROOT, refusal, small_disk, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 
 from dsrecipes import UserError
 from dsrecipes.cli import main
@@ -196,3 +196,14 @@ def test_two_processes_do_not_write_the_same_answers(llama: FinishedRun, tmp_pat
     """The second is told."""
     with Partial(tmp_path / "out.jsonl", {}), pytest.raises(UserError, match="another process"):
         generate(llama, ROWS, out=tmp_path / "out.jsonl")
+
+
+def test_a_full_disk_is_told(llama: FinishedRun, tmp_path: Path):
+    """And what is there goes on once there is room."""
+    with small_disk(tmp_path / "disk", "size=16k") as disk:
+        (disk / "full").write_bytes(b"x" * 12_000)
+        with pytest.raises(UserError, match=r"No space left on device.*goes on"):
+            generate(llama, ROWS * 20, out=disk / "out.jsonl", batch_size=8, max_new_tokens=60, suppress_tokens=[2])
+        (disk / "full").unlink()
+        with pytest.raises(UserError, match="another job"):
+            generate(llama, ROWS, out=disk / "out.jsonl")
