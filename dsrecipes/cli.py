@@ -34,6 +34,10 @@ usage: dsrecipes COMMAND ...
   compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
   report RUN [RUN...] [--out FILE]   one HTML file about a run, or several side by side
   judge RUN --judge FOLDER|URL       an LLM grades a run's answers against the base's, another run's or the rows' own
+
+with RUN, a finished run's folder or `last`:
+  chat RUN [--base | --both]         talk to the model
+  generate RUN --prompts FILE        answers to all rows of a file
 """
 
 
@@ -138,7 +142,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ("evaluate", "compare", "judge", "verify", "export", "report")
+_USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 
@@ -146,7 +150,14 @@ def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+    try:
+        return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _refuse_unknown(keys: Iterable[str]) -> None:

@@ -32,14 +32,15 @@ class Records:
                 record = self.format_row(row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not self.skip_bad_rows:
-                    raise _bad_row(where, error) from error
+                    raise bad_row(where, error) from error
                 bad += 1
             else:
                 yield where, record
         self.dropped = {"bad row": bad} if bad else {}
 
 
-def _bad_row(where: str, error: Exception) -> UserError:
+def bad_row(where: str, error: Exception) -> UserError:
+    """What is wrong with the row that stands there, and what to do."""
     problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
     return UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows")
 
@@ -99,7 +100,7 @@ def encode_group(
                 recipe.encode([record], tokenizer, options)
             except (ValueError, TypeError) as error:
                 if not skip_bad_rows:
-                    raise _bad_row(where, error) from error
+                    raise bad_row(where, error) from error
             else:
                 good.append((where, record))
         if len(good) == len(group):

@@ -87,7 +87,7 @@ def answers(
     """
     import torch
 
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model)
     longest = max(map(len, prompts), default=0)
     if room and longest + settings.max_new_tokens > room:
         number = next(index for index, ids in enumerate(prompts) if len(ids) == longest)
@@ -106,6 +106,11 @@ def answers(
             written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, tokens in zip(chosen, written[:, width:].tolist(), strict=True):
             yield index, tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens prompt and answer may have together; None where the model sets no end."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def generation_settings(run: FinishedRun, model: PreTrainedModel, **changes: Any) -> GenerationConfig:
