@@ -1,4 +1,4 @@
-"""What a person types: dsrecipes train | list | show.
+"""What a person types: dsrecipes train | list | show, and what is done with a finished run.
 
 dsrecipes train gpt2_clm --max_steps 10
 dsrecipes show alpaca_llama_sft --lora_r 8
@@ -28,16 +28,16 @@ usage: dsrecipes COMMAND ...
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
-  verify RUN                         check that the saved model is what was trained
-  export RUN --to DIR                write the model as one folder that plain transformers loads, adapters merged
-  evaluate RUN [flags]               loss, accuracy or answers of a finished run on rows that it did not train on
-  compare RUN [RUN ...] [flags]      base against tuned, or several runs, item by item
-  report RUN [RUN...] [--out FILE]   one HTML file about a run, or several side by side
-  judge RUN --judge FOLDER|URL       an LLM grades a run's answers against the base's, another run's or the rows' own
 
-with RUN, a finished run's folder or `last`:
-  chat RUN [--base | --both]         talk to the model
+with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
+  chat RUN                           talk to the model
   generate RUN --prompts FILE        answers to all rows of a file
+  evaluate RUN                       loss, accuracy or answers on rows that it did not train on
+  compare RUN [RUN ...]              before and after the run, or several runs, item by item
+  judge RUN --judge FOLDER|URL       an LLM grades its answers against others
+  verify RUN                         is the saved model what was trained?
+  export RUN --to DIR                one folder that plain transformers loads, adapters merged
+  report RUN [RUN ...]               one HTML file about a run, or several side by side
 """
 
 
