@@ -15,7 +15,10 @@ if not (_HERE / "recipes").is_dir():
     # A checkout keeps recipes/ and ds_configs/ at its top; setup.cfg maps them into the package only when installed.
     __path__.append(str(_HERE.parent))
 
-_EXPORTS = {"load_recipe": "dsrecipes.base", "RecipeBase": "dsrecipes.base", "UserError": "dsrecipes.errors"}
+_EXPORTS = {"load_recipe": "dsrecipes.base", "RecipeBase": "dsrecipes.base", "UserError": "dsrecipes.errors"} | {
+    name: f"dsrecipes.use.{name}"
+    for name in ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report")
+}
 __all__ = list(_EXPORTS)
 
 

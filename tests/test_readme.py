@@ -4,6 +4,7 @@ How each is checked:
 - `dsrecipes list` and `show`, `--help` and `--dry_run`, the Python program: run as they are.
 - `dsrecipes train` lines of one rank and the starter profile: run with `--max_steps 2` after their own flags, in the
   README's order in one folder that holds the README's files; run folders lie in that folder.
+- lines about a finished run: run as they are, in a folder with one.
 - lines for GPUs, hub models or several machines: their flags go through the parser.
 - `make` lines: `make -n`, and what it would run goes through the parser.
 - launcher lines: tests/test_launchers.py runs them; here their flags go through the parser.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from dsrecipes.cli import _USES
 from dsrecipes.config import build_config
 from dsrecipes.layers import layer, parse_flags
 
@@ -28,11 +30,13 @@ from readme import CHINESE, ENGLISH, blocks, commands, launcher_lines, write_fil
 from tiny import ROOT  # isort: skip
 from warm import Warm  # isort: skip
 
+PROGRAMS = [block.text for block in blocks() if block.language == "python" and block.file is None]
 DSRECIPES = [line for line in commands() if line.startswith("dsrecipes ")]
 MAKE = [line for line in commands() if line.startswith("make")]
 FOR_OTHER_MACHINES = [line for line in DSRECIPES if "--procs" in line or "--profile full" in line]
 TRAINED = [line for line in DSRECIPES if line.startswith("dsrecipes train") and line not in FOR_OTHER_MACHINES]
-AT_ONCE = [line for line in DSRECIPES if line not in (*FOR_OTHER_MACHINES, *TRAINED)]
+USED = [line for line in DSRECIPES if line.split()[1] in _USES]
+AT_ONCE = [line for line in DSRECIPES if line not in (*FOR_OTHER_MACHINES, *TRAINED, *USED)]
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +111,33 @@ def test_a_training_line(line: str, warm: Warm):
         assert "first example" in done.out and "nothing was trained" in done.out
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Runs commands in a folder with a finished run and the README's files."""
+    server = Warm(tmp_path_factory.mktemp("finished"))
+    write_files(server.folder)
+    done = server.dsrecipes("train", "alpaca_llama_sft", "--max_steps", "1")
+    assert done.code == 0 and "verified" in done.out, done.err
+    yield server
+    server.stop()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("line", [line for line in USED if "http://" not in line])
+def test_a_line_about_a_finished_run(line: str, finished: Warm):
+    done = finished.dsrecipes(*shlex.split(line)[1:])
+    assert done.code == 0, done.err
+
+
+@pytest.mark.ranks
+def test_the_second_python_program(finished: Warm):
+    done = finished.python(PROGRAMS[1])
+    assert done.code == 0 and "'loss'" in done.out, done.err
+
+
 @pytest.mark.ranks
 def test_the_python_program(warm: Warm):
-    program = next(b.text for b in blocks() if b.language == "python" and b.file is None)
-    done = warm.python(program)
+    done = warm.python(PROGRAMS[0])
     assert done.code == 0, done.err
     path, step, loss = done.out.splitlines()[-1].split()
     assert path.startswith("runs/gpt2_clm/") and step == "10" and 4 < float(loss) < 8
