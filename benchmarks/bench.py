@@ -318,7 +318,7 @@ def memory(pid: int) -> int:
 
 def startup_part(args: argparse.Namespace, data: Path) -> Json:
     """Seconds from the command to the end of its first optimizer step; a first, uncounted run fills the caches."""
-    names = present(list(STARTS))
+    names = present([name for name in STARTS if name in (args.only or STARTS)])
     found: Json = {name: [] for name in names}
     for number in range(args.rounds + 1):
         for name in names:

@@ -75,10 +75,15 @@ def prepare_table(part: Json) -> list[str]:
 
 def startup_table(part: Json) -> list[str]:
     """Start-up."""
-    rows = [[name, middle(seconds, ".1f")] for name, seconds in part.items() if seconds]
+    rows = []
+    for name, seconds in part.items():
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds, part["ours"], strict=True))
+        rows.append([name, middle(seconds, ".1f"), f"{ratio:.2f}"])
     return [
         "## Start-up: from the command to the end of the first optimizer step, data prepared before",
-        *table(["", "seconds"], rows),
+        "",
+        "The ratio is taken in each round; its median is shown.",
+        *table(["", "seconds", "theirs / ours"], rows),
     ]
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,11 +40,11 @@ class Settings:
     max_new_tokens: int = 256
 
 
-def losses(run: FinishedRun, data: Any, settings: Settings) -> tuple[Measure, int]:
+def losses(run: FinishedRun, path: Path, settings: Settings) -> tuple[Measure, int]:
     """The summed loss of each sequence over its labels, in nats."""
     from dsrecipes.data.collate import Sequences
 
-    sequences = Sequences(data)
+    sequences = Sequences(path)
     count = min(len(sequences), settings.limit or len(sequences))
     rows = [sequences[index][0] for index in range(count)]
     return partial(_losses, run, rows, settings.batch_size), count

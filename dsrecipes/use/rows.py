@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.data.files import LocatedRows, Row
@@ -13,8 +14,6 @@ from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from dsrecipes.runs.console import Console
     from dsrecipes.use.finished import FinishedRun
 
@@ -93,8 +92,8 @@ class Rows:
         out = hold_out([content_of(each.record) for each in found], held, self.story.config.train["seed"])
         return [each for index, each in enumerate(found) if (index in out) == (split == "validation")]
 
-    def sequences(self, split: str, console: Console) -> Dataset:
-        """A split's token ids and labels, exactly as a training run on these rows evaluates them."""
+    def sequences(self, split: str, console: Console) -> Path:
+        """The file of a split's token ids and labels, exactly as a training run on these rows evaluates them."""
         from dsrecipes.data.prepare import prepare
 
         splits, name = self.raw, split
@@ -108,7 +107,7 @@ class Rows:
         )  # fmt: skip
         if name not in prepared:
             raise UserError(f"{self.name}: no row of {split} is left; --split names another")
-        return prepared[name].data
+        return prepared[name].path
 
 
 @dataclass
