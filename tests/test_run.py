@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,21 @@ def test_verbose_shows_the_traceback(tmp_path, capfd):
     assert main([*alpaca(tmp_path, dataset="gone.jsonl"), "--verbose"]) == 2
     err = capfd.readouterr().err
     assert "Traceback" in err and "error: --dataset gone.jsonl" in err
+
+
+UNNEEDED = ("torch._inductor.compile_fx", "datasets", "pandas", "peft", "bitsandbytes", "scipy")
+PROGRAM = """
+import sys, torch
+from dsrecipes.run import main
+compile = torch.compile
+assert main() == 0 and torch.compile is compile and "deepspeed.runtime.zero.stage_1_and_2" in sys.modules
+print([name for name in {names} if sys.modules.get(name)])
+"""
+
+
+@pytest.mark.ranks
+def test_a_run_imports_nothing_that_it_does_not_need(tmp_path):
+    argv = ["run.py", "--recipe", "gpt2_clm", "--profile", "starter", "--use_cpu", "--dry_run"]
+    program = f"import sys; sys.argv = {argv}\n" + PROGRAM.format(names=UNNEEDED)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
