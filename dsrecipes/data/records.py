@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
 
 
+BAD_ROW = (ValueError, KeyError, TypeError, AttributeError)
+"""What a recipe's hooks raise for a row that is not theirs."""
+
+
 class Records:
     """(where, record) of rows through format_row, in order; a bad row stops, or is dropped and counted."""
 
@@ -30,7 +34,7 @@ class Records:
         for where, row in located(self.rows):
             try:
                 record = self.format_row(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except BAD_ROW as error:
                 if not self.skip_bad_rows:
                     raise bad_row(where, error) from error
                 bad += 1
@@ -39,10 +43,14 @@ class Records:
         self.dropped = {"bad row": bad} if bad else {}
 
 
+def fault_of(error: Exception) -> str:
+    """What one of BAD_ROW says, in words."""
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
 def bad_row(where: str, error: Exception) -> UserError:
     """What is wrong with the row that stands there, and what to do."""
-    problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-    return UserError(f"{where}: {problem}. Mend the row, or give --skip_bad_rows to drop such rows")
+    return UserError(f"{where}: {fault_of(error)}. Mend the row, or give --skip_bad_rows to drop such rows")
 
 
 class Chosen:

@@ -21,9 +21,11 @@ class Console:
     rank's number, nothing is hidden, and from `log_to` on all that the process prints goes to logs/rank_N.log as well.
     """
 
-    def __init__(self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None) -> None:
+    def __init__(
+        self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None, out: IO[str] | None = None
+    ) -> None:
         self.main, self.captured, self.rank_logs = main, capture, rank_logs
-        self.out: IO[str] = sys.stdout
+        self.out = out or sys.stdout
         self.bars = True
         self._open: tqdm | None = None
         self._saved: list[int] = []

@@ -68,7 +68,7 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
                 f"--output_dir {path}: the folder exists and is not empty. Go on with it: --resume_from_checkpoint auto; "
                 "start anew: another --output_dir, or --overwrite_output_dir to delete it"
             )
-        if not (path / "config.yaml").is_file():
+        if not RunFolder(path).config.is_file():
             raise UserError(f"--overwrite_output_dir: {path} is no run folder (no config.yaml in it); delete it yourself")
         shutil.rmtree(path)
     ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -89,12 +89,17 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
     return "no space left" in text or "quota exceeded" in text
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write beside the file and rename, so that a torn one cannot exist (OSError)."""
+    beside = path.with_name(f"{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)
+
+
 def write_manifest(checkpoint: Path, made_by: dict[str, Any]) -> None:
-    """Record a checkpoint's files and sizes; the write is a rename, so that a torn manifest cannot exist."""
+    """Record a checkpoint's files and sizes."""
     files = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-    beside = checkpoint / (MANIFEST + ".partial")
-    beside.write_text(json.dumps({"made_by": made_by, "files": files}, indent=1))
-    beside.rename(checkpoint / MANIFEST)
+    write_whole(checkpoint / MANIFEST, json.dumps({"made_by": made_by, "files": files}, indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:

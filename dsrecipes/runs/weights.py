@@ -63,3 +63,9 @@ def checksum(path: Path) -> str:
     """A file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_checksum(folder: Path) -> str:
+    """A sha256 over the names and bytes of the files directly in a folder."""
+    lines = [f"{path.name} {checksum(path)}\n" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dsrecipes.runs.curve import read_log
 from dsrecipes.use.answers import prompt_of
 from dsrecipes.use.finished import FinishedRun
 
@@ -75,8 +76,7 @@ def _figures(run: FinishedRun) -> str:
     """A table of metrics.json's numbers; of a checkpoint's, the last that the log has up to its step."""
     if run.checkpoint:
         step, figures = int(run.checkpoint.name[11:]), {}
-        for line in run.folder.log.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+        for values in read_log(run.folder.log):
             if values["step"] <= step:
                 figures |= {"step": values["step"]} | {key: value for key, value in values.items() if key.endswith("loss")}
     else:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.use.evaluate import Evaluation, add_flags, check_out, shown, write_out
-from dsrecipes.use.finished import CommandParser, open_run
+from dsrecipes.use.evaluate import Evaluation, add_flags, shown, write_out
+from dsrecipes.use.finished import CommandParser, check_out, open_run
 
 if TYPE_CHECKING:
     from dsrecipes.runs.console import Console

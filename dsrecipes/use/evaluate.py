@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
+from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
+from dsrecipes.use.sampling import above_zero
 
 if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
@@ -175,32 +176,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="file, folder or hub name (default: the run's own)")
     parser.add_argument("--split", choices=("test", "validation", "train"), help="default: the first of these that is there")
     parser.add_argument("--task", choices=TASKS, help="default: loss for models that write, choices for questions")
-    parser.add_argument("--limit", type=_count, help="take the first N rows")
-    parser.add_argument("--batch_size", type=_count, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--limit", type=above_zero, help="take the first N rows")
+    parser.add_argument("--batch_size", type=above_zero, default=8, help="rows at a time (default: 8)")
     parser.add_argument("--num_fewshot", type=_count_or_none, default=0, help="solved questions before each (default: 0)")
     parser.add_argument(
         "--form", choices=tuple(FORMS), default="tmmluplus",
         help="lm-evaluation-harness's task whose wording is used for a model that writes (default: tmmluplus)",
     )  # fmt: skip
-    parser.add_argument("--max_new_tokens", type=_count, default=256, help="longest answer of --task answers (default: 256)")
+    parser.add_argument(
+        "--max_new_tokens", type=above_zero, default=256, help="longest answer of --task answers (default: 256)"
+    )
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave out rows of --dataset that cannot be read")
     parser.add_argument("--out", type=Path, help="write everything, item by item, into a new .json file")
 
 
 def _count_or_none(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return int(text)
-
-
-def check_out(path: Path | None) -> None:
-    """Refuse an --out that exists or has no folder, before anything is computed."""
-    if path and (path.exists() or not path.parent.is_dir()):
-        raise UserError(f"--out {path}: " + ("it exists; name another file" if path.exists() else "no such folder"))
+    return 0 if text == "0" else above_zero(text)
 
 
 def write_out(path: Path | None, result: Json) -> None:
@@ -229,7 +220,6 @@ def shown() -> Console:
     """A console whose progress bars leave stdout to the results."""
     from dsrecipes.runs.console import Console
 
-    console = Console()
-    console.out = sys.stderr
+    console = Console(out=sys.stderr)
     console.bars = sys.stderr.isatty()
     return console

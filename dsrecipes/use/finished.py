@@ -37,21 +37,21 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
     """A run folder by its path, or `last`: the newest under runs/ that ended with a model.
 
     Args:
-        ended: refuse a run without model/; False for what needs its checkpoints alone.
+        ended: refuse a run without model/; False for what an unfinished one is enough for.
 
     Raises:
         UserError: there is none, or it holds no trained model.
     """
     if name == "last":
-        found = [path.parent for path in Path("runs").glob("*/*/model") if (path.parent / "config.yaml").is_file()]
+        found = [each for path in Path("runs").glob("*/*/model") if (each := RunFolder(path.parent)).config.is_file()]
         if not found:
             raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
-        return RunFolder(max(found, key=lambda path: (path / "model").stat().st_mtime))
+        return max(found, key=lambda each: each.model.stat().st_mtime)
     folder = RunFolder(Path(name).expanduser())
     if not folder.path.is_dir():
         raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
-        raise UserError(f"{name}: no run folder (no config.yaml in it)")
+        raise UserError(f"{name}: no run folder (no config.yaml in it); give the path of one, or `last`")
     if ended and not folder.model.is_dir():
         raise UserError(
             f"{name}: this run has no model yet; `dsrecipes train --config {folder.config} --output_dir {name} "
@@ -115,12 +115,11 @@ class FinishedRun:
 
         Args:
             base: the model as it was before the run.
-            dtype: of the weights; fp32 on a CPU, bf16 on a GPU that has it, else fp16, where it is not given.
+            dtype: of the weights; best_dtype where it is not given.
 
         Raises:
             UserError: the base cannot be had, or files of model/ are missing or damaged.
         """
-        import torch
         import transformers
         from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
@@ -129,9 +128,7 @@ class FinishedRun:
 
         disable_progress_bar()
         if dtype is None:
-            dtype = torch.float32
-            if self.device.type == "cuda":
-                dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            dtype = best_dtype(self.device)
         options, auto = self.config.model, self.recipe.auto_class
         adapter = (self.source / "adapter_config.json").is_file()
         try:
@@ -148,6 +145,23 @@ class FinishedRun:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{self.source} cannot be loaded: {str(error).splitlines()[0]}") from error
         return model.to(self.device).eval()
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """What a model is asked in: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse an --out that exists or has no folder, before anything is computed (UserError)."""
+    if path and path.exists():
+        raise UserError(f"--out {path}: there is a file of this name; name another, or delete it")
+    if path and not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
 
 
 def open_run(name: str) -> FinishedRun:

@@ -5,7 +5,6 @@ dsrecipes generate last --prompts prompts.jsonl --out answers.jsonl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
+from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
+from dsrecipes.use.job_file import hash_of
 from dsrecipes.use.partial import Partial
 from dsrecipes.use.sampling import above_zero, add_settings, check_sampling, settings_of
 
@@ -64,8 +64,7 @@ def generate(
         raise UserError(f"--batch_size {batch_size}: give 1 or more")
     check_sampling(settings)
     target = Path(out).expanduser() if out is not None else None
-    if target is not None:
-        _check_out(target)
+    check_out(target)
     asked = _prompts(opened, prompts, skip_bad_rows)
     model = opened.load(base=base)
     chosen = generation_settings(opened, model, **settings)
@@ -83,16 +82,9 @@ def _row(index: int, prompt: Prompt, answer: str) -> Json:
     return row if prompt.reference is None else row | {"reference": prompt.reference}
 
 
-def _check_out(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"--out {out}: there is a file of this name; name another, or delete it")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
-
-
 def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_rows: bool) -> list[Asked]:
-    from dsrecipes.data.records import bad_row
-    from dsrecipes.use.asking import BAD_ROW, Asking, ask, find_asking
+    from dsrecipes.data.records import BAD_ROW, bad_row
+    from dsrecipes.use.asking import Asking, ask, find_asking
 
     try:
         asking: Asking | None = find_asking(run)
@@ -159,13 +151,11 @@ def _check_room(asked: list[Asked], model: PreTrainedModel, settings: Generation
 
 def _job(run: FinishedRun, asked: list[Asked], base: bool, settings: Json) -> Json:
     """All that the answers follow from."""
-    model = hashlib.sha256(run.folder.config.read_bytes())
-    for path in sorted(path for path in run.folder.model.iterdir() if path.is_file()):
-        model.update(path.name.encode())
-        with path.open("rb") as file:
-            model.update(hashlib.file_digest(file, "sha256").digest())
-    content = json.dumps([[index, prompt.ids, prompt.reference] for _, index, prompt in asked])
-    return {"run": model.hexdigest(), "prompts": hashlib.sha256(content.encode()).hexdigest(), "base": base, **settings}
+    from dsrecipes.runs.weights import checksum, folder_checksum
+
+    prompts = hash_of([[index, prompt.ids, prompt.reference] for _, index, prompt in asked])
+    model = folder_checksum(run.folder.model)
+    return {"config": checksum(run.folder.config), "run": model, "prompts": prompts, "base": base, **settings}
 
 
 def _answer(
@@ -186,7 +176,7 @@ def _answer(
                 torch.manual_seed(seed + begin)
                 ids = [prompt.ids for _, _, prompt in batch]
                 written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids))
-                partial.add({batch[number][1]: text for number, text in written})
+                partial.append(*({"index": batch[number][1], "answer": text} for number, text in written))
             bar.update(len(batch))
 
 

@@ -7,8 +7,6 @@ dsrecipes judge last --judge FOLDER --against reference
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -16,22 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.runs.console import Console
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
-from dsrecipes.use.judge_file import JudgeFile, alone
-from dsrecipes.use.judge_models import (
-    KEY,
-    Judge,
-    LocalJudge,
-    Reply,
-    ServerJudge,
-    fingerprint,
-    is_url,
-    judge_folder,
-)
-from dsrecipes.use.verdict import ORDERS, REMINDER, RUBRIC, fill, read_rubric, read_verdict, tally
+from dsrecipes.use.job_file import hash_of
+from dsrecipes.use.judge_file import JudgeFile, cost_of
+from dsrecipes.use.judge_models import Judge, LocalJudge, Reply, judge_folder
+from dsrecipes.use.judge_server import KEY, ServerJudge, is_url
+from dsrecipes.use.verdict import ORDERS, REMINDER, RUBRIC, fill, read_rubric, read_verdict, words
 
 if TYPE_CHECKING:
-    from dsrecipes.runs.console import Console
     from dsrecipes.use.answers import Prompt
 
 Json = dict[str, Any]
@@ -93,6 +84,8 @@ def judge(
             raise UserError(f"--{name} {value}: give {low} or more")
     if verdict not in VERDICTS or (verdict == "likelihood" and is_url(judge)):
         raise UserError(f"--verdict {verdict}: give {' or '.join(VERDICTS)}; likelihood is for a model folder, not a server")
+    from dsrecipes.runs.weights import folder_checksum
+
     text = read_rubric(rubric)
     server = ServerJudge(judge, judge_model, timeout) if is_url(judge) else None
     folder = None if server else judge_folder(judge)
@@ -100,77 +93,49 @@ def judge(
     other = tuned if against in ("base", "reference") else open_run(against)
     items = _items(tuned, other, _rows(tuned, prompts, limit), against)
     job = {
-        "run": str(tuned.folder.path), "run_model": fingerprint(tuned.folder.model),
-        "against": fingerprint(other.folder.model) if other is not tuned else against,
-        "items": len(items), "prompts": _hash([[each.question, each.prompt.ids] for each in items]),
-        "judge": judge if server else fingerprint(folder), "judge_folder": str(folder) if folder else None,
-        "judge_model": judge_model, "verdict": verdict, "rubric": _hash(text), "retries": retries, "max_new_tokens": max_new_tokens,
-        "judge_tokens": judge_tokens,
+        "run_model": folder_checksum(tuned.folder.model),
+        "against": folder_checksum(other.folder.model) if other is not tuned else against,
+        "items": len(items), "prompts": hash_of([[each.question, each.prompt.ids] for each in items]),
+        "judge": folder_checksum(folder) if folder else judge, "judge_model": judge_model, "verdict": verdict,
+        "rubric": hash_of(text), "retries": retries, "max_new_tokens": max_new_tokens, "judge_tokens": judge_tokens,
     }  # fmt: skip
     path = Path(out).expanduser() if out else tuned.folder.path / "judge.jsonl"
-    with alone(path):
-        file = JudgeFile(path, job)
-        console = _console()
+    about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
+    with JudgeFile(path, job, about) as file:
+        console = Console(out=sys.stderr)
         asked: Judge | None = server
         if server and len(file.answers) < 2 * len(items):  # a wrong key or address is told before minutes of writing
-            file.write({"kind": "check", **_cost([server.ask("Say OK.", 0, 1)])})
+            file.append({"kind": "check", **cost_of([server.ask("Say OK.", 0, 1)])})
         _write_answers(file, tuned, other, items, against, max_new_tokens, batch_size, console)
         if folder and len(file.judgements) < 2 * len(items):
             console.say(f"loading   the judge, {folder}")
             asked = LocalJudge(folder, verdict == "likelihood")
         if asked:
             _judge_all(file, asked, text, items, retries, judge_tokens, console)
-    return _summary(file)
-
-
-def _console() -> Console:
-    """Progress goes to stderr, the result to stdout."""
-    from dsrecipes.runs.console import Console
-
-    console = Console()
-    console.out = sys.stderr
-    return console
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+    return file.summary()
 
 
 def _rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tuple[str, Json]]:
     """(where, row) of a file's rows, or of those that the run held out."""
-    from dsrecipes.data.files import SUFFIXES, FileRows, located, suffix
-    from dsrecipes.data.records import content_of, hold_out
-    from dsrecipes.layers import layer
+    from dsrecipes.data.files import SUFFIXES, FileRows, suffix
+    from dsrecipes.use.rows import Rows
 
     if prompts:
         path = Path(prompts).expanduser()
         if not path.is_file() or suffix(path) not in SUFFIXES:
             raise UserError(f"--prompts {prompts}: no such file, or of a kind that is not read ({' '.join(SUFFIXES)})")
-        found = list(islice(located(FileRows((path,))), limit))
+        found = list(islice(FileRows((path,)).located(), limit))
     else:
-        splits = run.recipe(layer({"config": str(run.folder.config)})).load_rows()
-        held = splits.get("test") or splits.get("validation")
-        rows = []
-        for where, row in located(held or splits["train"]):
-            try:
-                rows.append((where, row, content_of(run.recipe.format_row(row))))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # dropped when the run began, or it would not have ended
-        share = 0.0 if held else run.config.data.validation_split
-        out = (
-            hold_out([key for *_, key in rows], share, run.config.train["seed"])
-            if share
-            else range(len(rows) if held else 0)
-        )
-        found = [(where, row) for index, (where, row, _) in enumerate(rows) if index in out][:limit]
+        held = Rows(run)
+        items = held.items(held.splits[0]) if held.splits[0] != "train" else []
+        found = [(each.where, each.row) for each in items[:limit]]
     if not found:
-        raise UserError(
-            f"--prompts {prompts}: no rows in it" if prompts else "the run held no rows out: give --prompts FILE"
-        )
+        raise UserError(f"--prompts {prompts}: no rows" if prompts else "the run held no rows out: give --prompts FILE")
     return found
 
 
 def _items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, Json]], against: str) -> list[_Item]:
+    from dsrecipes.data.records import BAD_ROW, fault_of
     from dsrecipes.use.answers import prompt_of
 
     items = []
@@ -180,9 +145,8 @@ def _items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, Json]],
             items.append(
                 _Item(_question(tuned, row, prompt), prompt, prompt_of(other, row) if other is not tuned else prompt)
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{where}: {problem}") from error
+        except BAD_ROW as error:
+            raise UserError(f"{where}: {fault_of(error)}") from error
         if against == "reference" and not prompt.reference:
             raise UserError(f"{where}: the row has no answer of its own, which --against reference needs")
     return items
@@ -201,24 +165,17 @@ def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
 
 
 def _write_answers(
-    file: JudgeFile,
-    tuned: FinishedRun,
-    other: FinishedRun,
-    items: list[_Item],
-    against: str,
-    max_new_tokens: int,
-    batch_size: int,
-    console: Console,
-) -> None:
+    file: JudgeFile, tuned: FinishedRun, other: FinishedRun, items: list[_Item], against: str, max_new_tokens: int,
+    batch_size: int, console: Console,
+) -> None:  # fmt: skip
     """Record the answers of both sides that the file lacks; one model is in memory at a time."""
     from dsrecipes.use.answers import answers, generation_settings
 
+    if against == "reference":
+        told = [(index, each.prompt.reference) for index, each in enumerate(items) if (index, "other") not in file.answers]
+        file.append(*({"kind": "answer", "item": index, "of": "other", "text": text} for index, text in told))
     for side, run in (("run", tuned), ("other", other)):
         missing = [index for index in range(len(items)) if (index, side) not in file.answers]
-        if side == "other" and against == "reference":
-            for index in missing:
-                file.write({"kind": "answer", "item": index, "of": side, "text": items[index].prompt.reference})
-            continue
         if not missing:
             continue
         name = "the tuned model" if side == "run" else "the base model" if against == "base" else against
@@ -228,7 +185,7 @@ def _write_answers(
         settings = generation_settings(run, model, max_new_tokens=max_new_tokens)
         with console.progress(f"answers of {name}", total=len(items), initial=len(items) - len(missing)) as bar:
             for place, answer in answers(model, run.tokenizer, ids, settings, batch_size):
-                file.write({"kind": "answer", "item": missing[place], "of": side, "text": answer})
+                file.append({"kind": "answer", "item": missing[place], "of": side, "text": answer})
                 bar.update(1)
         del model
         gc.collect()
@@ -251,57 +208,9 @@ def _judge_all(
                 while verdict is None and len(replies) <= retries:
                     replies.append(judge.ask(prompt + REMINDER * bool(replies), len(replies), judge_tokens))
                     verdict = read_verdict(replies[-1].text)
-                file.write({"kind": "judgement", "item": index, "order": order, "verdict": verdict, **_cost(replies),
+                file.append({"kind": "judgement", "item": index, "order": order, "verdict": verdict, **cost_of(replies),
                             "replies": [each.text for each in replies]})  # fmt: skip
                 bar.update(1)
-
-
-def _cost(replies: list[Reply]) -> Json:
-    """Requests and tokens; None for tokens that a server did not tell."""
-    tokens = {}
-    for name in ("prompt_tokens", "completion_tokens"):
-        counts = [getattr(each, name) for each in replies]
-        tokens[name] = None if None in counts else sum(counts)
-    return {"requests": len(replies), **tokens}
-
-
-def _summary(file: JudgeFile) -> Json:
-    lines = [*file.checks, *file.judgements.values()]
-    cost: Json = {"requests": sum(line["requests"] for line in lines)}
-    for name in ("prompt_tokens", "completion_tokens"):
-        counts = [line[name] for line in lines]
-        cost[name] = None if None in counts else sum(counts)
-    return {**tally(file.judgements.values()), **cost, "out": str(file.path)}
-
-
-def _told(result: Json, against: str) -> str:
-    """The result for a person."""
-    other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
-    lines = [
-        f"against   {other} · {result['items']} items, each in both orders",
-        f"result    {result['wins']} wins · {result['losses']} losses · {result['ties']} ties · "
-        f"{result['inconsistent']} inconsistent (the orders disagree: counted as ties) · {result['unparsed']} unparsed",
-    ]
-    if result["win_rate"] is None:
-        lines.append(
-            "win rate  none: no pair has a verdict in both orders; take a judge that follows the rubric's last line"
-        )
-    else:
-        low, high = result["win_rate_95"]
-        shown = "" if low > 0.5 or high < 0.5 else " · no difference shown"
-        lines.append(
-            f"win rate  {result['win_rate']:.1%}, 95 % interval {low:.1%} to {high:.1%} (Wilson, ties as halves){shown}"
-        )
-    verdicts = result["verdicts"]
-    lines.append(
-        f"verdicts  A {verdicts['A']} · B {verdicts['B']} · TIE {verdicts['TIE']} (a judge without a bias to a place has A near B)"
-    )
-    tokens = (
-        f"{name} tokens {'not told by the server' if result[key] is None else format(result[key], ',')}"
-        for name, key in (("prompt", "prompt_tokens"), ("reply", "completion_tokens"))
-    )
-    lines.append(f"cost      {result['requests']:,} requests · {' · '.join(tokens)}")
-    return "\n".join([*lines, f"record    {result['out']}"])
 
 
 def _parser() -> CommandParser:
@@ -329,7 +238,7 @@ def main(argv: list[str]) -> int:
     """`dsrecipes judge`: the result on stdout, progress on stderr."""
     flags = _parser().parse_args(argv)
     try:
-        print(_told(judge(**vars(flags)), flags.against))
+        print(words(judge(**vars(flags)), flags.against))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -87,11 +87,6 @@ def encode_pair(context: str, continuation: str, tokenizer: PreTrainedTokenizerB
     return whole[:start], whole[start:]
 
 
-def positions(model: PreTrainedModel) -> int:
-    """How many tokens the model reads."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-
 def log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,9 +102,10 @@ def log_likelihoods(
         UserError: a continuation alone is longer than the model reads, or has no token of its own.
     """
     from dsrecipes.model.load import pad_id
+    from dsrecipes.use.answers import positions
     from dsrecipes.use.forward import logits_at
 
-    room = positions(model)
+    room = positions(model) or 2048  # as the harness
     inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for number, (before, after) in enumerate(pairs):
         start, ids = encode_pair(before, after, tokenizer)

@@ -16,23 +16,6 @@ from dsrecipes.runs.folder import RunFolder
 from dsrecipes.use.finished import find_run
 
 Json = Any
-_OWN = ("ds_config.json", "environment.json", "data.json", "metrics.json", "VERIFIED.json", "log.jsonl")
-"""Files that have a place of their own in a report."""
-
-
-def find_folder(name: str | Path) -> RunFolder:
-    """A run folder by its path, finished or not, or `last`: the newest finished one under runs/.
-
-    Raises:
-        UserError: there is none.
-    """
-    if str(name) == "last":
-        return find_run("last")
-    folder = RunFolder(Path(name).expanduser())
-    if not folder.config.is_file():
-        why = "no config.yaml in it" if folder.path.is_dir() else "there is none of this name"
-        raise UserError(f"{name}: no run folder ({why}); give the path of one, or `last`")
-    return folder
 
 
 def read_json(path: Path) -> Json:
@@ -88,7 +71,7 @@ class RecordedRun:
     @cached_property
     def verified(self) -> dict[str, Json]:
         """VERIFIED.json, in the run folder or beside the model."""
-        return self._read(self.folder.path / "VERIFIED.json") or self._read(self.folder.model / "VERIFIED.json")
+        return self._read(self.folder.verified) or self._read(self.folder.model / self.folder.verified.name)
 
     @cached_property
     def log(self) -> list[dict[str, Json]]:
@@ -99,8 +82,10 @@ class RecordedRun:
     @cached_property
     def others(self) -> list[Path]:
         """Other JSON files in the run folder: samples, comparisons, what the recipe wrote."""
-        found = (path for path in self.folder.path.iterdir() if path.suffix in (".json", ".jsonl"))
-        return sorted(path for path in found if path.is_file() and path.name not in _OWN)
+        folder = self.folder
+        own = (folder.ds_config, folder.environment, folder.data, folder.metrics, folder.verified, folder.log)
+        found = (path for path in folder.path.iterdir() if path.suffix in (".json", ".jsonl"))
+        return sorted(path for path in found if path.is_file() and path not in own)
 
     @property
     def origins(self) -> dict[str, Json]:
@@ -129,7 +114,7 @@ def open_recorded(names: list[str | Path]) -> list[RecordedRun]:
     Raises:
         UserError: a folder is none, or is named twice.
     """
-    folders = [find_folder(name) for name in names]
+    folders = [find_run(str(name), ended=False) for name in names]
     paths = [folder.path.resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.runs.folder import write_whole
 from dsrecipes.use import charts, tables
 from dsrecipes.use.finished import CommandParser
 from dsrecipes.use.recorded import RecordedRun, is_number, open_recorded, read_json
@@ -65,10 +66,8 @@ def report(
     path = Path(out).expanduser() if out else found[0].folder.page
     _check_place(path)
     text = render(found, lang or language(), [Path(each).expanduser() for each in attach])
-    beside = path.with_name(path.name + ".partial")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.rename(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

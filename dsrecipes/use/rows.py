@@ -59,13 +59,18 @@ class Rows:
         """The share of the training rows that the run held out itself."""
         return 0.0 if "validation" in self.raw else self.story.config.data.validation_split
 
+    @property
+    def splits(self) -> list[str]:
+        """Those that there are, in the order in which an evaluation looks for rows."""
+        return [name for name in SPLITS if name in self.raw or (name == "validation" and self.held_out)]
+
     def choose(self, asked: str | None) -> str:
         """The split that is asked for; else test, validation or, of a data set given by hand, its only one.
 
         Raises:
             UserError: the data have no such split, or the run kept nothing aside.
         """
-        known = [name for name in SPLITS if name in self.raw or (name == "validation" and self.held_out)]
+        known = self.splits
         if asked:
             return _known(asked, known, self.name)
         if known[0] == "train" and not self.dataset:

@@ -91,3 +91,33 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "items": len(pairs), **counts, "win_rate": rate, "win_rate_95": list(wilson(rate, judged)) if judged else None,
         "verdicts": {name: places[name] for name in ("A", "B", "TIE")},
     }  # fmt: skip
+
+
+def words(result: dict[str, Any], against: str) -> str:
+    """The result for a person."""
+    other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
+    lines = [
+        f"against   {other} · {result['items']} items, each in both orders",
+        f"result    {result['wins']} wins · {result['losses']} losses · {result['ties']} ties · "
+        f"{result['inconsistent']} inconsistent (the orders disagree: counted as ties) · {result['unparsed']} unparsed",
+    ]
+    if result["win_rate"] is None:
+        lines.append(
+            "win rate  none: no pair has a verdict in both orders; take a judge that follows the rubric's last line"
+        )
+    else:
+        low, high = result["win_rate_95"]
+        shown = "" if low > 0.5 or high < 0.5 else " · no difference shown"
+        lines.append(
+            f"win rate  {result['win_rate']:.1%}, 95 % interval {low:.1%} to {high:.1%} (Wilson, ties as halves){shown}"
+        )
+    verdicts = result["verdicts"]
+    lines.append(
+        f"verdicts  A {verdicts['A']} · B {verdicts['B']} · TIE {verdicts['TIE']} (a judge without a bias to a place has A near B)"
+    )
+    tokens = (
+        f"{name} tokens {'not told by the server' if result[key] is None else format(result[key], ',')}"
+        for name, key in (("prompt", "prompt_tokens"), ("reply", "completion_tokens"))
+    )
+    lines.append(f"cost      {result['requests']:,} requests · {' · '.join(tokens)}")
+    return "\n".join([*lines, f"record    {result['out']}"])

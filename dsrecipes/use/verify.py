@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import dsrecipes
 from dsrecipes.errors import EXIT_CODE, UserError
-from dsrecipes.runs.folder import RunFolder
+from dsrecipes.runs.folder import RunFolder, write_whole
 from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def verify(run: str) -> dict[str, Any]:
         "device": str(finished.device), "versions": versions,
         "files": {p.relative_to(folder.model).as_posix(): checksum(p) for p in sorted(folder.model.rglob("*")) if p.is_file()},
     }  # fmt: skip
-    beside = folder.verified.with_suffix(".partial")
-    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.rename(folder.verified)
+    write_whole(folder.verified, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 

@@ -194,7 +194,7 @@ def test_another_job_does_not_go_on(llama: FinishedRun, killed: Path, tmp_path: 
 
 def test_two_processes_do_not_write_the_same_answers(llama: FinishedRun, tmp_path: Path):
     """The second is told."""
-    with Partial(tmp_path / "out.jsonl", {}), pytest.raises(UserError, match="another process"):
+    with Partial(tmp_path / "out.jsonl", {}), pytest.raises(UserError, match="another `dsrecipes generate` is writing it"):
         generate(llama, ROWS, out=tmp_path / "out.jsonl")
 
 

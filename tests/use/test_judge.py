@@ -21,7 +21,7 @@ from dsrecipes import load_recipe
 from dsrecipes.cli import main
 from dsrecipes.errors import UserError
 from dsrecipes.use.judge import judge
-from dsrecipes.use.judge_models import KEY
+from dsrecipes.use.judge_server import KEY
 
 SHORT = "{question}\n1 {answer_a}\n2 {answer_b}\nVERDICT: X"
 """A rubric that a model of 512 positions has room for."""
@@ -156,7 +156,7 @@ def test_what_is_done_is_not_done_again(run, files, monkeypatch):
             judge(str(run), **asked)
         kept = Path(files["out"]).read_bytes()
         assert len(lines(files["out"], "judgement")) == 6
-        with pytest.raises(UserError, match="its max_new_tokens is 12, now it is 13"):
+        with pytest.raises(UserError, match="max_new_tokens: 12 there, 13 now"):
             judge(str(run), **asked | {"max_new_tokens": 13})
         result = judge(str(run), **asked)
         again = judge(str(run), **asked)

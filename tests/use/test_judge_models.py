@@ -8,8 +8,10 @@ import pytest
 from openai_server import completion, serve
 
 from dsrecipes.errors import UserError
-from dsrecipes.use import judge_models
-from dsrecipes.use.judge_models import KEY, ServerJudge, fingerprint, judge_folder
+from dsrecipes.runs.weights import folder_checksum
+from dsrecipes.use import judge_server
+from dsrecipes.use.judge_models import Reply, judge_folder
+from dsrecipes.use.judge_server import KEY, ServerJudge
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -30,7 +32,7 @@ def test_what_is_sent_and_told():
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     with serve(lambda body, headers: completion("VERDICT: B", usage)) as server:
         judge = ServerJudge(server.url, "some-model", 5)
-        assert judge.ask("Which?", 0, 64) == judge_models.Reply("VERDICT: B", 7, 3)
+        assert judge.ask("Which?", 0, 64) == Reply("VERDICT: B", 7, 3)
         judge.ask("Which?", 2, 64)
     first, second = (body for body, _ in server.requests)
     assert first == {"model": "some-model", "messages": [{"role": "user", "content": "Which?"}], "max_tokens": 64,
@@ -40,7 +42,7 @@ def test_what_is_sent_and_told():
 
 def test_a_server_that_tells_no_cost():
     with serve(fails_first()) as server:
-        assert ServerJudge(server.url, None, 5).ask("Which?", 0, 5) == judge_models.Reply("VERDICT: A", None, None)
+        assert ServerJudge(server.url, None, 5).ask("Which?", 0, 5) == Reply("VERDICT: A", None, None)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_a_wait_of_an_hour_is_told_instead():
 
 
 def test_what_does_not_pass_ends_with_how_to_go_on(monkeypatch):
-    monkeypatch.setattr(judge_models, "_WAITS", (0, 0))
+    monkeypatch.setattr(judge_server, "_WAITS", (0, 0))
     with serve(lambda body, headers: (503, {}, '{"detail": "the model is\\nloading"}')) as server:
         message = refused(server.url)
     assert len(server.requests) == 3
@@ -87,7 +89,7 @@ def test_what_does_not_pass_ends_with_how_to_go_on(monkeypatch):
 
 
 def test_no_answer_in_time(monkeypatch):
-    monkeypatch.setattr(judge_models, "_WAITS", (0,))
+    monkeypatch.setattr(judge_server, "_WAITS", (0,))
 
     def slow(body, headers):
         time.sleep(0.5)
@@ -134,7 +136,7 @@ def test_the_key_comes_from_one_variable_and_no_other_token_is_sent(monkeypatch)
 @pytest.mark.parametrize("status", [200, 401, 404, 500])
 def test_a_key_that_is_sent_back_is_not_told(status, monkeypatch, capsys):
     monkeypatch.setenv(KEY, SECRET)
-    monkeypatch.setattr(judge_models, "_WAITS", (0,))
+    monkeypatch.setattr(judge_server, "_WAITS", (0,))
 
     def echo(body, headers):
         said = headers["authorization"]
@@ -170,9 +172,9 @@ def test_a_folder_that_is_no_judge(tmp_path):
         judge_folder(str(tmp_path))
 
 
-def test_a_fingerprint_tells_content_and_not_place(tmp_path):
+def test_a_folders_checksum_tells_content_and_not_place(tmp_path):
     for name, content in (("a", b"x" * 3_000_000), ("b", b"x" * 3_000_000), ("c", b"x" * 2_999_999 + b"y")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
-    a, b, c = (fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (folder_checksum(tmp_path / name) for name in "abc")
     assert a == b != c

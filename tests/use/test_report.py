@@ -179,7 +179,7 @@ def test_only_its_own_file_is_replaced(tmp_path, capfd):
         ([run, "--out", tmp_path / "mine.html"], "was not written by"),
         ([run, "--out", tmp_path], "this is a folder"),
         ([run, "--out", tmp_path / "none" / "x.html"], "there is no folder"),
-        ([tmp_path / "none"], "no run folder"),
+        ([tmp_path / "none"], "no such run folder"),
         ([tmp_path], "no config.yaml"),
         ([run, run, "--out", tmp_path / "x.html"], "named twice"),
         ([run, "--attach", tmp_path / "mine.html"], "cannot be read"),
