@@ -158,10 +158,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 def check_out(path: Path | None) -> None:
     """Refuse an --out that exists or has no folder, before anything is computed (UserError)."""
-    if path and path.exists():
-        raise UserError(f"--out {path}: there is a file of this name; name another, or delete it")
-    if path and not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    if path and (path.exists() or not path.parent.is_dir()):
+        raise UserError(f"--out {path}: " + ("it exists; name another file" if path.exists() else "no such folder"))
 
 
 def open_run(name: str) -> FinishedRun:

@@ -139,7 +139,7 @@ def test_flips_are_counted_and_named():
         ("text", ["--task", "answers"], "have no answer to compare with"),
         ("answers", ["--split", "test"], "has no such rows; it has validation, train"),
         ("answers", ["--dataset", "nothing.jsonl"], "no such file"),
-        ("answers", ["--limit", "0"], "no number above 0"),
+        ("answers", ["--limit", "0"], "at least 1"),
         ("answers", ["--out", "/nowhere/x.json"], "no such folder"),
     ],
 )
