@@ -161,8 +161,10 @@ def _web(run: FinishedRun, flags: argparse.Namespace, settings: Json) -> int:
     from dsrecipes.use.web import import_gradio, serve
 
     import_gradio()  # told before the model is loaded
-    print(f"{run.folder.path} · {run.config.layers.recipe.name} · loading", flush=True)
+    recipe = run.config.layers.recipe.name
+    print(f"{run.folder.path} · {recipe} · loading", flush=True)
     speakers = _speakers(run, flags.base, flags.both)
     _seed(flags.seed)
-    serve(lambda terminal: _session(run, speakers, terminal, flags.system, settings), run.folder.path.name, flags.port)
+    title = f"{recipe} · {run.folder.path.name}"
+    serve(lambda terminal: _session(run, speakers, terminal, flags.system, settings), title, flags.port)
     return 0

@@ -97,7 +97,7 @@ class Page:
         """Start the server, on a free port from 7860 where none is given; its address.
 
         Raises:
-            UserError: the port is taken.
+            UserError: the port cannot be had.
         """
         font = ("system-ui", "sans-serif")  # the browser's own: none is fetched
         theme = self.gradio.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
@@ -108,7 +108,8 @@ class Page:
                 theme=theme,
             )  # fmt: skip
         except OSError:
-            raise UserError(f"--port {port or ''}: taken already; name another, or none for a free one") from None
+            where = f"--port {port}: " if port else "ports 7860 to 7959: "
+            raise UserError(f"{where}taken already, or not allowed; name another with --port") from None
         return address
 
     def close(self) -> None:
@@ -192,7 +193,7 @@ def serve(start: Start, title: str, port: int | None = None) -> None:
     """Show the page until Ctrl-C.
 
     Raises:
-        UserError: no gradio, a port that is taken, or a session that cannot be had.
+        UserError: no gradio, or a port or session that cannot be had.
     """
     page = Page(start, title)
     print(f"{page.open(port)} (for this machine alone; Ctrl-C ends it)", flush=True)
