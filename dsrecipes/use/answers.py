@@ -26,6 +26,8 @@ class Prompt:
     ids: list[int]
     text: str
     reference: str | None
+    continues: bool = False
+    """The model goes on with this text: the blanks that its answer begins and ends with are part of it."""
 
 
 def prompt_of(run: FinishedRun, row: Json) -> Prompt:
@@ -44,7 +46,7 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
-        return Prompt(ids, run.tokenizer.decode(ids), None)
+        return Prompt(ids, run.tokenizer.decode(ids), None, continues=True)
     start = len(labels)
     while start and labels[start - 1] == IGNORE:  # what a chat template writes behind the answer
         start -= 1
@@ -75,12 +77,14 @@ def answers(
     prompts: list[list[int]],
     settings: GenerationConfig,
     batch_size: int = 8,
+    strip: bool = True,
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer) as batches end: sorted by length, the longest first, left-padded.
 
     Args:
         prompts: token ids of each; longest first shows at once whether memory is enough.
         settings: transformers' own, with max_new_tokens set.
+        strip: take the blanks at both ends of an answer off; not for prompts that the model goes on with.
 
     Raises:
         UserError: a prompt and its answer have no room in the model's positions.
@@ -105,7 +109,8 @@ def answers(
         with torch.no_grad():
             written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, tokens in zip(chosen, written[:, width:].tolist(), strict=True):
-            yield index, tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            yield index, text.strip() if strip else text
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.data.encode import IGNORE
@@ -103,5 +103,4 @@ def ask(run: FinishedRun, row: Json, asking: Asking | None) -> Prompt:
     """
     if asking is None or asking.rest.keys() <= row.keys():
         return prompt_of(run, row)
-    prompt = prompt_of(run, asking.rest | row)
-    return Prompt(prompt.ids, prompt.text, None)
+    return replace(prompt_of(run, asking.rest | row), reference=None)

@@ -1,11 +1,13 @@
 """A conversation with a run's model in the terminal, or with lines from a pipe.
 
 dsrecipes chat last
+dsrecipes chat last --web
 echo "Name the capital of France." | dsrecipes chat last
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
-from dsrecipes.use.sampling import add_settings, check_sampling, settings_of
+from dsrecipes.use.sampling import above_zero, add_settings, check_sampling, settings_of
 
 if TYPE_CHECKING:
     from dsrecipes.use.session import Session, Speaker, Terminal
@@ -134,9 +136,16 @@ def main(argv: list[str]) -> int:
     which.add_argument("--both", action="store_true", help="before and after, one under the other")
     parser.add_argument("--system", metavar="TEXT", help="how the model is to behave")
     parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument("--web", action="store_true", help="a page for this machine's browsers; needs gradio")
+    parser.add_argument("--port", type=above_zero, help="of the page (default: the first free one from 7860)")
     add_settings(parser)
     flags = parser.parse_args(argv)
-    settings, run, terminal = settings_of(flags), open_run(flags.run), _terminal()
+    settings, run = settings_of(flags), open_run(flags.run)
+    if flags.port and not (flags.web and flags.port < 2**16):
+        raise UserError(f"--port {flags.port}: " + ("ports end at 65535" if flags.web else "only with --web"))
+    if flags.web:
+        return _web(run, flags, settings)
+    terminal = _terminal()
     terminal.labels = flags.both
     if terminal.interactive:
         print(f"{run.folder.path} · {run.config.layers.recipe.name} · loading", flush=True)
@@ -145,4 +154,17 @@ def main(argv: list[str]) -> int:
     if terminal.interactive:
         print("/help lists the commands; quit or Ctrl-D leaves")
     session.talk()
+    return 0
+
+
+def _web(run: FinishedRun, flags: argparse.Namespace, settings: Json) -> int:
+    from dsrecipes.use.web import import_gradio, serve
+
+    import_gradio()  # told before the model is loaded
+    recipe = run.config.layers.recipe.name
+    print(f"{run.folder.path} · {recipe} · loading", flush=True)
+    speakers = _speakers(run, flags.base, flags.both)
+    _seed(flags.seed)
+    title = f"{recipe} · {run.folder.path.name}"
+    serve(lambda terminal: _session(run, speakers, terminal, flags.system, settings), title, flags.port)
     return 0

@@ -47,6 +47,8 @@ class Conversation:
     """Ctrl-C ends an answer, which is kept so far; otherwise it is raised."""
     notice: Callable[[str], None] = lambda text: None
     """Told when a turn no longer fits into the model's positions."""
+    stopped: Callable[[], bool] = lambda: False
+    """Asked at each token: the answer ends there, and is kept so far."""
     turns: list[Turn] = field(default_factory=list)
     first: int = 0
     """The oldest turn that the model still sees."""
@@ -98,8 +100,9 @@ class Conversation:
         try:
             with torch.no_grad(), off:
                 self.model.generate(
-                    input_ids=row, attention_mask=torch.ones_like(row), generation_config=settings, streamer=stream
-                )
+                    input_ids=row, attention_mask=torch.ones_like(row), generation_config=settings, streamer=stream,
+                    stopping_criteria=[lambda ids, scores: torch.full((1,), self.stopped(), device=ids.device)],
+                )  # fmt: skip
         except KeyboardInterrupt:
             if not self.keep_cut:
                 raise

@@ -175,7 +175,8 @@ def _answer(
             if any(index not in partial.done for _, index, _ in batch):
                 torch.manual_seed(seed + begin)
                 ids = [prompt.ids for _, _, prompt in batch]
-                written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids))
+                strip = not batch[0][2].continues  # a recipe's prompts are all of a kind
+                written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids), strip=strip)
                 partial.append(*({"index": batch[number][1], "answer": text} for number, text in written))
             bar.update(len(batch))
 

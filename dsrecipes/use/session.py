@@ -42,6 +42,8 @@ class Terminal:
     """For what is not an answer."""
     labels: bool = False
     """Say which model answers, in a pipe too."""
+    stopped: Callable[[], bool] = lambda: False
+    """Asked at each token: the answer ends there, and is kept so far."""
 
     def label(self, name: str) -> str:
         """What stands before an answer: nothing where one model answers a pipe."""
@@ -72,15 +74,23 @@ class Session(ABC):
             line = line.strip()
             if line in ("quit", "/quit"):
                 return
-            try:
-                if command := _COMMAND.fullmatch(line):
-                    self._command(command[1], (command[2] or "").strip())
-                elif line:
-                    self.take(line)
-            except UserError as error:
-                if not self.terminal.interactive:
-                    raise
-                self.terminal.tell(f"error: {error}")
+            self.hear(line)
+
+    def hear(self, line: str) -> None:
+        """One line: a command, or something to say; `talk` without its loop.
+
+        Raises:
+            UserError: a mistake in a pipe.
+        """
+        try:
+            if command := _COMMAND.fullmatch(line):
+                self._command(command[1], (command[2] or "").strip())
+            elif line:
+                self.take(line)
+        except UserError as error:
+            if not self.terminal.interactive:
+                raise
+            self.terminal.tell(f"error: {error}")
 
     def _command(self, name: str, argument: str) -> None:
         known = {each.split()[0][1:]: each for each in self.help if each.startswith("/")}
@@ -142,7 +152,7 @@ class TextSession(Session):
         self.conversations = {
             each.name: Conversation(
                 run, each.model, asking, each.adapter, settings=dict(settings or {}), keep_cut=terminal.interactive,
-                notice=lambda text: terminal.tell(f"({text})"),
+                notice=lambda text: terminal.tell(f"({text})"), stopped=lambda: terminal.stopped(),
             )
             for each in speakers
         }  # fmt: skip

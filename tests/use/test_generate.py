@@ -17,6 +17,7 @@ from tiny import ROOT, refusal, small_disk, tiny_bert, tiny_gpt2, tiny_llama, wr
 
 from dsrecipes import UserError
 from dsrecipes.cli import main
+from dsrecipes.use.chat import chat
 from dsrecipes.use.finished import FinishedRun, open_run
 from dsrecipes.use.generate import generate
 from dsrecipes.use.partial import Partial
@@ -56,11 +57,13 @@ def test_rows_without_an_answer_and_lines_of_a_text_file(llama: FinishedRun, tmp
 
 
 def test_a_text_is_continued(tmp_path: Path):
-    """gpt2_clm: the prompt is the text itself."""
-    run = made_run(tmp_path / "gpt2", "gpt2_clm", tiny_gpt2(), max_length=64)
-    assert [row["prompt"] for row in generate(str(run), [{"text": "The ferry left"}], max_new_tokens=2)] == [
-        "The ferry left"
-    ]
+    """gpt2_clm: the prompt is the text itself, and the blanks that its continuation begins and ends with stay."""
+    run = open_run(str(made_run(tmp_path / "gpt2", "gpt2_clm", tiny_gpt2(), max_length=64)))
+    vocabulary = run.tokenizer.get_vocab()
+    led = [number for token, number in vocabulary.items() if not token.startswith("Ġ")]  # words without a blank before
+    [row] = generate(run, [{"text": "The ferry left"}], max_new_tokens=2, suppress_tokens=led)
+    assert row["prompt"] == "The ferry left" and row["answer"].startswith(" ")
+    assert chat(run, ["The ferry left"], max_new_tokens=2, suppress_tokens=led)[1]["content"] == row["answer"]
 
 
 def test_a_recipe_of_the_users_own_needs_no_answer(tmp_path: Path):
