@@ -45,8 +45,8 @@ def step_table(part: Json) -> list[str]:
         "",
         f"{part['steps']} steps a run, of which the first {part['warmup']} are not timed. Held-out loss before training: "
         f"{part['initial_held_out']:.3f}; it is taken on the same rows, one at a time, after the last step. "
-        "The ratio is taken in each round; its median is shown. "
-        f"Arithmetic limit, measured before each round: {middle(part['limits'], ',.0f')}.",
+        "The ratio is taken in each round; its median is shown."
+        + (f" Arithmetic limit, measured before each round: {middle(part['limits'], ',.0f')}." if "limits" in part else ""),
         *table(head, rows),
     ]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.records import BAD_ROW
 from dsrecipes.errors import UserError
 from dsrecipes.use.answers import Prompt, prompt_of
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from dsrecipes.use.finished import FinishedRun
 
 Json = dict[str, Any]
-BAD_ROW = (ValueError, KeyError, TypeError, AttributeError)
-"""What a recipe's row hooks raise for a row that is not theirs."""
 _PROBE = "Where is the station"
 
 
