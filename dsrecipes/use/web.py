@@ -162,8 +162,10 @@ class Page:
 
         def ask(question: str, *options: str) -> Any:
             """The probability of each option, from each model; gradio wants a single one bare."""
+            texts = [each.strip() for each in options]
+            if not all((question.strip(), *texts)):
+                raise gr.Error("give the question and all four options", print_exception=False)
             try:
-                texts = [each.strip() for each in options]
                 shares = [
                     probabilities(session.run, each.model, question.strip(), texts, each.adapter)
                     for each in session.speakers

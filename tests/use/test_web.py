@@ -136,7 +136,7 @@ def test_questions_get_probabilities(runs: dict[str, FinishedRun]):
         assert shown["label"] == f"{expected['answer']} {texts['ABCD'.index(expected['answer']) + 1]}"
         shares = {each["label"][0]: each["confidence"] for each in shown["confidences"]}
         assert [shares[letter] for letter in "ABCD"] == pytest.approx(expected["probabilities"])
-        with pytest.raises(AppError, match="cannot take this question"):
+        with pytest.raises(AppError, match="all four options"):
             client.predict(*texts[:4], "", api_name="/ask")
 
 
@@ -244,7 +244,7 @@ class Browser:
         """Start it, with a record of its requests."""
         self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
         assert self.driver.stdout
-        line = next(line for line in self.driver.stdout if "on port" in line)
+        line = next(line for line in self.driver.stdout if "successfully on port" in line)
         self.url = f"http://127.0.0.1:{line.rstrip().rstrip('.').rpartition(' ')[2]}/session"
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}"]
         always = {
