@@ -45,7 +45,7 @@ def import_gradio() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("--web: the page needs gradio, which is not installed: `pip install 'gradio>=6'`") from None
+        raise UserError("--web: the page needs gradio, which is not installed: `pip install 'gradio>=6.31'`") from None
     return gradio
 
 
@@ -106,7 +106,7 @@ class Page:
             _, address, _ = self.blocks.launch(
                 server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inline=False,
                 ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, run_history=False, footer_links=[],
-                theme=theme, css=".dark { color-scheme: dark }",
+                theme=theme, css=":root:has(.dark) { color-scheme: dark }",
             )  # fmt: skip
         except OSError:
             where = f"--port {port}: " if port else "ports 7860 to 7959: "
@@ -187,7 +187,8 @@ class Page:
             options = [gr.Textbox(label=letter) for letter in LETTERS]
             button = gr.Button("Ask", variant="primary")
             with gr.Row():
-                answers = [gr.Label(label=each.name if self.both else "Answer") for each in session.speakers]
+                names = [each.name if self.both else "Answer" for each in session.speakers]
+                answers = [gr.Label(label=name, show_heading=False) for name in names]
             gr.on(
                 [button.click, *(each.submit for each in options)], ask, [question, *options], answers,
                 api_name="ask", concurrency_limit=1,

@@ -187,7 +187,7 @@ def test_mistakes_are_told_before_there_is_a_page(
     text = str(runs["text"].folder.path)
     assert "no place for a system text" in refusal(main, ["chat", text, "--web", "--system", "Be brief."], capfd)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'gradio>=6'" in refusal(main, ["chat", path, "--web"], capfd)
+    assert "pip install 'gradio>=6.31'" in refusal(main, ["chat", path, "--web"], capfd)
 
 
 def test_the_command_ends_with_ctrl_c(runs: dict[str, FinishedRun], capfd: pytest.CaptureFixture[str]):
@@ -206,11 +206,11 @@ def test_the_command_ends_with_ctrl_c(runs: dict[str, FinishedRun], capfd: pytes
 
     def ask_and_interrupt() -> None:
         address = f"http://127.0.0.1:{port}"
-        _until(lambda: b"gradio" in urllib.request.urlopen(address).read(), 60)
+        _until(lambda: b"gradio" in urllib.request.urlopen(address).read(), 120)
         connections = psutil.Process().net_connections("tcp")
         listening.extend(each.laddr.ip for each in connections if each.status == "LISTEN" and each.laddr.port == port)
         job = Client(address, verbose=False).submit("Hello", api_name="/chat")
-        _until(job.outputs, 30)
+        _until(job.outputs, 90)
         os.kill(os.getpid(), signal.SIGINT)
 
     asking = threading.Thread(target=ask_and_interrupt)
@@ -270,7 +270,7 @@ class Browser:
 
     def type(self, selector: str, text: str) -> None:
         """Into the first element of a CSS selector."""
-        found = _until(lambda: self.ask("/elements", {"using": "css selector", "value": selector}), 30)
+        found = _until(lambda: self.ask("/elements", {"using": "css selector", "value": selector}), 90)
         self.ask(f"/element/{next(iter(found[0].values()))}/value", {"text": text})
 
     def requests(self) -> list[str]:
@@ -302,9 +302,9 @@ def test_a_browser_talks_and_asks_no_other_host(runs: dict[str, FinishedRun], br
     with _opened(_page(runs["chat"], **WORDS)) as address:
         browser.ask("/url", {"url": address})
         browser.type("textarea", "Hello\n")
-        _until(lambda: answer in browser.run("return document.body.innerText"), 30)
+        _until(lambda: answer in browser.run("return document.body.innerText"), 90)
         browser.type("textarea:not([disabled])", "/params <unk>\n")
-        _until(lambda: "/params <unk>: write" in browser.run("return document.body.innerText"), 30)
+        _until(lambda: "/params <unk>: write" in browser.run("return document.body.innerText"), 90)
         requests = browser.requests()
     assert len(requests) > 10
     assert [each for each in requests if not each.startswith((address, "data:", "blob:", "chrome://"))] == []
