@@ -5,6 +5,7 @@ dsrecipes chat last --web
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def import_gradio() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("--web: the page needs gradio, which is not installed: `pip install 'gradio>=6'`") from None
+        raise UserError("--web: the page needs gradio, which is not installed: `pip install 'gradio>=6.31'`") from None
     return gradio
 
 
@@ -105,7 +106,7 @@ class Page:
             _, address, _ = self.blocks.launch(
                 server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inline=False,
                 ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, run_history=False, footer_links=[],
-                theme=theme,
+                theme=theme, css=":root:has(.dark) { color-scheme: dark }",
             )  # fmt: skip
         except OSError:
             where = f"--port {port}: " if port else "ports 7860 to 7959: "
@@ -121,17 +122,21 @@ class Page:
     def _chat(self, ask_with: str) -> gr.Blocks:
         gr = self.gradio
         asked = "Begin a text" if ask_with.startswith("text") else "Say something"
-        state = gr.State(None)
-        return gr.ChatInterface(
-            self._answer,
-            title=self.title,
-            chatbot=gr.Chatbot(render_markdown=False, show_label=False, buttons=["copy", "copy_all"], scale=1),
-            textbox=gr.Textbox(placeholder=f"{asked}; /help lists the commands", stop_btn=True, submit_btn=True, autofocus=True),
-            additional_inputs=[state],
-            additional_outputs=[state],
-            api_name="chat",
-            analytics_enabled=False,
-        )  # fmt: skip
+        with gr.Blocks(title=self.title, analytics_enabled=False, fill_height=True) as blocks:
+            state = gr.State(None)
+            gr.ChatInterface(
+                self._answer,
+                title=self.title,
+                chatbot=gr.Chatbot(render_markdown=False, show_label=False, buttons=["copy", "copy_all"], scale=1),
+                textbox=gr.Textbox(
+                    placeholder=f"{asked}; /help lists the commands", submit_btn=True, stop_btn=True, autofocus=True
+                ),
+                additional_inputs=[state],
+                additional_outputs=[state],
+                api_name="chat",
+                analytics_enabled=False,
+            )
+        return blocks
 
     def _answer(self, message: str, history: list[Json], talk: Talk | None) -> Iterator[tuple[str, Talk]]:
         """The answer as far as it is written, again and again; the page's stop button closes this generator."""
@@ -150,7 +155,7 @@ class Page:
         try:
             while (word := words.get()) is not None:
                 said += word
-                yield said.rstrip("\n"), talk
+                yield html.escape(said.rstrip("\n"), quote=False), talk  # gradio shows markup, here too
             job.result()
             if not said.strip():
                 yield "(done)" if message.startswith("/") else "(an empty answer)", talk
@@ -182,7 +187,8 @@ class Page:
             options = [gr.Textbox(label=letter) for letter in LETTERS]
             button = gr.Button("Ask", variant="primary")
             with gr.Row():
-                answers = [gr.Label(label=each.name if self.both else "Answer") for each in session.speakers]
+                names = [each.name if self.both else "Answer" for each in session.speakers]
+                answers = [gr.Label(label=name, show_heading=False) for name in names]
             gr.on(
                 [button.click, *(each.submit for each in options)], ask, [question, *options], answers,
                 api_name="ask", concurrency_limit=1,
