@@ -134,6 +134,11 @@ class Evaluation:
             raise UserError(f"{self.rows.name}: no rows in {self.split}")
         return found
 
+    def _source(self) -> str:
+        """Where the rows come from; a run may take its validation rows from another file."""
+        own = self.split == "validation" and self.rows.name == self.run.config.data.dataset
+        return (own and self.run.config.data.eval_dataset) or self.rows.name
+
     def of(self, base: bool) -> Json:
         """Figures of the tuned model or the base."""
         from dsrecipes.use.measure import figures
@@ -142,7 +147,7 @@ class Evaluation:
         with self.console.progress("base" if base else "tuned", total=self.total, leave=False) as bar:
             items = self.measure(model, bar)
         told: Json = {"run": str(self.run.folder.path), "weights": "base" if base else "tuned", "task": self.task}
-        told |= {"dataset": self.rows.name, "split": self.split, "rows": len(items)}
+        told |= {"dataset": self._source(), "split": self.split, "rows": len(items)}
         if self.task == "choices" and self._writes():
             told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
         return told | {"figures": figures(self.task, items), "items": items}
