@@ -70,6 +70,7 @@ def _serve() -> None:
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not the orders to come
+            sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
             for fd, name in ((1, ".out"), (2, ".err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             code = 1
