@@ -109,7 +109,7 @@ def our_values(data: Path, steps: int, out: Path, micro: int = 4, model: Path = 
         "per_device_train_batch_size": micro, "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0,
         "weight_decay": 0.0, "activation_checkpointing": False, "save_strategy": "no", "eval_strategy": "no",
         "logging_steps": 1, "max_steps": steps, "output_dir": str(out), "overwrite_output_dir": True, "deepspeed": "zero2",
-        "seed": 42,
+        "seed": 42, "verify_model": False,
     }  # fmt: skip
 
 
