@@ -37,7 +37,7 @@ NAMES = [
     "ours", "packed-by-example", "packed-selected", "packed", "pad-to-longest", "pad-to-max",
     "trl-plain", "trl-packing", "trl-best", "lf-default", "lf-neat-packing",
 ]  # fmt: skip
-QUICK = ["ours", "packed-selected", "pad-to-max"]
+QUICK = ["ours", "packed-selected", "pad-to-longest"]
 STARTS = {
     "ours": {}, "ours-no-deepspeed": {"deepspeed": "none"}, "trl-best": {},
     "lf-neat-packing": {"tokenized_path": str(WORK / "cache" / "lf-tokenized")},
