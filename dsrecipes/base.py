@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,7 +34,7 @@ from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles
-from dsrecipes.layers import Layers, layer
+from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
     check_model,
@@ -38,15 +46,23 @@ from dsrecipes.model.load import (
     random_weights,
 )
 from dsrecipes.place import Place, find_place
+from dsrecipes.resumable import Keeping
 from dsrecipes.runs import report
+from dsrecipes.runs.checkpoint import choose, damage, read_manifest
 from dsrecipes.runs.console import Console
+from dsrecipes.runs.contract import check_contract, contract
 from dsrecipes.runs.curve import draw_curve
+from dsrecipes.runs.disk import is_disk_full, put_in_place, sync
 from dsrecipes.runs.expected import record
-from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
+from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
+from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
+
+_PATIENCE = 30
+"""Seconds to wait for another process to leave the run folder."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ class RecipeBase(ABC):
             self.console.say(self.config.layers.first_line())
         if not train["verbose"]:
             disable_progress_bar()  # transformers' own: of reading and writing shards
-        folder, self.checkpoint = self._choose_folder()
+        folder, candidates = self._choose_folder()
         self.console.say(report.loading(self.config.model))
         self.model_config: PretrainedConfig = load_config(self.config.model, self.auto_class)
         stage = self.place.zero.stage if self.place.zero else None
@@ -160,16 +176,25 @@ class RecipeBase(ABC):
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
+        self.orders = Orders(seconds_of(train["time_limit"]) if train["time_limit"] else None)
+        self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
+        terms, changed = contract(self), []
+        if self.checkpoint:
+            before = read_manifest(self.checkpoint)["contract"]
+            changed = check_contract(self.checkpoint, before, terms, train["allow_changed"])
         self.folder = RunFolder(self._open_folder(folder))
         self.args.output_dir = str(self.folder.path)
         self.model = self.load_model()
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
+            processing_class=self.tokenizer,
+            keeping=Keeping(self.folder.checkpoints, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
+        if train["early_stopping_patience"]:
+            trainer.add_callback(EarlyStoppingCallback(train["early_stopping_patience"]))
         trainer.add_callback(_FirstAndLastStep(self, trainer))
         if self.console.main and not train["dry_run"]:
             trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
@@ -180,6 +205,7 @@ class RecipeBase(ABC):
 
         Raises:
             UserError: whatever the user can mend.
+            RunStopped: a signal or --time_limit ended it; it is saved and can go on.
         """
         began = time.monotonic()
         before = {key: os.environ.get(key) for key in (*RANK_KEYS, *DEVICE_KEYS)}
@@ -198,6 +224,8 @@ class RecipeBase(ABC):
                 ) from error
             raise
         finally:
+            if hasattr(self, "_lock"):
+                self._lock.release()
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
             # or a process started from a notebook, must not meet this one's
             unset_hf_deepspeed_config()
@@ -207,8 +235,8 @@ class RecipeBase(ABC):
 
     # ---- the story's steps ----
 
-    def _choose_folder(self) -> tuple[Path | None, Path | None]:
-        """The run folder where it is named, and the checkpoint to go on from; both checked before anything starts."""
+    def _choose_folder(self) -> tuple[Path | None, list[Path]]:
+        """The run folder where it is named, and the checkpoints to go on from, best first; checked before anything starts."""
         asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
         path = Path(asked).expanduser() if asked else None
         auto = resume is not None and resume.lower() in ("auto", "true")
@@ -216,7 +244,8 @@ class RecipeBase(ABC):
             raise UserError(
                 "--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start"
             )
-        checkpoint = find_checkpoint(resume, RunFolder(path) if path else None) if resume else None
+        found = find_checkpoints(resume, RunFolder(path) if path else None, self.console.say) if resume else []
+        checkpoint = found[0] if found else None
         if checkpoint and path is None:
             path = checkpoint.parent.parent
         if checkpoint:
@@ -226,7 +255,12 @@ class RecipeBase(ABC):
                 auto or path is None or (checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()))
             )
             check_output(path or Path("runs"), resuming=goes_on, overwrite=self.config.train["overwrite_output_dir"])
-        return path, checkpoint
+        return path, found
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint's bytes; each rank looks at a part of them, and all know."""
+        part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
+        return next((each for each in self.orders.gathered(part) if each), None)
 
     def _fit_head(self) -> None:
         """Give a classifier as many classes as the labels have, and the padding that a decoder lacks."""
@@ -252,8 +286,10 @@ class RecipeBase(ABC):
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
             "bf16": self.place.precision == "bf16", "fp16": self.place.precision == "fp16",
             "gradient_accumulation_steps": self.place.accumulation, "resume_from_checkpoint": None,
-            "disable_tqdm": True, "remove_unused_columns": False,
+            "disable_tqdm": True, "remove_unused_columns": False, "restore_callback_states_from_checkpoint": True,
         }  # fmt: skip
+        if values["early_stopping_patience"]:
+            values["metric_for_best_model"] = values["metric_for_best_model"] or "loss"
         try:
             args = TrainConfig(**values)
         except ValueError as error:
@@ -265,23 +301,35 @@ class RecipeBase(ABC):
         """Agree on the run folder, make it and send the log there."""
         if self.config.train["dry_run"]:
             return Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))
-        path = [named or default_path(self.config.layers.recipe.name)]
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(path, src=0)
-        folder = RunFolder(path[0])
-        folder.path.mkdir(parents=True, exist_ok=True)
+        path = self.orders.gathered(named or default_path(self.config.layers.recipe.name))[0]
+        problem = self.orders.gathered(self._lock_folder(RunFolder(path)) if self.console.main else None)[0]
+        if problem:
+            raise UserError(problem)
+        folder = RunFolder(path)
         self.console.log_to(folder.console)
         if self.console.main:
             report.write_start(folder, self.config, self.place)
             report.write_data(folder, self.splits, self.sequences)
         return folder.path
 
+    def _lock_folder(self, folder: RunFolder) -> str | None:
+        """Make the run folder this process's own until it ends; the ranks of a dead launcher may need a while to leave it."""
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder.lock)
+            self._lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            return f"--output_dir {folder.path}: another process trains in this folder; wait for it, end it, or name another"
+        except OSError as error:
+            return f"--output_dir {folder.path} cannot be written: {error.strerror}"
+        return None
+
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
         self.console.say("saving the model")
-        trainer.save_model(str(self.folder.model))
+        self._save_model(trainer)
         record(self, trainer)
         metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": trainer.last_loss()}
         for name, prefix in (("validation", "eval"), ("test", "test")):
@@ -314,6 +362,20 @@ class RecipeBase(ABC):
         if problem:
             raise UserError(problem)
         return result
+
+    def _save_model(self, trainer: RecipeTrainer) -> None:
+        """Save beside model/, and take its place when all is on the disk."""
+        beside = self.folder.path / "model.writing"
+        if self.console.main:
+            shutil.rmtree(beside, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(beside))
+        trainer.accelerator.wait_for_everyone()
+        if self.console.main:
+            for path in beside.rglob("*"):
+                sync(path)
+            put_in_place(beside, self.folder.model)
+        trainer.accelerator.wait_for_everyone()
 
     def _write_page(self) -> None:
         """report.html; the run is whole without it, so whatever fails there is told and no more."""

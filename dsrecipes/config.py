@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.layers import Layers
+from dsrecipes.layers import Layers, seconds_of
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -98,6 +98,9 @@ class TrainConfig(TrainingArguments):
     global_batch_size: int | None = _help("Rows per optimizer step over all ranks; the accumulation is derived.")
     require_deepspeed: bool = _help("Stop where DeepSpeed cannot start, instead of running on plain PyTorch.", False)
     dry_run: bool = _help("Go through everything up to the first step, print what would happen, write nothing.", False)
+    early_stopping_patience: int | None = _help("Stop after so many evaluations without a better --metric_for_best_model.")
+    time_limit: str | None = _help("Save and leave with exit code 75 before so long has passed: 3h50m, 90m, 3:50:00.")
+    allow_changed: list[str] = _list("Terms that a resumed run may change, such as learning_rate; all others must stay.")
     verify_model: bool = _help("When training ends, check the saved model in a process of its own (10 s and more).", True)
     overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)
@@ -271,6 +274,14 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
+    if train["time_limit"]:
+        seconds_of(train["time_limit"])
+    patience = train["early_stopping_patience"]
+    _require(patience is None or patience > 0, f"--early_stopping_patience is {patience}: give 1 or more")
+    _require(
+        patience is None or train["eval_strategy"] != "no",
+        "--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch",
+    )
     for name, why in _UNSUITED.items():
         _require(not train[name], f"--{name}: {why}")
     _require(

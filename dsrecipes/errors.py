@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: a message on rank 0 and exit code 2, never a traceback."""
+"""How a run ends early: what the user can mend (exit code 2) and what can simply go on (75), never with a traceback."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_CODE = 2
+RESUME_CODE = 75
+"""Exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
 class UserError(Exception):
     """What is wrong, where it is (file, row, key) and what to do, in a sentence or two."""
+
+
+class RunStopped(Exception):
+    """A run was asked to leave before its end and has done so; says why, what is saved and how to go on."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

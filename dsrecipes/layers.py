@@ -186,3 +186,18 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
         layers.append(Layer(str(config_path), values(config)))
     layers.append(Layer(origin, _named(flags)))
     return Layers(recipe, profile, tuple(layers), why)
+
+
+def seconds_of(text: str) -> float:
+    """A duration such as 3h50m, 90m, 45s, 1d2h, 3:50:00, or a number of seconds.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    named = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d)", text.strip())
+    parts = named.groups("0") if named else ("0", *clock.groups()) if clock else ("0",) * 4
+    seconds = sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True))
+    if not seconds:
+        raise ValueError(f"--time_limit {text}: give a duration such as 3h50m, 90m or 3:50:00")
+    return float(seconds)

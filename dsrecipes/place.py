@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PretrainedConfig
 from dsrecipes.config import Config, ModelConfig, accumulation
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
-from dsrecipes.runs.folder import MANIFEST
+from dsrecipes.runs.checkpoint import read_manifest
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
 from dsrecipes.zero.runtime import (
     RANK_KEYS,
@@ -79,7 +78,7 @@ class Place:
 
     def check_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of another number of ranks or another ZeRO stage (UserError)."""
-        made = json.loads((checkpoint / MANIFEST).read_text()).get("made_by", self.made_by())
+        made = read_manifest(checkpoint)["made_by"]
         if made != self.made_by():
             words = [
                 f"{each['ranks']} rank{'s' * (each['ranks'] > 1)}, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}"

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
 
@@ -134,6 +134,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         _tell(f"error: {error}", rank)
         return EXIT_CODE
+    except RunStopped as stopped:
+        console.release()
+        if rank == 0:
+            print(stopped, flush=True)
+        return RESUME_CODE
     except KeyboardInterrupt:
         console.release()
         if rank == 0:

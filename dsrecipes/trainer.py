@@ -1,29 +1,26 @@
-"""transformers.Trainer with the hooks it lacks: step layout, exact evaluation, what is logged, whole checkpoints."""
+"""transformers.Trainer with the hooks it lacks: step layout, exact evaluation, what is logged."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.runs.folder import write_manifest
+from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -47,17 +44,16 @@ def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tenso
     return loss / num_items_in_batch if num_items_in_batch is not None else loss
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(ResumableTrainer):
     """Trainer over Sequences; rows of a step depend on seed and step alone, evaluation loss is a sum over labels."""
 
-    def __init__(self, *, checkpoints: Path, made_by: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         causal = is_causal_lm(kwargs["model"])
         if not causal:
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
         super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
-        self.checkpoints, self.made_by = checkpoints, made_by
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
@@ -99,13 +95,6 @@ class RecipeTrainer(Trainer):
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         return batches, items
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Train an epoch, unless a resumed run stands at its last step already, where Trainer takes one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
     # ---- evaluation ----
 
     def evaluation_loop(
@@ -127,6 +116,7 @@ class RecipeTrainer(Trainer):
         logits: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
         for batch in dataloader:
+            self._leave_evaluation()
             batch.pop(COUNTS)
             batch = self._prepare_inputs(batch)
             targets = batch["labels"]
@@ -150,6 +140,12 @@ class RecipeTrainer(Trainer):
         self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _leave_evaluation(self) -> None:
+        if self.is_in_train:
+            self.keeping.orders.agree()
+            if self.keeping.orders.leaving:
+                raise EvaluationInterrupted
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the time it takes is not counted as training."""
@@ -182,46 +178,10 @@ class RecipeTrainer(Trainer):
         """The last logged training loss."""
         return next((line["loss"] for line in reversed(self.state.log_history) if "loss" in line), None)
 
-    # ---- saving ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoints)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save on all ranks, then write the manifest, and only then remove older checkpoints.
-
-        What an earlier, cut-off save left under the same name is removed first: its manifest would call the new one whole
-        while it is still being written.
-        """
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """Save; the time it takes is not counted as training."""
         with self._clock.paused():
-            if self.args.should_save:
-                shutil.rmtree(self.checkpoints / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            self.args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_manifest(self.checkpoints / f"checkpoint-{self.state.global_step}", self.made_by)
-                rotate_checkpoints(str(self.checkpoints), limit, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off.
-
-        ZeRO-3 gathers tied weights apart; made one tensor again, they are written once, as from every other stage.
-        """
-        for tied, source in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if state_dict and tied in state_dict and source in state_dict:
-                state_dict[tied] = state_dict[source]
-        config = self.model.config
-        use_cache = getattr(config, "use_cache", None)
-        if use_cache is not None:
-            config.use_cache = True
-        super()._save(output_dir, state_dict)
-        if use_cache is not None:
-            config.use_cache = use_cache
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 class _Clock:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from small import Runs, Small
 
 from dsrecipes import UserError
-from dsrecipes.runs.folder import MANIFEST, RunFolder, is_whole
+from dsrecipes.runs.checkpoint import MANIFEST, is_whole
+from dsrecipes.runs.folder import RunFolder
 
 pytestmark = pytest.mark.ranks
 

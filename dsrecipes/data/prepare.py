@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.columns import write_columns
+from dsrecipes.data.columns import fingerprint_columns, write_columns
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.pack import blocks
@@ -46,6 +46,8 @@ class SplitStats:
     supervised: int = 0
     tail: int = 0
     """Tokens of a last block shorter than max_length, not trained on."""
+    fingerprint: str = ""
+    """Of the tokens and labels, in their order."""
 
 
 @dataclass
@@ -188,6 +190,7 @@ def _write(
         write_columns(
             path, _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded
         )
+    stats.fingerprint = fingerprint_columns(path) if stats.kept else ""
     return stats
 
 

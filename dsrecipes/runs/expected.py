@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsrecipes.data.collate import COUNTS
 from dsrecipes.errors import UserError
+from dsrecipes.runs.disk import checksum
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.weights import checksum, fingerprint, tensors, weight_files
+from dsrecipes.runs.weights import fingerprint, tensors, weight_files
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsrecipes.errors import UserError
-
-MANIFEST = "manifest.json"
-"""Written last into a checkpoint: its files and their sizes in bytes. Without it a checkpoint is not whole."""
-_SPARE_BYTES = 64 << 20
+from dsrecipes.runs.checkpoint import fault, is_whole
+from dsrecipes.runs.disk import SPARE_BYTES, existing_parent
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,16 @@ class RunFolder:
     verified = property(lambda self: self.path / "VERIFIED.json")
     data = property(lambda self: self.path / "data.json")
     page = property(lambda self: self.path / "report.html")
+    lock = property(lambda self: self.path / ".lock")
+
+    def all_checkpoints(self) -> list[Path]:
+        """Checkpoints, whole or not, oldest first."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[11:]))
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdigit() and is_whole(p)]
-        return sorted(found, key=lambda p: int(p.name[11:]))
+        return [path for path in self.all_checkpoints() if is_whole(path)]
 
 
 def default_path(recipe: str) -> Path:
@@ -71,69 +73,59 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
         if not RunFolder(path).config.is_file():
             raise UserError(f"--overwrite_output_dir: {path} is no run folder (no config.yaml in it); delete it yourself")
         shutil.rmtree(path)
-    ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+    ancestor = existing_parent(path)
     if not ancestor.is_dir():
         raise UserError(f"--output_dir {path}: {ancestor} is a file; choose another folder")
     if not os.access(ancestor, os.W_OK):
         raise UserError(f"--output_dir {path}: no permission to write into {ancestor}")
     free = shutil.disk_usage(ancestor).free
-    if free < _SPARE_BYTES:
+    if free < SPARE_BYTES:
         raise UserError(f"--output_dir {path}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
 
 
-def is_disk_full(error: BaseException, path: Path) -> bool:
-    """Whether a failed write says that the disk is full; torch's own writer does not, so there the disk is asked."""
-    text = str(error).lower()
-    if any(words in text for words in ("pytorchstreamwriter", "inline_container", "iostream error")):
-        return shutil.disk_usage(path).free < _SPARE_BYTES
-    return "no space left" in text or "quota exceeded" in text
+def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str], None]) -> list[Path]:
+    """Where `auto`, `step100`, a run folder or a checkpoint's path may go on from, best first; none for an `auto` at its start.
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside the file and rename, so that a torn one cannot exist (OSError)."""
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)
-
-
-def write_manifest(checkpoint: Path, made_by: dict[str, Any]) -> None:
-    """Record a checkpoint's files and sizes."""
-    files = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-    write_whole(checkpoint / MANIFEST, json.dumps({"made_by": made_by, "files": files}, indent=1))
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the checkpoint has a manifest and every file in it, at its size."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def find_checkpoint(asked: str, folder: RunFolder | None) -> Path | None:
-    """`auto`, `step100` or a path as a whole checkpoint; None where `auto` finds none.
+    Names and sizes are looked at; checkpoint.damage looks into the files.
 
     Raises:
-        UserError: no such checkpoint, or one that is not whole.
+        UserError: no such checkpoint, or none that is whole.
     """
     if asked.lower() in ("auto", "true"):
-        whole = folder.whole_checkpoints() if folder else []
-        return whole[-1] if whole else None
+        return _newest_first(folder, told) if folder else []
     if asked.startswith("step") and asked[4:].isdigit():
         if folder is None:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path"
             )
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
-        known = ", ".join(f"step{p.name[11:]}" for p in folder.whole_checkpoints()) or "none"
     else:
-        path, known = Path(asked).expanduser(), ""
+        path = Path(asked).expanduser()
         if (path / "checkpoints").is_dir():
-            whole = RunFolder(path).whole_checkpoints()
-            path = whole[-1] if whole else path / "checkpoints"
-    if not is_whole(path):
-        state = "is not whole (a save was cut off)" if path.is_dir() else "does not exist"
-        hint = f"; whole ones of this run: {known}" if known else "; `auto` takes the newest whole one of --output_dir"
-        raise UserError(f"--resume_from_checkpoint {asked}: {path} {state}{hint}")
-    return path
+            found = _newest_first(RunFolder(path), told)
+            if found:
+                return found
+            path = path / "checkpoints"
+    problem = fault(path)
+    if problem:
+        whole = folder.whole_checkpoints() if folder else []
+        known = ", ".join(f"step{each.name[11:]}" for each in whole) or "none"
+        hint = f"whole ones of this run: {known}" if folder else "`auto` takes the newest whole one of --output_dir"
+        raise UserError(f"--resume_from_checkpoint {asked}: {path} {problem}; {hint}")
+    return [path]
+
+
+def _newest_first(folder: RunFolder, told: Callable[[str], None]) -> list[Path]:
+    """The whole checkpoints; the others are named, for who expects a later step should know."""
+    found = sorted(folder.all_checkpoints(), key=lambda p: -int(p.name[11:]))
+    faults = {path: fault(path) for path in found}
+    whole = [path for path, problem in faults.items() if problem is None]
+    for path, problem in faults.items():
+        if problem and (not whole or int(path.name[11:]) > int(whole[0].name[11:])):
+            told(f"{'damaged':<10}{path}: {problem}; left alone")
+    if found and not whole:
+        raise UserError(
+            f"--resume_from_checkpoint: no checkpoint of {folder.path} is whole ({found[0].name}: {faults[found[0]]}). "
+            "Start anew in another --output_dir"
+        )
+    return whole

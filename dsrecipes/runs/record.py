@@ -14,6 +14,7 @@ from transformers.integrations import rewrite_logs
 
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import read_log
+from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
 
 _SHOWN = {
@@ -33,7 +34,7 @@ def keep_until(log: Path, step: int) -> None:
     """Forget log lines of steps after `step`."""
     if log.is_file():
         kept = [line for line in read_log(log) if line.get("step", 0) <= step]
-        log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Recorder(TrainerCallback):

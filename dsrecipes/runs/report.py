@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model.hub import must_convert
+from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
             values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
     values |= dict.fromkeys(config.layers.removed() - set(_NOT_REPEATED))
     text = f"# {config.layers.recipe.name}: the same again\n#   dsrecipes train --config {folder.config}\n"
-    folder.config.write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(folder.config, text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     versions = {}
     for name in _PACKAGES:
         try:
@@ -197,7 +198,7 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         "precision": place.precision, "engine": place.name(), "fallback": place.fallback, "packages": versions,
         "origins": {key: origin for key, (_, origin) in config.layers.merged().items()},
     }  # fmt: skip
-    folder.environment.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences]) -> None:
@@ -207,7 +208,7 @@ def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str,
         counts, edges = np.histogram(sequences[name].columns["input_ids"].lengths(), bins=24)
         lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
         told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
-    folder.data.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder.data, json.dumps(told, ensure_ascii=False) + "\n")
 
 
 def _without_secrets(argv: list[str]) -> list[str]:
@@ -231,9 +232,9 @@ def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
     """ds_config.json as the engine took it; no `auto` is left in it."""
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
-    folder.ds_config.write_text(text + "\n", encoding="utf-8")
+    write_whole(folder.ds_config, text + "\n")
 
 
 def write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> None:
     """metrics.json."""
-    folder.metrics.write_text(json.dumps(metrics, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    write_whole(folder.metrics, json.dumps(metrics, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsrecipes.errors import UserError
+from dsrecipes.runs.disk import checksum
 
 GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
 """Why there may be nothing."""
@@ -57,12 +58,6 @@ def fingerprint(tensor: torch.Tensor) -> str:
     """Dtype, shape and checksum of a tensor's bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {zlib.crc32(data.numpy()):08x}"
-
-
-def checksum(path: Path) -> str:
-    """A file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_checksum(folder: Path) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.runs.folder import RunFolder, is_disk_full, is_whole
+from dsrecipes.runs.checkpoint import fault
+from dsrecipes.runs.disk import is_disk_full
+from dsrecipes.runs.folder import RunFolder
 from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
 
 if TYPE_CHECKING:
@@ -74,10 +76,10 @@ def _free(target: Path) -> Path:
 def _checkpoint(folder: RunFolder, asked: str) -> Path:
     """A whole checkpoint by its step."""
     path = folder.checkpoints / f"checkpoint-{asked.removeprefix('step')}"
-    if not is_whole(path):
+    problem = fault(path)
+    if problem:
         known = ", ".join(f"step{each.name[11:]}" for each in folder.whole_checkpoints()) or "none"
-        state = "is not whole (a save was cut off)" if path.is_dir() else "does not exist"
-        raise UserError(f"--checkpoint {asked}: {path} {state}; whole ones of this run: {known}")
+        raise UserError(f"--checkpoint {asked}: {path} {problem}; whole ones of this run: {known}")
     return path
 
 

@@ -151,7 +151,8 @@ def _check_room(asked: list[Asked], model: PreTrainedModel, settings: Generation
 
 def _job(run: FinishedRun, asked: list[Asked], base: bool, settings: Json) -> Json:
     """All that the answers follow from."""
-    from dsrecipes.runs.weights import checksum, folder_checksum
+    from dsrecipes.runs.disk import checksum
+    from dsrecipes.runs.weights import folder_checksum
 
     prompts = hash_of([[index, prompt.ids, prompt.reference] for _, index, prompt in asked])
     model = folder_checksum(run.folder.model)

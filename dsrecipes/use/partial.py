@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsrecipes.errors import UserError
-from dsrecipes.runs.folder import write_whole
+from dsrecipes.runs.disk import write_whole
 from dsrecipes.use.job_file import JobFile, Json, json_lines
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.runs.folder import write_whole
+from dsrecipes.runs.disk import write_whole
 from dsrecipes.use import charts, tables
 from dsrecipes.use.finished import CommandParser
 from dsrecipes.use.recorded import RecordedRun, is_number, open_recorded, read_json

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import dsrecipes
 from dsrecipes.errors import EXIT_CODE, UserError
-from dsrecipes.runs.folder import RunFolder, write_whole
+from dsrecipes.runs.disk import write_whole
+from dsrecipes.runs.folder import RunFolder
 from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def verify(run: str) -> dict[str, Any]:
     Raises:
         UserError: what is wrong, with the tensor or file; VERIFIED.json is gone then.
     """
+    from dsrecipes.runs.disk import checksum
     from dsrecipes.runs.expected import read_expected
-    from dsrecipes.runs.weights import checksum
 
     folder = find_run(run)
     folder.verified.unlink(missing_ok=True)

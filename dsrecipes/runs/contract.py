@@ -1,0 +1,136 @@
+"""What defines a run: recorded in each checkpoint, and compared when a run goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from dsrecipes.config import Config
+from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import starter_path
+from dsrecipes.model.hub import local_model
+
+if TYPE_CHECKING:
+    from dsrecipes.base import RecipeBase
+
+_TRAIN = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "seed", "data_seed",
+    "train_sampling_strategy",
+)  # fmt: skip
+_MODEL = (
+    "from_scratch", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "lora_r", "lora_alpha",
+    "lora_dropout", "lora_target_modules",
+)  # fmt: skip
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 14
+
+
+def contract(story: RecipeBase) -> dict[str, Any]:
+    """The run's terms, as JSON knows them; the keys are flags where there is one.
+
+    Evaluating, logging and saving are no terms: they change no weight.
+    """
+    config, place = story.config, story.place
+    batch = place.micro * place.accumulation * place.ranks.world
+    per_epoch = math.ceil(len(story.sequences["train"]) / batch)
+    asked = config.train["max_steps"]
+    terms = {
+        "recipe": config.layers.recipe.name,
+        "code": _code(type(story)),
+        "model": _digest(_settings(story.model_config.to_dict())),
+        "weights": _weights(config, getattr(story.model_config, "_commit_hash", None)),
+        "data": story.splits["train"].stats.fingerprint,
+        "max_length": config.data.max_length,
+        "packing": config.data.packing,
+        "global_batch_size": batch,
+        "max_steps": asked if asked > 0 else math.ceil(config.train["num_train_epochs"] * per_epoch),
+        "precision": place.precision,
+        **{key: place.engine[key] for key in ("optimizer", "scheduler") if key in place.engine},
+        **{key: config.train[key] for key in _TRAIN},
+        **{key: getattr(config.model, key) for key in _MODEL},
+    }
+    return json.loads(json.dumps(terms, default=lambda value: str(getattr(value, "value", value))))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Term -> (there, here) where they differ and may not.
+
+    Raises:
+        UserError: `allowed` names no term.
+    """
+    for key in allowed:
+        if key not in {*before, *now}:
+            raise UserError(f"--allow_changed {key}: no such term{nearest(key, now)}; there are {', '.join(now)}")
+    keys = [key for key in {**before, **now} if key not in allowed and before.get(key) != now.get(key)]
+    return {key: (before.get(key), now.get(key)) for key in keys}
+
+
+def check_contract(checkpoint: Path, before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Refuse to go on with something else, showing the difference.
+
+    Returns:
+        The terms that changed and may.
+
+    Raises:
+        UserError: one changed that may not.
+    """
+    changed = differences(before, now, allowed)
+    if changed:
+        told = "; ".join(f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} is of another run: {told}. Give the same again, "
+            f"or let it through with --allow_changed {' '.join(changed)}"
+        )
+    return [key for key in allowed if before.get(key) != now.get(key)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _settings(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration without what says where it came from and how it is run."""
+    passing = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+    return {key: value for key, value in model.items() if key not in passing and not key.startswith("_attn")}
+
+
+def _code(recipe: type[RecipeBase]) -> str:
+    """Version of the library, and a hash of what of it shapes a run and of the recipe's own module."""
+    here = Path(__file__).parents[1]
+    shaping = [*here.glob("*.py"), *(path for room in ("data", "model", "zero") for path in (here / room).glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(shaping)]
+    texts += [inspect.getsource(sys.modules[each.__module__]) for each in recipe.__mro__[:-2]]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
+    try:
+        version = importlib.metadata.version("dsrecipes")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    return f"dsrecipes {version} ({digest})"
+
+
+def _weights(config: Config, commit: str | None) -> str:
+    """What the weights at the start were: of a folder the tensors' names and shapes and samples of their bytes."""
+    if config.model.from_scratch:
+        return f"random, seed {config.train['seed']}"
+    folder = Path(local_model(starter_path(config.model.model_name_or_path or "")))
+    if not folder.is_dir():
+        return f"{config.model.model_name_or_path} {commit or config.model.model_revision}"
+    hashed = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = sorted(file.keys())
+            hashed.update(json.dumps([(name, file.get_slice(name).get_shape()) for name in names]).encode())
+        size = path.stat().st_size
+        with path.open("rb") as data:
+            for sample in range(_SAMPLES):
+                data.seek(size * sample // _SAMPLES)
+                hashed.update(data.read(_SAMPLE_BYTES))
+    return hashed.hexdigest()[:16]
