@@ -67,3 +67,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 def runs(two_ranks: Ranks, small: Small, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every recipe at every stage on two ranks, each run once."""
     return Runs(two_ranks, small, tmp_path_factory.mktemp("runs"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-matrix`."""
+    parser.addoption("--whole-matrix", action="store_true", help="run all cases of test_matrix.py, not a cover of pairs")

@@ -9,7 +9,7 @@ from dsrecipes.config import build_config
 from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
 from dsrecipes.place import find_place
-from dsrecipes.runs.folder import write_manifest
+from dsrecipes.runs.checkpoint import seal
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -101,8 +101,8 @@ def test_accelerates_deepspeed_and_none_contradict(monkeypatch):
 
 
 def test_a_checkpoint_of_another_place_is_refused(tmp_path):
-    write_manifest(tmp_path, {"ranks": 2, "zero": 3})
+    seal(tmp_path, {}, {"ranks": 2, "zero": 3}, {})
     with pytest.raises(UserError, match=r"written by 2 ranks, ZeRO-3, and this run has 1 rank, plain PyTorch"):
         place(deepspeed="none").check_checkpoint(tmp_path)
-    write_manifest(tmp_path, {"ranks": 1, "zero": None})
+    seal(tmp_path, {}, {"ranks": 1, "zero": None}, {})
     assert place(deepspeed="none").check_checkpoint(tmp_path) is None

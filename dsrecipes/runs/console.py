@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +13,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
+
+
+class _Lenient(io.TextIOWrapper):
+    """A stream into the log: a library's remark that a full disk does not take must not end a training."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class Console:
@@ -36,6 +50,8 @@ class Console:
             self.out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
             self._spool = tempfile.TemporaryFile()
             self._redirect(self._spool.fileno())
+            self._streams = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = (_Lenient(open(fd, "wb", 0, closefd=False), write_through=True) for fd in (1, 2))
 
     def _redirect(self, fd: int) -> None:
         sys.stdout.flush()
@@ -67,9 +83,7 @@ class Console:
         if self._open is not None:
             self._open.close()
         if self.captured:
-            with contextlib.suppress(OSError):  # the log's disk may be full
-                sys.stdout.flush()
-                sys.stderr.flush()
+            sys.stdout, sys.stderr = self._streams
             for fd, saved in zip((1, 2), self._saved, strict=True):
                 os.dup2(saved, fd)
                 os.close(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ class Recorder(TrainerCallback):
         """`step` is where the run goes on; what was recorded after it is taken again, so it is forgotten."""
         keep_until(folder.log, step)
         self.log, self.console = folder.log, console
-        self.board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        self.unwritten: list[str] = []
+        """Lines that the disk did not take; each further line tries again."""
+        self.board: SummaryWriter | None = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
         self.bar: Any = None
         self.shown: dict[str, float] = {}
 
@@ -64,15 +67,41 @@ class Recorder(TrainerCallback):
             return
         line = {"step": state.global_step, "epoch": state.epoch, "time": time.time()} | logs
         line = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for key, value in rewrite_logs(logs).items():
-            if isinstance(value, (int, float)) and not key.endswith("/epoch"):
-                self.board.add_scalar(key, value, state.global_step)
-        self.board.flush()
+        self._write(json.dumps(line) + "\n")
+        self._draw(rewrite_logs(logs), state.global_step)
         self.shown |= {key: value for key, value in logs.items() if key in _SHOWN and value is not None}
         if self.bar is not None:
             self.bar.set_postfix_str(" ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
+
+    def _write(self, line: str) -> None:
+        """Append to log.jsonl; a disk that is full or gone costs no training."""
+        self.unwritten.append(line)
+        try:
+            kept = self.log.stat().st_size if self.log.exists() else 0
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write("".join(self.unwritten))
+            except OSError:
+                os.truncate(self.log, kept)  # what a full disk took of a line
+                raise
+        except OSError as error:
+            if len(self.unwritten) == 1:
+                self.console.say(f"warning   {self.log} cannot be written ({error.strerror}); training goes on")
+        else:
+            self.unwritten.clear()
+
+    def _draw(self, figures: dict[str, Any], step: int) -> None:
+        """Add points to TensorBoard's curves; where it cannot write they end, and log.jsonl has them."""
+        if self.board is None:
+            return
+        try:
+            for key, value in figures.items():
+                if isinstance(value, (int, float)) and not key.endswith("/epoch"):
+                    self.board.add_scalar(key, value, step)
+            self.board.flush()
+        except OSError as error:
+            self.console.say(f"warning   TensorBoard cannot write ({error.strerror}): its curves end at step {step}")
+            self.board = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar."""

@@ -1,0 +1,92 @@
+"""What a run is told from outside: signals and a time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsrecipes.layers import seconds_of
+from dsrecipes.runs.orders import BEGAN, Orders
+
+
+def tell(number: int) -> None:
+    """Send this process a signal, and let its handler run."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "the terminal was closed")]
+)
+def test_a_signal_asks_the_run_to_leave(number, words):
+    before = signal.getsignal(number)
+    with Orders(None) as orders:
+        orders.agree()
+        assert not orders.leaving
+        tell(number)
+        assert not orders.leaving, "only once all ranks agreed"
+        orders.agree()
+        assert orders.leaving and words in orders.reason
+    assert signal.getsignal(number) is before
+
+
+def test_sigusr1_asks_for_one_save():
+    with Orders(None) as orders:
+        tell(signal.SIGUSR1)
+        orders.agree()
+        assert orders.saving and not orders.leaving
+        orders.saving = False
+        orders.agree()
+        assert not orders.saving
+
+
+def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not():
+    with Orders(None) as orders:
+        tell(signal.SIGINT), tell(signal.SIGINT)
+        orders.agree()
+        assert orders.leaving
+        time.sleep(0.6)
+        with pytest.raises(KeyboardInterrupt):
+            tell(signal.SIGINT)
+
+
+def test_nohup_stays_deaf_to_a_closed_terminal():
+    program = "import os, signal\nfrom dsrecipes.runs.orders import Orders\nwith Orders(None) as o:\n os.kill(os.getpid(), 1); o.agree(); print(o.leaving)"
+    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_the_time_limit_counts_from_the_first_start_and_leaves_time_for_two_steps(monkeypatch):
+    monkeypatch.setenv(BEGAN, str(time.time() - 50))
+    orders = Orders(60)
+    orders.agree()
+    assert not orders.leaving
+    orders._longest = 6.0
+    orders.agree()
+    assert orders.leaving and orders.reason == "the time limit"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3h50m", 13800),
+        ("90m", 5400),
+        ("45s", 45),
+        ("45", 45),
+        ("3h50", 10850),
+        ("1d2h", 93600),
+        ("3:50:00", 13800),
+        (" 2h ", 7200),
+    ],
+)
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "h", "x", "-5m", "1:2:3", "50m3h", "1e9"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="3h50m"):
+        seconds_of(text)
