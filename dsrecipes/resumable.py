@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from dsrecipes.errors import RunStopped, UserError
-from dsrecipes.runs.checkpoint import damage, facts_of, fault, files_of, is_whole, seal
-from dsrecipes.runs.disk import is_torch_writer, no_room, put_in_place
+from dsrecipes.runs.checkpoint import Facts, damage, facts_of, fault, files_of, is_whole, seal
+from dsrecipes.runs.disk import is_write_error, no_room, put_in_place
 from dsrecipes.runs.orders import Orders
 
 _PROGRESS = "progress.json"
@@ -54,6 +54,8 @@ class ResumableTrainer(Trainer):
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would count torn ones too
         self._saved_step = -1
         self._saved_bytes = 0
+        self._failures: list[str] | None = None
+        """Write errors of the save that is going on."""
         self._owes_save = False
         self._owes_evaluation = False
         self._ended_step = -1
@@ -243,41 +245,70 @@ class ResumableTrainer(Trainer):
                 self.keeping.say(f"warning   step {step} is not saved: {problem}. Training goes on; each step tries again")
             self._owes_save = True
             return
+        self._failures = []
         try:
             self._write(model, trial, step)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and not is_torch_writer(error):
-                raise
-            raise UserError(
-                f"checkpoint-{step} could not be saved: {str(error).splitlines()[0]}. {self._last_whole()}"
-            ) from error
+        finally:
+            self._failures = None
         self._owes_save, self._saved_step = False, step
 
     def _write(self, model: nn.Module, trial: Any, step: int) -> None:
         orders, main, writing = self.keeping.orders, self.is_world_process_zero(), self._writing / f"checkpoint-{step}"
-        if main:
-            shutil.rmtree(self._writing, ignore_errors=True)  # a save that was cut off
-            writing.mkdir(parents=True)
-        orders.gathered(None)
-        super()._save_checkpoint(model, trial)
+        with self._note():
+            if main:
+                for cut_off in (self._writing, *self.keeping.folder.glob("removing-*")):
+                    shutil.rmtree(cut_off, ignore_errors=True)
+                writing.mkdir(parents=True)
+        self._refuse_failures(step)
+        with _noting(getattr(model, "checkpoint_engine", None), self._note):
+            super()._save_checkpoint(model, trial)
         best = self.state.best_global_step
         if best and (best == step or self._path(best).is_dir()):
             self.state.best_model_checkpoint = str(self._path(best))
         losses = orders.gathered(float(self._tr_loss))
-        if main:
-            self.state.save_to_json(str(writing / TRAINER_STATE_NAME))
-            progress = {"losses": losses, "last_logged": self._globalstep_last_logged, "evaluate": self._owes_evaluation}
-            (writing / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-        orders.gathered(None)
-        part = facts_of(writing, files_of(writing)[self.args.process_index :: self.args.world_size])
+        with self._note():
+            if main:
+                self.state.save_to_json(str(writing / TRAINER_STATE_NAME))
+                progress = {"losses": losses, "last_logged": self._globalstep_last_logged, "evaluate": self._owes_evaluation}
+                (writing / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        self._refuse_failures(step)
+        part: Facts = {}
+        with self._note():
+            part = facts_of(writing, files_of(writing)[self.args.process_index :: self.args.world_size])
         facts = {name: fact for each in orders.gathered(part) for name, fact in each.items()}
+        self._refuse_failures(step)
         self._saved_bytes = sum(size for size, _ in facts.values())
-        if main:
-            seal(writing, facts, self.keeping.made_by, self.keeping.contract)
-            put_in_place(writing, self._path(step))
-            self._writing.rmdir()
-            self._remove_older(step)
-        orders.gathered(None)
+        with self._note():
+            if main:
+                seal(writing, facts, self.keeping.made_by, self.keeping.contract)
+                put_in_place(writing, self._path(step))
+                self._writing.rmdir()
+                self._remove_older(step)
+        self._refuse_failures(step)
+
+    @contextlib.contextmanager
+    def _note(self) -> Iterator[None]:
+        """Keep a write error of a save for later: raised at once it would leave the other ranks waiting for this one."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self._failures is None or not is_write_error(error):
+                raise
+            self._failures.append(str(error).splitlines()[0])
+
+    def _refuse_failures(self, step: int) -> None:
+        """Raise the same UserError on all ranks where any of them could not write."""
+        found = [each for rank in self.keeping.orders.gathered(self._failures) for each in rank]
+        if found:
+            raise UserError(f"checkpoint-{step} could not be saved: {found[0]}. {self._last_whole()}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._note():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._note():
+            super()._save_rng_state(output_dir)
 
     def _remove_older(self, newest: int) -> None:
         """Keep the newest --save_total_limit whole checkpoints, the best one among them; leave torn ones alone."""
@@ -334,7 +365,27 @@ class ResumableTrainer(Trainer):
         use_cache = getattr(config, "use_cache", None)
         if use_cache is not None:
             config.use_cache = True
-        super()._save(output_dir, state_dict)
+        with self._note():
+            super()._save(output_dir, state_dict)
         if use_cache is not None:
             config.use_cache = use_cache
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _noting(engine: Any, note: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Let DeepSpeed's writer of files note its errors, for its ranks wait for each other after writing."""
+    if engine is None:
+        yield
+        return
+    save = engine.save
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        with note():
+            save(*args, **kwargs)
+
+    engine.save = noting
+    try:
+        yield
+    finally:
+        engine.save = save

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
+import disturbances
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
-from dsrecipes import UserError, load_recipe
-from dsrecipes.base import RecipeBase, RunResult
+from dsrecipes import UserError, base, load_recipe
+from dsrecipes.base import RecipeBase, RunResult, recipe_class
+from dsrecipes.errors import RunStopped
+from dsrecipes.layers import layer
+from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.trainer import RecipeTrainer
@@ -111,3 +118,51 @@ def sequence(recipe: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = RunFolder(Path(facts["path"])).ds_config
         results.append(facts | {"json": json.loads(config.read_text()) if config.is_file() else None})
     return results
+
+
+class Disturbance(TrainerCallback):
+    """Does something to a run at the beginning of steps, or after the first batch of an evaluation."""
+
+    def __init__(self, rank: int, events: dict[str, list[list[Any]]]) -> None:
+        """`events`: "4" or "evaluation 4" -> [action, rank or None for all, arguments...]."""
+        self.rank, self.events, self.batches = rank, events, 0
+
+    def _happen(self, when: str) -> None:
+        for action, rank, *arguments in self.events.get(when, []):
+            if rank in (None, self.rank):
+                getattr(disturbances, action)(*arguments)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step that begins is the one after `global_step`."""
+        self.batches = 0
+        self._happen(str(state.global_step + 1))
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the first batch."""
+        self.batches += 1
+        if self.batches == 1:
+            self._happen(f"evaluation {state.global_step}")
+
+
+def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[Any]]]) -> dict[str, Any]:
+    """Run a recipe while things happen to it: what `train` returns, or how it stopped; and what was said on rank 0."""
+    said = io.StringIO()
+    layers = layer({"recipe": recipe, **values}, origin="python")
+    story = recipe_class(layers.recipe)(layers, Console(out=said))
+    build = story.build_trainer
+    base._PATIENCE = 1
+
+    def with_events() -> RecipeTrainer:
+        trainer = build()
+        trainer.add_callback(Disturbance(trainer.args.process_index, events))
+        story.made = trainer  # type: ignore[attr-defined]
+        return trainer
+
+    story.build_trainer = with_events  # type: ignore[method-assign]
+    try:
+        result = story.run()
+    except (RunStopped, UserError) as stopped:
+        return {"stopped": type(stopped).__name__, "why": str(stopped), "said": said.getvalue()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return _facts(story, story.made, result) | {"said": said.getvalue()}  # type: ignore[attr-defined]

@@ -84,3 +84,8 @@ def is_torch_writer(error: BaseException) -> bool:
         words in str(error).lower()
         for words in ("pytorchstreamwriter", "inline_container", "iostream error", "unexpected pos")
     )
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a file could not be written: by Python, torch or safetensors."""
+    return isinstance(error, OSError) or is_torch_writer(error) or "i/o error" in str(error).lower()
