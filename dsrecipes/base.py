@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -44,6 +45,7 @@ from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.expected import record
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
 from dsrecipes.runs.record import Recorder
+from dsrecipes.runs.watch import Watch
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
@@ -162,11 +164,12 @@ class RecipeBase(ABC):
         self.args = self._start(engine)
         self.folder = RunFolder(self._open_folder(folder))
         self.args.output_dir = str(self.folder.path)
+        self.watch = self._watch()
         self.model = self.load_model()
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
+            watch=self.watch, processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -191,6 +194,8 @@ class RecipeBase(ABC):
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if hasattr(self, "watch"):
+                self.watch.leave_if_lost(error)
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
                 raise UserError(
                     f"--output_dir {self.folder.path}: no space left on the disk to save into. Free some, and give the same "
@@ -198,6 +203,8 @@ class RecipeBase(ABC):
                 ) from error
             raise
         finally:
+            if hasattr(self, "watch"):
+                self.watch.end(failed=sys.exception() is not None)
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
             # or a process started from a notebook, must not meet this one's
             unset_hf_deepspeed_config()
@@ -266,6 +273,8 @@ class RecipeBase(ABC):
         if self.config.train["dry_run"]:
             return Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))
         path = [named or default_path(self.config.layers.recipe.name)]
+        if self.console.main:
+            Watch.forget(path[0])
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(path, src=0)
         folder = RunFolder(path[0])
@@ -276,10 +285,19 @@ class RecipeBase(ABC):
             report.write_data(folder, self.splits, self.sequences)
         return folder.path
 
+    def _watch(self) -> Watch:
+        ranks = self.place.ranks
+        first = ranks.rank - ranks.local_rank
+        return Watch(
+            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
+            patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
+        )  # fmt: skip
+
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
+        self.watch.at("finishing")
         self.console.say("saving the model")
         trainer.save_model(str(self.folder.model))
         record(self, trainer)
@@ -293,6 +311,7 @@ class RecipeBase(ABC):
             if stale or (wanted and not trainer.details):
                 trainer.compute_metrics = wanted
                 last = trainer.evaluate(self.sequences[name], metric_key_prefix=prefix)
+                self.watch.at("finishing")
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
         result = RunResult(self.folder.path, trainer.state.global_step, metrics)

@@ -98,6 +98,7 @@ class TrainConfig(TrainingArguments):
     global_batch_size: int | None = _help("Rows per optimizer step over all ranks; the accumulation is derived.")
     require_deepspeed: bool = _help("Stop where DeepSpeed cannot start, instead of running on plain PyTorch.", False)
     dry_run: bool = _help("Go through everything up to the first step, print what would happen, write nothing.", False)
+    hang_timeout: float = _help("Seconds a rank may stand still while the others wait, before the run ends; 0: off.", 25)
     verify_model: bool = _help("When training ends, check the saved model in a process of its own (10 s and more).", True)
     overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)
@@ -269,7 +270,7 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
                 raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
     for name in _POSITIVE:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
     for name, why in _UNSUITED.items():
         _require(not train[name], f"--{name}: {why}")

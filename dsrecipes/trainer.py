@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.runs.folder import write_manifest
+from dsrecipes.runs.watch import Watch
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -50,14 +51,15 @@ def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tenso
 class RecipeTrainer(Trainer):
     """Trainer over Sequences; rows of a step depend on seed and step alone, evaluation loss is a sum over labels."""
 
-    def __init__(self, *, checkpoints: Path, made_by: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, watch: Watch, checkpoints: Path, made_by: dict[str, Any], **kwargs: Any) -> None:
         causal = is_causal_lm(kwargs["model"])
         if not causal:
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
         super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
-        self.checkpoints, self.made_by = checkpoints, made_by
+        self.watch, self.checkpoints, self.made_by = watch, checkpoints, made_by
+        self.add_callback(_Watched(watch))
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
@@ -92,12 +94,25 @@ class RecipeTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
         """A step's micro batches, with their counts of useful tokens and rows taken out."""
+        self.watch.at("reading rows", self.state.global_step + 1)
         self._clock.start()
         self._rate = float(self.optimizer.param_groups[0]["lr"])
         batches, items = super().get_batch_samples(*args)
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of a micro batch."""
+        self.watch.at("forward")
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss; where the model trains, the backward pass comes next."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.watch.at("backward")
+        return loss
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train an epoch, unless a resumed run stands at its last step already, where Trainer takes one step more."""
@@ -126,7 +141,9 @@ class RecipeTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         logits: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
+        self.watch.at("evaluating")
         for batch in dataloader:
+            self.watch.at("evaluating")
             batch.pop(COUNTS)
             batch = self._prepare_inputs(batch)
             targets = batch["labels"]
@@ -137,6 +154,7 @@ class RecipeTrainer(Trainer):
                 logits.append(self.accelerator.gather(outputs.logits.float()).cpu())
                 labels.append(self.accelerator.gather(targets).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.watch.at("computing metrics")
         total, count = self.accelerator.reduce(sums).tolist()
         metrics = {"loss": total / count if count else math.nan}
         if self.causal:
@@ -193,6 +211,7 @@ class RecipeTrainer(Trainer):
         What an earlier, cut-off save left under the same name is removed first: its manifest would call the new one whole
         while it is still being written.
         """
+        self.watch.at("saving")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with self._clock.paused():
             if self.args.should_save:
@@ -205,6 +224,7 @@ class RecipeTrainer(Trainer):
                 write_manifest(self.checkpoints / f"checkpoint-{self.state.global_step}", self.made_by)
                 rotate_checkpoints(str(self.checkpoints), limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
+        self.watch.at("between steps")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off.
@@ -222,6 +242,19 @@ class RecipeTrainer(Trainer):
         if use_cache is not None:
             config.use_cache = use_cache
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+class _Watched(TrainerCallback):
+    """Tells the watch of the optimizer's step; DeepSpeed takes it at the end of the backward pass."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.at("optimizer step")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.at("between steps")
 
 
 class _Clock:
