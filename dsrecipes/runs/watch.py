@@ -43,6 +43,8 @@ _LAYOUT = struct.Struct(f"<32sQQQBBdqqq{len(PHASES)}d")
 _GO_ON = (
     "The same command with --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"
 )
+_TICK = 0.5
+"""Seconds between two looks."""
 _ASLEEP = 5
 """Seconds between two looks after which the watcher itself was stopped: what it knows of the others is out of date."""
 _STOPPED = 10
@@ -168,7 +170,8 @@ def judge(
     died = [Fault(rank, "died", age[rank]) for rank in records if states[rank] == "X"]
     if died or not hang:
         return died[:1]
-    stopped = [Fault(rank, "stopped", age[rank]) for rank in records if states[rank] == "T" and age[rank] > _STOPPED]
+    short = min(hang, _STOPPED)
+    stopped = [Fault(rank, "stopped", age[rank]) for rank in records if states[rank] == "T" and age[rank] > short]
     if stopped or len(records) < 2:
         return stopped[:1]
     place = {rank: (record.step, record.count) for rank, record in records.items()}
@@ -177,7 +180,7 @@ def judge(
     known = [records[rank].longest[phase] for rank in records if records[rank].longest[phase] >= 0]
     unknown = phase in _PATIENT or any(records[rank].longest[phase] < 0 for rank in behind)
     limit = max(hang, patience) if unknown else max(hang, 10 * max(known))
-    all_stand = min(age.values()) > min(_ASLEEP, hang)
+    all_stand = min(age.values()) > min(hang, _ASLEEP) / 2
     return [Fault(rank, "hangs", age[rank]) for rank in behind if all_stand and age[rank] > limit]
 
 
@@ -288,7 +291,7 @@ class Watch:
     def _watch(self) -> None:
         tick = awake = time.monotonic()
         before: list[tuple[int, str]] = []
-        while not self._done.wait(1):
+        while not self._done.wait(_TICK):
             now = time.monotonic()
             awake, tick = (now if now - tick > _ASLEEP else awake), now
             if (self.folder / FAULT).exists():
@@ -334,7 +337,7 @@ class Watch:
         os._exit(RESUME_CODE)
 
     def _leave(self) -> NoReturn:
-        time.sleep(2)  # who found it has yet to tell
+        time.sleep(1)  # who found it has yet to tell
         os._exit(RESUME_CODE)
 
     def _stack(self, record: Record, rank: int) -> list[str]:
