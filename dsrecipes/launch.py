@@ -48,6 +48,11 @@ class _Start:
     asked: list[int] = field(default_factory=list)
     """Signals passed on that end a run."""
 
+    @property
+    def hurried(self) -> bool:
+        """Whether the ranks were told twice to leave now."""
+        return self.asked.count(signal.SIGINT) > 1
+
     def folder(self) -> Path | None:
         """The run folder, once there is one."""
         text = self.told.read_text("utf-8")
@@ -76,28 +81,22 @@ class _Start:
         return next((each for each in failed if each[1] != RESUME_CODE), failed[0] if failed else None)
 
 
-def _environments(ranks: int) -> list[dict[str, str]]:
+@contextlib.contextmanager
+def _free_port() -> Iterator[str]:
+    """A port that nobody else is given until rank 0 listens on it, ten seconds of imports later."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as rank 0 does, which may so bind it as well
+        held.bind(("127.0.0.1", 0))
+        yield str(held.getsockname()[1])
+
+
+def _environments(ranks: int, port: str) -> list[dict[str, str]]:
     """What tells each rank its place; one rank alone finds its own."""
     if ranks == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return [shared | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-def _start(ranks: int, argv: list[str], told: Path, began: str) -> _Start:
-    told.write_text("")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dsrecipes.run", *argv], env=os.environ | {LAUNCHER: str(told), BEGAN: began} | env,
-            start_new_session=True,  # Ctrl-C on the terminal is for the launcher, which passes it on once
-        )
-        for env in _environments(ranks)
-    ]  # fmt: skip
-    return _Start(processes, told)
 
 
 @contextlib.contextmanager
@@ -135,7 +134,7 @@ def _wait(start: _Start, received: list[int]) -> None:
     while len(start.ended) < len(start.processes):
         while received:
             _pass_on(start, received.pop(0))
-            if start.asked[-2:] == [signal.SIGINT] * 2:
+            if start.hurried:
                 deadline = min(deadline, time.monotonic() + _GRACE[_INTERRUPTED])
         start.collect()
         failure = start.first_failure()
@@ -149,6 +148,25 @@ def _wait(start: _Start, received: list[int]) -> None:
             start.memory.look()
             seen = time.monotonic()
         time.sleep(0.05)
+
+
+def _run(ranks: int, argv: list[str], told: Path, began: str, received: list[int]) -> _Start:
+    """Start the ranks and wait until all have ended."""
+    told.write_text("")
+    with _free_port() as port:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "dsrecipes.run", *argv], env=os.environ | {LAUNCHER: str(told), BEGAN: began} | env,
+                start_new_session=True,  # Ctrl-C on the terminal is for the launcher, which passes it on once
+            )
+            for env in _environments(ranks, port)
+        ]  # fmt: skip
+        start = _Start(processes, told)
+        try:
+            _wait(start, received)
+        finally:
+            start.send(signal.SIGKILL)  # only where this process itself failed
+    return start
 
 
 def _why_killed(start: _Start, rank: int) -> str:
@@ -179,7 +197,7 @@ def _describe(start: _Start, rank: int, code: int) -> str:
     elif code > 0:
         lines.append("Its own message is above.")
     if run:
-        lines.append(f"{go_on(run)}; --max_restarts N does so by itself.")
+        lines.append(f"{go_on(run)}{'; --max_restarts N does so by itself' if code < 0 else ''}.")
     return "\n".join(lines)
 
 
@@ -194,9 +212,8 @@ def _outcome(start: _Start) -> tuple[int, str | None]:
     if failure is None:
         return 0, None
     rank, code = failure
-    if start.asked:
-        signalled = 128 + start.asked[0] if -code in (start.asked[0], signal.SIGKILL) else 1
-        return code if code > 0 else signalled, None
+    if start.asked and (-code == start.asked[0] or (start.hurried and -code == signal.SIGKILL)):
+        return 128 + start.asked[0], None
     run = start.folder()
     if code in (EXIT_CODE, _INTERRUPTED) or (code == RESUME_CODE and not (run and read_fault(run / "ranks"))):
         return code, None
@@ -215,15 +232,11 @@ def launch(ranks: int, argv: list[str], restarts: int) -> int:
         told = Path(file.name)
         words = argv
         for left in range(restarts, -1, -1):
-            start = _start(ranks, words, told, began)
-            try:
-                _wait(start, received)
-            finally:
-                start.send(signal.SIGKILL)  # only where this process itself failed
+            start = _run(ranks, words, told, began, received)
             code, message = _outcome(start)
             if message:
                 _say(f"\n{message}")  # below a progress bar
-            if not message or not left:
+            if not message or not left or start.asked:
                 break
             run = start.folder()
             if run:

@@ -202,6 +202,11 @@ class RecipeTrainer(Trainer):
 
     # ---- saving ----
 
+    def _load_best_model(self) -> None:
+        """Load it as a part of finishing: it takes as long as it takes."""
+        self.watch.at("finishing")
+        super()._load_best_model()
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints)
 
