@@ -47,6 +47,7 @@ class _Start:
     """rank -> its greatest resident memory in bytes."""
     asked: list[int] = field(default_factory=list)
     """Signals passed on that end a run."""
+    run: Path | None = None
 
     @property
     def hurried(self) -> bool:
@@ -54,9 +55,12 @@ class _Start:
         return self.asked.count(signal.SIGINT) > 1
 
     def folder(self) -> Path | None:
-        """The run folder, once there is one."""
-        text = self.told.read_text("utf-8")
-        return Path(text) if text else None
+        """The run folder, once there is one; kept, for a cleaner of /tmp may take what tells it."""
+        if self.run is None:
+            with contextlib.suppress(OSError):
+                text = self.told.read_text("utf-8")
+                self.run = Path(text) if text else None
+        return self.run
 
     def send(self, number: int) -> None:
         """A signal to all ranks that are left."""
@@ -146,6 +150,7 @@ def _wait(start: _Start, received: list[int]) -> None:
             start.send(signal.SIGKILL)
         if time.monotonic() > seen + 1:
             start.memory.look()
+            start.folder()
             seen = time.monotonic()
         time.sleep(0.05)
 
@@ -228,8 +233,9 @@ def launch(ranks: int, argv: list[str], restarts: int) -> int:
         killed, stopped or hung, or the run was told to save and leave; else the code of the rank that failed first.
     """
     began = str(time.time())
-    with tempfile.NamedTemporaryFile(prefix="dsrecipes-run-") as file, _signals() as received:
-        told = Path(file.name)
+    own = tempfile.TemporaryDirectory(prefix="dsrecipes-launch-", ignore_cleanup_errors=True)
+    with own as folder, _signals() as received:
+        told = Path(folder, "run")
         words = argv
         for left in range(restarts, -1, -1):
             start = _run(ranks, words, told, began, received)
