@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,16 @@ class Hangs(Gpt2Clm):
 """
 
 
+@pytest.fixture
+def launchers() -> Iterator[list[subprocess.Popen]]:
+    """Launchers that do not outlive the test; their ranks end with them."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def command(values: dict, *flags: str) -> list[str]:
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     return [sys.executable, "-m", "dsrecipes.cli", "train", "--procs", "2", "--use_cpu", "true", *words, *flags]
@@ -59,7 +69,7 @@ def reaches(run: Path, step: int, other: int = 0) -> Record | None:
 
 
 def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights(
-    two_ranks: Ranks, small: Small, tmp_path: Path
+    two_ranks: Ranks, small: Small, tmp_path: Path, launchers: list
 ):
     recipe, run, told = tmp_path / "hangs.py", tmp_path / "run", tmp_path / "told.txt"
     recipe.write_text(HANGS)
@@ -75,6 +85,8 @@ def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights
             stderr=file,
             cwd=tmp_path,
         )
+
+    launchers.append(process)
 
     def restarts(number: int) -> bool:
         assert process.poll() is None or number == 3, told.read_text()[-4000:]
@@ -103,8 +115,8 @@ def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights
     assert not (run / "ranks").exists()
 
 
-def test_ranks_end_with_their_launcher_and_a_stopped_one_is_named(small: Small, tmp_path: Path):
-    told, runs, processes = tmp_path / "told.txt", [tmp_path / "orphaned", tmp_path / "stopped"], []
+def test_ranks_end_with_their_launcher_and_a_stopped_one_is_named(small: Small, tmp_path: Path, launchers: list):
+    told, runs, processes = tmp_path / "told.txt", [tmp_path / "orphaned", tmp_path / "stopped"], launchers
     values = small.values("gpt2", max_steps=100000, save_steps=100000, eval_steps=100000)["values"]
     with told.open("w") as file:
         for run in runs:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ for step in range(1, 10**9):
 """
 
 
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen]]:
+    """Processes that do not outlive the test."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def start(run: Path, fault: str) -> list[subprocess.Popen]:
     """Two ranks that wait for each other at every step."""
     run.mkdir()
@@ -62,9 +73,10 @@ def reach(run: Path, step: int) -> Record:
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_path: Path):
+def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_path: Path, started: list):
     runs = {fault: tmp_path / fault for fault in ("killed", "stopped", "hangs", "ends")}
     ranks = {fault: start(run, fault) for fault, run in runs.items()}
+    started += [each for pair in ranks.values() for each in pair]
     records = {fault: reach(run, 20) for fault, run in runs.items()}
     os.kill(records["killed"].pid, signal.SIGKILL)
     os.kill(records["stopped"].pid, signal.SIGSTOP)
@@ -78,9 +90,6 @@ def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_pa
         assert found and found[0].rank == 1 and found[1] in told
     assert "step 20, reading rows" in found[1] and "in user_code" in found[1]
     assert [rank.poll() for rank in ranks["ends"]] == [None, None]  # who has told why it ends is not at fault
-    for rank in ranks["ends"]:
-        rank.kill()
-        rank.wait()
 
 
 def record(step: int, count: int, phase: str, moved: float, longest: float = 0.1, **changed: object) -> Record:
