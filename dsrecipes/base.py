@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -57,6 +58,7 @@ from dsrecipes.runs.expected import record
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
+from dsrecipes.runs.watch import Watch
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
@@ -184,11 +186,12 @@ class RecipeBase(ABC):
             changed = check_contract(self.checkpoint, before, terms, train["allow_changed"])
         self.folder = RunFolder(self._open_folder(folder))
         self.args.output_dir = str(self.folder.path)
+        self.watch = self._watch()
         self.model = self.load_model()
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer,
+            processing_class=self.tokenizer, watch=self.watch,
             keeping=Keeping(self.folder.checkpoints, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -217,6 +220,8 @@ class RecipeBase(ABC):
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if hasattr(self, "watch"):
+                self.watch.leave_if_lost(error)
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
                 raise UserError(
                     f"--output_dir {self.folder.path}: no space left on the disk to save into. Free some, and give the same "
@@ -224,6 +229,8 @@ class RecipeBase(ABC):
                 ) from error
             raise
         finally:
+            if hasattr(self, "watch"):
+                self.watch.end(failed=sys.exception() is not None)
             if hasattr(self, "_lock"):
                 self._lock.release()
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
@@ -318,16 +325,26 @@ class RecipeBase(ABC):
             folder.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder.lock)
             self._lock.acquire(timeout=_PATIENCE)
+            Watch.forget(folder.path)
         except Timeout:
             return f"--output_dir {folder.path}: another process trains in this folder; wait for it, end it, or name another"
         except OSError as error:
             return f"--output_dir {folder.path} cannot be written: {error.strerror}"
         return None
 
+    def _watch(self) -> Watch:
+        ranks = self.place.ranks
+        first = ranks.rank - ranks.local_rank
+        return Watch(
+            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
+            patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
+        )  # fmt: skip
+
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
+        self.watch.at("finishing")
         self.console.say("saving the model")
         self._save_model(trainer)
         record(self, trainer)
@@ -341,6 +358,7 @@ class RecipeBase(ABC):
             if stale or (wanted and not trainer.details):
                 trainer.compute_metrics = wanted
                 last = trainer.evaluate(self.sequences[name], metric_key_prefix=prefix)
+                self.watch.at("finishing")
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
         result = RunResult(self.folder.path, trainer.state.global_step, metrics)

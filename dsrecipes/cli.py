@@ -12,7 +12,6 @@ import importlib.util
 import os
 import sys
 import textwrap
-import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,12 +19,14 @@ from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
 
   train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
+        [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
 
@@ -63,44 +64,20 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
-    procs = _take(argv, "procs")
+    procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if procs is not None and not (procs.isdigit() and int(procs) > 0):
         raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
+    if not restarts.isdigit():
+        raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
     if "--help" not in argv and "-h" not in argv:
         layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
         ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
-        if ranks > 1:
-            return _launch(ranks, argv)
+        if ranks > 1 or int(restarts):
+            return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
 
     return main(argv)
-
-
-def _launch(ranks: int, argv: list[str]) -> int:
-    """Start ranks of dsrecipes.run with torch's elastic agent, which ends all of them when one dies."""
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0, monitor_interval=0.2,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-    )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-m", "dsrecipes.run", *argv)
-    except SignalException as stopped:  # Ctrl-C, or whoever ended this process; the ranks are ended too
-        return 128 + stopped.sigval
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode != EXIT_CODE:
-            print(f"error: rank {rank} ended with exit code {failure.exitcode}; the others were stopped", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
 
 
 def list_recipes(argv: list[str]) -> int:

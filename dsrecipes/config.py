@@ -101,6 +101,7 @@ class TrainConfig(TrainingArguments):
     early_stopping_patience: int | None = _help("Stop after so many evaluations without a better --metric_for_best_model.")
     time_limit: str | None = _help("Save and leave with exit code 75 before so long has passed: 3h50m, 90m, 3:50:00.")
     allow_changed: list[str] = _list("Terms that a resumed run may change, such as learning_rate; all others must stay.")
+    hang_timeout: float = _help("Seconds a rank may stand still while the others wait, before the run ends; 0: off.", 25)
     verify_model: bool = _help("When training ends, check the saved model in a process of its own (10 s and more).", True)
     overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)
@@ -272,7 +273,7 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
                 raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
     for name in _POSITIVE:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
     if train["time_limit"]:
         seconds_of(train["time_limit"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
+from dsrecipes.runs.watch import follow_launcher
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    follow_launcher()
     rank = int(os.environ.get("RANK", "0"))
     console, verbose, story = Console(main=rank == 0), False, None
     try:

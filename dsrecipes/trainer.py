@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
+from dsrecipes.runs.watch import Watch
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -47,13 +48,15 @@ def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tenso
 class RecipeTrainer(ResumableTrainer):
     """Trainer over Sequences; rows of a step depend on seed and step alone, evaluation loss is a sum over labels."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, watch: Watch, **kwargs: Any) -> None:
         causal = is_causal_lm(kwargs["model"])
         if not causal:
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
         super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
+        self.watch = watch
+        self.add_callback(_Watched(watch))
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
@@ -88,12 +91,25 @@ class RecipeTrainer(ResumableTrainer):
 
     def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int | None]:
         """A step's micro batches, with their counts of useful tokens and rows taken out."""
+        self.watch.at("reading rows", self.state.global_step + 1)
         self._clock.start()
         self._rate = float(self.optimizer.param_groups[0]["lr"])
         batches, items = super().get_batch_samples(*args)
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of a micro batch."""
+        self.watch.at("forward")
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss; where the model trains, the backward pass comes next."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.watch.at("backward")
+        return loss
 
     # ---- evaluation ----
 
@@ -115,7 +131,9 @@ class RecipeTrainer(ResumableTrainer):
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         logits: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
+        self.watch.at("evaluating")
         for batch in dataloader:
+            self.watch.at("evaluating")
             self._leave_evaluation()
             batch.pop(COUNTS)
             batch = self._prepare_inputs(batch)
@@ -127,6 +145,7 @@ class RecipeTrainer(ResumableTrainer):
                 logits.append(self.accelerator.gather(outputs.logits.float()).cpu())
                 labels.append(self.accelerator.gather(targets).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.watch.at("computing metrics")
         total, count = self.accelerator.reduce(sums).tolist()
         metrics = {"loss": total / count if count else math.nan}
         if self.causal:
@@ -178,10 +197,30 @@ class RecipeTrainer(ResumableTrainer):
         """The last logged training loss."""
         return next((line["loss"] for line in reversed(self.state.log_history) if "loss" in line), None)
 
+    def _load_best_model(self) -> None:
+        """Load it as a part of finishing: it takes as long as it takes."""
+        self.watch.at("finishing")
+        super()._load_best_model()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save; the time it takes is not counted as training."""
+        self.watch.at("saving")
         with self._clock.paused():
             super()._save_checkpoint(model, trial)
+        self.watch.at("between steps")
+
+
+class _Watched(TrainerCallback):
+    """Tells the watch of the optimizer's step; DeepSpeed takes it at the end of the backward pass."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.at("optimizer step")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.at("between steps")
 
 
 class _Clock:

@@ -77,6 +77,7 @@ def test_help(capfd):
         (["train", "gpt2_cml"], ["unknown recipe 'gpt2_cml'", "did you mean gpt2_clm?", "qlora_zero3"]),
         (["train", "gpt2_clm", "--procs", "none"], ["--procs none"]),
         (["train", "gpt2_clm", "--procs", "0"], ["--procs 0"]),
+        (["train", "gpt2_clm", "--max_restarts", "often"], ["--max_restarts often"]),
         (["train", "gpt2_clm", "again"], ["unexpected argument 'again'"]),
         (["train", "gpt2_clm", "--max_step", "3"], ["unknown key 'max_step'", "max_steps"]),
         (["train", "gpt2_clm", "--deepspeed", "zero7"], ["--deepspeed zero7", "zero3"]),

@@ -59,6 +59,11 @@ class Console:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
 
+    @property
+    def error_fd(self) -> int:
+        """Where a person reads errors, captured or not."""
+        return self._saved[1] if self.captured else 2
+
     def log_to(self, path: Path) -> None:
         """Append what was captured so far, and all that follows, to `path`."""
         if self.rank_logs is not None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-BEGAN = "DSRECIPES_BEGAN"
-"""Environment variable of the launcher: when the first ranks were started, in seconds of the epoch."""
+from dsrecipes.runs.watch import BEGAN
+
 _TWICE = 0.5
 """Seconds within which a second Ctrl-C is the same one: a terminal and a launcher may both pass it on."""
 _REASONS = ("", "the time limit", "Ctrl-C (SIGINT)", "SIGTERM", "SIGHUP (the terminal was closed)")

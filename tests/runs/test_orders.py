@@ -9,7 +9,8 @@ import time
 import pytest
 
 from dsrecipes.layers import seconds_of
-from dsrecipes.runs.orders import BEGAN, Orders
+from dsrecipes.runs.orders import Orders
+from dsrecipes.runs.watch import BEGAN
 
 
 def tell(number: int) -> None:
