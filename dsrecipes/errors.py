@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 EXIT_CODE = 2
+_LONGEST = 2000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a file's content must not do to a terminal, or what cannot be printed."""
 
 
 class UserError(Exception):
     """What is wrong, where it is (file, row, key) and what to do, in a sentence or two."""
+
+    def __init__(self, message: str) -> None:
+        """A quoted value may be of any length and hold anything: its middle is left out, control characters are escaped."""
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

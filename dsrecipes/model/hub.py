@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,13 +57,31 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
     return None
 
 
+def damaged() -> tuple[type[Exception], ...]:
+    """What transformers, peft and tokenizers raise for files that are not what they should be."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError,
+        SafetensorError, StrictDataclassError,
+    )  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, and its kind where that says little."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    plain = isinstance(error, (OSError, ValueError, ImportError)) and line
+    return line if plain else f"{type(error).__name__}: {line}"
+
+
 def local_model(name: str) -> str:
     """A model name as from_pretrained takes it: the carried SmolLM2 as a folder in the cache, others as they are.
 
     Raises:
         UserError: the name looks like a path and nothing is there.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "; it holds a LoRA adapter: give its base model" if (path / "adapter_config.json").is_file() else ""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto import modeling_auto
@@ -20,7 +19,8 @@ from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path
-from dsrecipes.model.hub import carrier_hint, hub_error, local_model, save_here
+from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, save_here
+from dsrecipes.runs.weights import indexed_files
 
 _TASKS = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a causal language model", True),
@@ -28,6 +28,11 @@ _TASKS = {
     "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "a classifier", False),
 }
 """Auto class -> (its table in transformers, the task in words, whether the weights must already have this head)."""
+
+_PICKLES = (
+    "model {} has its weights as pickles (.bin) alone, a format that can carry code: take a version with .safetensors, or "
+    "give --allow_pickle true if you trust it"
+)
 
 
 def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -40,7 +45,20 @@ def _explain(error: Exception, options: ModelConfig) -> UserError:
     message = hub_error(error, name, "model", carrier_hint(name))
     if message is None and "trust_remote_code" in str(error):
         message = f"model {name} comes with Python code of its own: read it, then give --trust_remote_code true to run it"
-    return UserError(message or f"model {name} cannot be loaded: {str(error).splitlines()[0]}")
+    if message is None and "use_safetensors" in str(error):
+        message = _PICKLES.format(name)
+    return UserError(message or f"model {name} cannot be loaded: {first_line(error)}")
+
+
+def _refuse_pickles(name: str, options: ModelConfig) -> None:
+    """Weights in a folder must be safetensors, in files of that folder, unless pickles are allowed (UserError)."""
+    folder = Path(name)
+    if any(folder.glob("model*.safetensors*")):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            indexed_files(index)
+    elif any(folder.glob("*.bin*")) and not options.allow_pickle:
+        raise UserError(_PICKLES.format(options.model_name_or_path))
 
 
 def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
@@ -52,7 +70,7 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
     name, where = _source(options)
     try:
         config = AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except damaged() as error:
         raise _explain(error, options) from error
     table, task, same_head = _TASKS.get(auto_class, ("", "", False))
     if not table:
@@ -179,13 +197,15 @@ def load_model(
 
         quantization = {"quantization_config": four_bit(options, dtype)}
     same_head = _TASKS.get(auto_class, ("", "", False))[2]
+    _refuse_pickles(name, options)
     set_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
-            output_loading_info=True, ignore_mismatched_sizes=not same_head, **quantization,
+            output_loading_info=True, ignore_mismatched_sizes=not same_head,
+            use_safetensors=None if options.allow_pickle else True, **quantization,
         )  # fmt: skip
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except damaged() as error:
         raise _explain(error, options) from error
     except RuntimeError as error:
         if "mismatched" not in str(error):

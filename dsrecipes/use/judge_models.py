@@ -63,21 +63,25 @@ class LocalJudge:
             UserError: no causal language model, no chat template, damaged files.
         """
         import torch
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
+        from dsrecipes.model.hub import damaged
+        from dsrecipes.runs.weights import weight_files
         from dsrecipes.use.finished import best_dtype
 
         disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.folder, self.by_likelihood = folder, by_likelihood
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            weight_files(folder)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             if not self.tokenizer.chat_template:
                 raise UserError(f"--judge {folder}: its tokenizer has no chat template; take an instruction-tuned model")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(device))
-        except (OSError, ValueError, SafetensorError) as error:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
+            )
+        except damaged() as error:
             raise UserError(f"--judge {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model: PreTrainedModel = model.to(device).eval()
 
@@ -87,11 +91,15 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply have no room in the model's positions.
         """
+        from dsrecipes.data.template import render
         from dsrecipes.use.answers import positions
 
-        asked = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        turns = [{"role": "user", "content": prompt}]
+        try:
+            asked = render(self.tokenizer, turns, True, tokenize=True, return_dict=True, return_tensors="pt")
+        except ValueError as error:
+            raise UserError(f"--judge {self.folder}: {error}") from error
+        asked = asked.to(self.model.device)
         count = asked["input_ids"].shape[1]
         room = positions(self.model)
         if room and count + max_new_tokens > room:
