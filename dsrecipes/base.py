@@ -25,7 +25,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
-from dsrecipes.find import RecipeFiles
+from dsrecipes.find import RecipeFiles, user_path
 from dsrecipes.layers import Layers, layer
 from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
@@ -210,7 +210,7 @@ class RecipeBase(ABC):
     def _choose_folder(self) -> tuple[Path | None, Path | None]:
         """The run folder where it is named, and the checkpoint to go on from; both checked before anything starts."""
         asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
-        path = Path(asked).expanduser() if asked else None
+        path = user_path(asked) if asked else None
         auto = resume is not None and resume.lower() in ("auto", "true")
         if auto and path is None:
             raise UserError(

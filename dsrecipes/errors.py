@@ -19,7 +19,12 @@ class UserError(Exception):
         """A quoted value may be of any length and hold anything: its middle is left out, control characters are escaped."""
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
-        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and what no encoding has, as escapes; line ends and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

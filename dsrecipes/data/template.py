@@ -41,7 +41,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ask:
             return tokenizer.apply_chat_template(turns, add_generation_prompt=ask, **{"tokenize": False} | options)
     except _TooLong:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} is still not done after {_SECONDS} s: it is damaged or hostile; "
+            f"the tokenizer's chat template ({tokenizer.name_or_path}) is still not done after {_SECONDS} s: it is damaged or hostile; "
             "use --prompt_style alpaca, or mend its chat_template"
         ) from None
     except (

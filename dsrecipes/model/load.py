@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import torch
 import transformers
 from filelock import FileLock
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto import modeling_auto
 
 from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path
-from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, save_here
+from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
 from dsrecipes.runs.weights import indexed_files
 
 _TASKS = {
@@ -69,6 +70,7 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
     """
     name, where = _source(options)
     try:
+        _refuse_odd_numbers(PretrainedConfig.get_config_dict(name, revision=options.model_revision)[0])
         config = AutoConfig.from_pretrained(name, **where)
     except damaged() as error:
         raise _explain(error, options) from error
@@ -86,6 +88,21 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
             f"model {options.model_name_or_path} is a {', '.join(made_for) or config.model_type}; this recipe trains {task}"
         )
     return config
+
+
+_NUMBERS = re.compile(r"(?:.*_)?(?:(layers?|blocks)|labels|heads?|experts|size|dim|embd)")
+_MOST_LAYERS, _MOST_PARTS = 2000, 10_000_000
+
+
+def _refuse_odd_numbers(config: dict[str, Any]) -> None:
+    """Refuse sizes that transformers would count up to for hours, or take for a fault of torch's (ValueError)."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_odd_numbers(value)
+        elif (found := _NUMBERS.fullmatch(str(key))) and isinstance(value, int):
+            most = _MOST_LAYERS if found[1] else _MOST_PARTS
+            if not -1 <= value <= most:  # some write -1 for none
+                raise ValueError(f"{key} is {value} in its config.json, which is no number from 0 to {most:,}")
 
 
 def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int, zero_stage: int | None) -> None:
@@ -123,7 +140,7 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     name, where = _source(options)
     missing = UserError(f"model {name} has no tokenizer: add its tokenizer.json and tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = read_tokenizer(name, **where)
     except Exception as error:
         if "Couldn't instantiate the backend tokenizer" in str(error):
             raise missing from error
@@ -208,6 +225,8 @@ def load_model(
     except damaged() as error:
         raise _explain(error, options) from error
     except RuntimeError as error:
+        if "negative dimension" in str(error):
+            raise _explain(error, options) from error
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 
 MANIFEST = "manifest.json"
 """Written last into a checkpoint: its files and their sizes in bytes. Without it a checkpoint is not whole."""
@@ -40,7 +41,7 @@ class RunFolder:
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdigit() and is_whole(p)]
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdecimal() and is_whole(p)]
         return sorted(found, key=lambda p: int(p.name[11:]))
 
 
@@ -120,7 +121,7 @@ def find_checkpoint(asked: str, folder: RunFolder | None) -> Path | None:
     if asked.lower() in ("auto", "true"):
         whole = folder.whole_checkpoints() if folder else []
         return whole[-1] if whole else None
-    if asked.startswith("step") and asked[4:].isdigit():
+    if asked.startswith("step") and asked[4:].isdecimal():
         if folder is None:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path"
@@ -128,7 +129,7 @@ def find_checkpoint(asked: str, folder: RunFolder | None) -> Path | None:
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
         known = ", ".join(f"step{p.name[11:]}" for p in folder.whole_checkpoints()) or "none"
     else:
-        path, known = Path(asked).expanduser(), ""
+        path, known = user_path(asked), ""
         if (path / "checkpoints").is_dir():
             whole = RunFolder(path).whole_checkpoints()
             path = whole[-1] if whole else path / "checkpoints"

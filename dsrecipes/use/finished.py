@@ -98,13 +98,12 @@ class FinishedRun:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved beside the model."""
-        from transformers import AutoTokenizer
+        from dsrecipes.model.hub import first_line, read_tokenizer
 
-        from dsrecipes.model.hub import damaged, first_line
-
+        trusted = self.config.model.trust_remote_code
         try:
-            return AutoTokenizer.from_pretrained(self.source, trust_remote_code=self.config.model.trust_remote_code)
-        except damaged() as error:
+            return read_tokenizer(self.source, trust_remote_code=trusted)
+        except Exception as error:  # tokenizers raises no narrower one
             raise UserError(f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
     @cached_property

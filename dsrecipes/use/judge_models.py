@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def judge_folder(name: str) -> Path:
     """
     from dsrecipes.model.hub import CARRIED, local_model
 
-    folder = Path(local_model(name) if name == CARRIED else name).expanduser()
+    folder = user_path(local_model(name) if name == CARRIED else name)
     if not (folder / "config.json").is_file():
         hint = "; it is a run: `dsrecipes export` makes a folder of it" if RunFolder(folder).config.is_file() else ""
         raise UserError(f"--judge {name}: no folder with a model (config.json), and no http:// or https:// address{hint}")
@@ -63,10 +64,10 @@ class LocalJudge:
             UserError: no causal language model, no chat template, damaged files.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
-        from dsrecipes.model.hub import damaged
+        from dsrecipes.model.hub import first_line, read_tokenizer
         from dsrecipes.runs.weights import weight_files
         from dsrecipes.use.finished import best_dtype
 
@@ -75,14 +76,16 @@ class LocalJudge:
         self.folder, self.by_likelihood = folder, by_likelihood
         try:
             weight_files(folder)
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, trust_remote_code=False)
             if not self.tokenizer.chat_template:
                 raise UserError(f"--judge {folder}: its tokenizer has no chat template; take an instruction-tuned model")
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
             )
-        except damaged() as error:
-            raise UserError(f"--judge {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        except UserError:
+            raise
+        except Exception as error:  # tokenizers raises no narrower one
+            raise UserError(f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
         self.model: PreTrainedModel = model.to(device).eval()
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:

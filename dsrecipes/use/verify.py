@@ -90,9 +90,9 @@ def _check_tokenizer(run: FinishedRun, facts: dict[str, Any]) -> None:
     """The tokenizer gives the ids that it gave when training ended."""
     known = facts["tokenizer"]
     found = run.tokenizer
-    if len(found) != known["size"]:
+    if len(found) != known.get("size"):
         raise UserError(
-            f"{run.folder.model}: the tokenizer has {len(found)} tokens, the one of the training had {known['size']}"
+            f"{run.folder.model}: the tokenizer has {len(found)} tokens, the one of the training had {known.get('size')}"
         )
     for text, ids in known["texts"].items():
         if found(text)["input_ids"] != ids:
@@ -167,8 +167,13 @@ def _compare(
         expected = batch.pop("logits")
         if not expected.isfinite().all():
             raise UserError(f"{run.folder.path}: the logits were not finite when training ended: it diverged")
-        logits = logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, facts["auto_class"])
-        difference = (logits - expected).abs().max().item()
+        try:
+            logits = logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, facts["auto_class"])
+            difference = (logits - expected).abs().max().item()
+        except (TypeError, LookupError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{run.folder.expected} is damaged, or of another model: what it holds on {name} cannot be asked ({error})"
+            ) from error
         limit = allowed_difference(expected, facts["precision"], four_bit)
         if not difference <= limit:
             base = run.config.model.model_name_or_path

@@ -29,12 +29,15 @@ from dsrecipes.model.load import check_model, check_vocabulary, load_config, loa
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.folder import RunFolder, find_checkpoint, write_manifest
 from dsrecipes.runs.weights import tensors, weight_files
+from dsrecipes.use import charts, tables
 from dsrecipes.use.finished import find_run, open_run
 from dsrecipes.use.judge_file import JudgeFile
 from dsrecipes.use.partial import Partial
+from dsrecipes.use.recorded import RecordedRun, read_json
 from dsrecipes.use.report import report
 from dsrecipes.use.rows import Rows
 from dsrecipes.use.verdict import read_rubric
+from dsrecipes.use.verify import verify
 from dsrecipes.zero.resolve import Numbers, check_zero_keys, read_zero, resolve
 
 from made import made_run  # isort: skip
@@ -63,6 +66,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             assert not any(secret.encode() in raw for secret in SECRETS.values()), path
 
 
+@st.composite
+def lines_of(draw: st.DrawFn, value: list[dict]) -> bytes:
+    """A .jsonl file with wrong values, or with wrong bytes."""
+    lines = draw(changed(value))
+    raw = b"\n".join(map(text_of, lines if isinstance(lines, list) else [lines])) + b"\n"
+    return draw(spoiled(raw)) if draw(st.booleans()) else raw
+
+
 # ---- YAML and flags ----
 
 CONFIG = {
@@ -85,7 +96,7 @@ def configured(path: Path) -> None:
     build_config(layer({"config": str(path)}))
 
 
-@fuzz(250)
+@fuzz(200)
 @given(st.data())
 def test_yaml(folder: Path, data: st.DataObject) -> None:
     text = yaml.safe_dump(data.draw(changed(CONFIG, ("starter", "about", "config", "bf16", "num_train_epochs", "seed")))
@@ -132,7 +143,7 @@ ZERO = {
 }  # fmt: skip
 
 
-@fuzz(300)
+@fuzz(250)
 @given(json_file(ZERO, ("zero_force_ds_cpu_optimizer", "steps_per_print", "zero_optimisation")))
 def test_zero(folder: Path, raw: bytes) -> None:
     config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter"}))
@@ -186,7 +197,7 @@ def prepared(path: Path, recipe: str, style: str, skip: bool, packed: int) -> No
             skip_bad_rows=skip, console=Console(out=io.StringIO()))  # fmt: skip
 
 
-@fuzz(500)
+@fuzz(400)
 @given(st.data())
 def test_data(folder: Path, data: st.DataObject) -> None:
     recipe = data.draw(st.sampled_from(RECIPES))
@@ -300,7 +311,7 @@ def run_folder(folder: Path) -> Path:
     return run
 
 
-@fuzz(200)
+@fuzz(40)
 @given(st.data())
 def test_report(run_folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RUN_FILES)))
@@ -315,6 +326,31 @@ def test_report(run_folder: Path, data: st.DataObject) -> None:
         holds(lambda: report(run_folder, out=run_folder / "report.html", lang="en"))
     finally:
         write(run_folder / name, whole)
+
+
+@fuzz(200)
+@given(st.data())
+def test_recorded(run_folder: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(RUN_FILES)))
+    whole = (run_folder / name).read_bytes()
+    try:
+        write(run_folder / name, data.draw(lines_of(RUN_FILES[name]) if name.endswith("l") else json_file(RUN_FILES[name])))
+        holds(lambda: reported(run_folder))
+    finally:
+        write(run_folder / name, whole)
+
+
+def reported(path: Path) -> None:
+    """All that a report reads and computes, without its HTML."""
+    run = RecordedRun(RunFolder(path), "run")
+    for chart in (*charts.curves([run]), *charts.lengths([run])):
+        chart.table()
+    for value in (run.metrics, run.environment, run.verified, run.splits):
+        tables.tables(value, "x", 1000)
+        tables.nested([("run", value)])
+    for split in run.splits:
+        run.dropped(split)
+    [tables.tables(read_json(other), "x", 1000) for other in run.others]
 
 
 @fuzz(60)
@@ -361,18 +397,12 @@ JUDGED = [
 ]  # fmt: skip
 
 
-def lines_of(draw: Callable, value: list[dict]) -> bytes:
-    lines = draw(changed(value))
-    raw = b"\n".join(map(text_of, lines if isinstance(lines, list) else [lines])) + b"\n"
-    return draw(spoiled(raw)) if draw(st.booleans()) else raw
-
-
 @fuzz(200)
 @given(st.data())
 def test_job_files(folder: Path, data: st.DataObject) -> None:
     judged, partial = folder / "judge.jsonl", folder / "answers.jsonl.partial"
-    write(judged, lines_of(data.draw, JUDGED))
-    write(partial, lines_of(data.draw, [{"kind": "job", **JOB}, {"index": 0, "answer": "x"}, {"index": 1, "answer": "y"}]))
+    write(judged, data.draw(lines_of(JUDGED)))
+    write(partial, data.draw(lines_of([{"kind": "job", **JOB}, {"index": 0, "answer": "x"}, {"index": 1, "answer": "y"}])))
 
     def read_judged() -> None:
         with JudgeFile(judged, JOB) as file:
@@ -385,3 +415,53 @@ def test_job_files(folder: Path, data: st.DataObject) -> None:
 
     holds(read_judged)
     holds(read_partial)
+
+
+@pytest.fixture(scope="module")
+def verifiable(folder: Path) -> Path:
+    """A run folder that verify finds in order."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dsrecipes.runs.expected import _saved_tensors, drawn, logits_of, tokenizer_facts
+
+    run = made_run(folder / "verifiable", "gpt2_clm", tiny_gpt2(), dataset="starter:data/prose.txt", max_length=64)
+    ids = drawn("AutoModelForCausalLM", 2048, 16, 0)
+    logits = logits_of(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32), ids, "AutoModelForCausalLM")
+    facts = {
+        "step": 1, "auto_class": "AutoModelForCausalLM", "precision": "fp32", "dtype": "float32", "learned": True,
+        "tokenizer": tokenizer_facts(AutoTokenizer.from_pretrained(run / "model")), "weights": _saved_tensors(run / "model"),
+        "files": {},
+    }  # fmt: skip
+    kept = {"random ids/input_ids": ids["input_ids"], "random ids/logits": logits}
+    save_file(kept, run / "expected.safetensors", metadata={"facts": json.dumps(facts)})
+    assert verify(str(run))["largest_difference"] == 0
+    return run
+
+
+@fuzz(120)
+@given(st.data())
+def test_verify(verifiable: Path, data: st.DataObject) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    model = [path.relative_to(verifiable) for path in sorted((verifiable / "model").iterdir())]
+    path = verifiable / data.draw(st.sampled_from([Path("expected.safetensors"), Path("expected.safetensors"), *model]))
+    whole = path.read_bytes()
+    try:
+        if path.name == "expected.safetensors" and data.draw(st.booleans()):
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            facts |= {data.draw(st.sampled_from(sorted(facts))): data.draw(values)}
+            save_file(load_file(path), path, metadata={"facts": json.dumps(facts)})
+        elif path.suffix == ".json":
+            path.write_bytes(data.draw(json_file(json.loads(whole))))
+        else:
+            head = min(len(whole), 2000)  # the names and shapes, which stand before the numbers
+            path.write_bytes(
+                data.draw(spoiled(whole[:head])) + whole[head:] if data.draw(st.booleans()) else data.draw(spoiled(whole))
+            )
+        holds(lambda: verify(str(verifiable)))
+    finally:
+        path.write_bytes(whole)
