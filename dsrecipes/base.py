@@ -34,7 +34,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
-from dsrecipes.find import RecipeFiles
+from dsrecipes.find import RecipeFiles, user_path
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
@@ -192,7 +192,7 @@ class RecipeBase(ABC):
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
             processing_class=self.tokenizer, watch=self.watch,
-            keeping=Keeping(self.folder.checkpoints, self.place.made_by(), terms, self.orders, self.console.say, changed),
+            keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -245,7 +245,7 @@ class RecipeBase(ABC):
     def _choose_folder(self) -> tuple[Path | None, list[Path]]:
         """The run folder where it is named, and the checkpoints to go on from, best first; checked before anything starts."""
         asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
-        path = Path(asked).expanduser() if asked else None
+        path = user_path(asked) if asked else None
         auto = resume is not None and resume.lower() in ("auto", "true")
         if auto and path is None:
             raise UserError(

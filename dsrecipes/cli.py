@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from dsrecipes import find
-from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
 
@@ -66,9 +66,9 @@ def train(argv: list[str]) -> int:
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
-    if procs is not None and not (procs.isdigit() and int(procs) > 0):
+    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
         raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
-    if not restarts.isdigit():
+    if not (restarts.isdecimal() and len(restarts) < 6):
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
     if "--help" not in argv and "-h" not in argv:
         layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
@@ -115,7 +115,9 @@ def show(argv: list[str]) -> int:
     for key, value in values.items():
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         origin = origins.get(key, "default")
-        print(f"{key + ':':<{width + 2}}{shown!s:<34} # {origin if origin != 'profile' else 'profile ' + layers.profile}")
+        print(
+            f"{key + ':':<{width + 2}}{printable(str(shown)):<34} # {origin if origin != 'profile' else 'profile ' + layers.profile}"
+        )
     return 0
 
 

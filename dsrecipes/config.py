@@ -41,6 +41,7 @@ class ModelConfig:
     from_scratch: bool = _help("Start from random weights of the model's configuration.", False)
     attn_implementation: str | None = _help("Attention backend of transformers: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = _help("Run Python code that comes with a hub model.", False)
+    allow_pickle: bool = _help("Read weights of a model that has no safetensors, only pickles (.bin).", False)
     load_in_4bit: bool = _help("Quantize the frozen base weights to 4 bits (needs lora_r > 0).", False)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _help("4-bit data type (QLoRA, arXiv:2305.14314, section 3).", "nf4")
     bnb_4bit_use_double_quant: bool = _help("Quantize the quantization constants too (QLoRA, section 3).", True)
@@ -194,7 +195,10 @@ def _argv(key: str, value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [f"--{key}", *map(str, value)]
     if isinstance(value, dict):
-        return [f"--{key}={json.dumps(value)}"]
+        try:
+            return [f"--{key}={json.dumps(value)}"]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--{key}: {error}") from None
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]
 
 
@@ -271,6 +275,11 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
                 json.loads(train[name])
             except ValueError as error:
                 raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
+    for name, value in train.items():
+        if isinstance(value, (int, float)):
+            _require(abs(value) < 2**63, f"--{name} is {value}: give a number that is finite and below 2**63")
+    for name in ("seed", "data_seed"):
+        _require(train[name] is None or 0 <= train[name] < 2**32, f"--{name} is {train[name]}: give 0 up to 2**32 - 1")
     for name in _POSITIVE:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout"):

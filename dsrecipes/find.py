@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,24 @@ from dsrecipes.errors import UserError, nearest
 
 STARTER = "starter:"
 """Prefix of names that mean a file or folder bundled in dsrecipes/starter."""
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user gave it, `~` resolved; nothing need be there.
+
+    Raises:
+        UserError: no file can have this name, or it may not be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{name}: cannot be opened ({error.strerror})") from None
+    except (RuntimeError, ValueError) as error:  # ~name of nobody; a NUL, or what no file system can encode
+        raise UserError(f"{str(name)!r}: not the name of a file or folder ({error})") from None
+    return path
 
 
 def _room(name: str) -> Path:
@@ -47,7 +68,7 @@ def starter_path(name: str) -> str:
     if not name.startswith(STARTER):
         return name
     path = Path(__file__).parent / "starter" / name.removeprefix(STARTER)
-    if not path.exists():
+    if not os.path.exists(path):  # false, too, for a name that no file can have
         raise UserError(f"{name}: no such bundled file or folder ({path})")
     return str(path)
 
@@ -82,7 +103,7 @@ def find_recipe(name: str) -> RecipeFiles:
     if name in recipe_names():
         return RecipeFiles(name, f"dsrecipes.recipes.{name}", _room("recipes") / f"{name}.yaml")
     if name.endswith(".py"):
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             raise UserError(f"--recipe {name}: no such file")
         beside = path.with_suffix(".yaml")
@@ -104,7 +125,7 @@ def find_recipe(name: str) -> RecipeFiles:
 
 def find_config(name: str) -> Path:
     """A YAML by path, or a shipped variant by name."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() and (path / "config.yaml").is_file():
         return path / "config.yaml"
     if path.is_file():
@@ -121,7 +142,7 @@ def find_zero(name: str) -> Path | None:
     """A ZeRO JSON by a short name or a path; None for `none`."""
     if name == "none":
         return None
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return path
     if name in zero_names():
@@ -132,13 +153,43 @@ def find_zero(name: str) -> Path | None:
     )
 
 
+_MOST_NODES = 100_000
+"""Of a YAML once its aliases are written out; a few lines of aliases to aliases can stand for billions."""
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """The number of nodes once every alias is written out; infinite where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_size(each, known) for each in inner))
+    return known[id(node)]
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which PyYAML lets the last one win in silence."""
+    """SafeLoader whose errors all have a place, and which refuses what PyYAML takes in silence.
+
+    These are a key written twice, where the last one would win, and aliases that write out to too much.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Build the document (yaml.constructor.ConstructorError: its aliases stand for too much)."""
+        if _size(node, {}) > _MOST_NODES:
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) stand for too much here", node.start_mark)
+        return super().construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value; PyYAML lets errors of int(), datetime.date() and the like through as they are."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            told = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build the mapping; raises yaml.constructor.ConstructorError for a repeated key."""
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
@@ -164,7 +215,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A flat YAML mapping.
 
     Raises:
-        UserError: malformed (with the line), not a mapping, a key twice, or a key that is not text.
+        UserError: malformed (with the line), not a mapping, a key twice, a key that is not text, or aliases without end.
     """
     try:
         values = yaml.load(read_text(path), Loader=_UniqueKeys)
@@ -172,8 +223,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected `key: value` lines at the top level")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(named) < len(values):
+        raise UserError(f"{path}: a key is written twice, once with - and once with _")
+    return named
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value; `where` begins the message of the UserError for what is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{where}{line}, column {error.colno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{where}: not JSON that can be read ({error})") from None

@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from dsrecipes.errors import RunStopped, UserError
 from dsrecipes.runs.checkpoint import Facts, damage, facts_of, fault, files_of, is_whole, seal
 from dsrecipes.runs.disk import is_write_error, no_room, put_in_place
+from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.orders import Orders
 
 _PROGRESS = "progress.json"
@@ -32,7 +33,7 @@ _PROGRESS = "progress.json"
 class Keeping:
     """Where a run's checkpoints lie, and what is written into each beside the training's state."""
 
-    folder: Path
+    run: RunFolder
     made_by: dict[str, Any]
     contract: dict[str, Any]
     orders: Orders
@@ -179,7 +180,7 @@ class ResumableTrainer(Trainer):
             raise RunStopped(self._farewell())
 
     def _farewell(self) -> str:
-        step, run = self.state.global_step, self.keeping.folder.parent
+        step, run = self.state.global_step, self.keeping.run.path
         saved = f"saved in {self._path(step)}" if self._saved_step == step else "NOT saved: there was no room"
         return (
             f"stopped by {self.keeping.orders.reason} at step {step} of {self.state.max_steps}, {saved}; "
@@ -218,11 +219,11 @@ class ResumableTrainer(Trainer):
     # ---- saving ----
 
     def _path(self, step: int) -> Path:
-        return self.keeping.folder / f"checkpoint-{step}"
+        return self.keeping.run.checkpoints / f"checkpoint-{step}"
 
     @property
     def _writing(self) -> Path:
-        return self.keeping.folder / "writing"
+        return self.keeping.run.checkpoints / "writing"
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing)
@@ -239,7 +240,7 @@ class ResumableTrainer(Trainer):
         if self._saved_step == step:
             return
         main = self.is_world_process_zero()
-        problem = orders.gathered(no_room(self.keeping.folder, self._bytes_needed()) if main else None)[0]
+        problem = orders.gathered(no_room(self.keeping.run.checkpoints, self._bytes_needed()) if main else None)[0]
         if problem:
             if not self._owes_save:
                 self.keeping.say(f"warning   step {step} is not saved: {problem}. Training goes on; each step tries again")
@@ -256,7 +257,7 @@ class ResumableTrainer(Trainer):
         orders, main, writing = self.keeping.orders, self.is_world_process_zero(), self._writing / f"checkpoint-{step}"
         with self._note():
             if main:
-                for cut_off in (self._writing, *self.keeping.folder.glob("removing-*")):
+                for cut_off in (self._writing, *self._writing.parent.glob("removing-*")):
                     shutil.rmtree(cut_off, ignore_errors=True)
                 writing.mkdir(parents=True)
         self._refuse_failures(step)
@@ -314,16 +315,13 @@ class ResumableTrainer(Trainer):
         """Keep the newest --save_total_limit whole checkpoints, the best one among them; leave torn ones alone."""
         if not self.limit:
             return
-        found = sorted(
-            (p for p in self.keeping.folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:])
-        )
-        whole = [path for path in found if is_whole(path)]
+        whole = self.keeping.run.whole_checkpoints()
         kept = {self._path(newest), *([self._path(self.state.best_global_step)] if self.state.best_global_step else [])}
         for path in reversed(whole):
             if len(kept) < self.limit:
                 kept.add(path)
         for path in set(whole) - kept:
-            gone = self.keeping.folder / f"removing-{path.name[11:]}"
+            gone = path.parent / f"removing-{path.name[11:]}"
             with contextlib.suppress(OSError):
                 path.rename(gone)  # cut off half-way it would look like a torn checkpoint
                 shutil.rmtree(gone)
@@ -338,11 +336,11 @@ class ResumableTrainer(Trainer):
         return 2 * written + 12 * trained  # the model and the engine's copy; fp32 weights and two moments
 
     def _last_whole(self) -> str:
-        whole = [p for p in self.keeping.folder.glob("checkpoint-*") if p.name[11:].isdigit() and fault(p) is None]
+        whole = self.keeping.run.whole_checkpoints()
         if not whole:
             return "There is no whole checkpoint yet"
-        last = max(whole, key=lambda p: int(p.name[11:]))
-        return f"The last whole one is {last}: make room, and give the same command with --output_dir {last.parent.parent} --resume_from_checkpoint auto"
+        last = whole[-1]
+        return f"The last whole one is {last}: make room, and give the same command with --output_dir {self.keeping.run.path} --resume_from_checkpoint auto"
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights; its files are checked first."""

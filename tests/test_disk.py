@@ -14,7 +14,8 @@ from small import Runs, Small
 from test_resume import weights
 from tiny import small_disk
 
-from dsrecipes.runs.folder import RunFolder, is_whole
+from dsrecipes.runs.checkpoint import is_whole
+from dsrecipes.runs.folder import RunFolder
 
 pytestmark = pytest.mark.ranks
 

@@ -6,10 +6,10 @@ Prompt and response are encoded apart and concatenated, so the mask boundary is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.data.template import render
 from dsrecipes.errors import UserError
 
 IGNORE = -100
@@ -98,17 +98,13 @@ def chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
     """
     if not tokenizer.chat_template:
         raise UserError("--prompt_style chat: this tokenizer has no chat template; use --prompt_style alpaca")
-
-    def render(turns: list[dict[str, str]], ask: bool) -> str:
-        return _render(tokenizer, turns, ask)
-
     segments: Segments = []
     done = ""
     for index, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        asked = render(messages[:index], True)
-        answered = render(messages[: index + 1], False)
+        asked = render(tokenizer, messages[:index], True)
+        answered = render(tokenizer, messages[: index + 1], False)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise ValueError("the tokenizer's chat template rewrites earlier turns; use --prompt_style alpaca")
         answer, rest = answered[len(asked) :], ""
@@ -118,13 +114,3 @@ def chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
         segments += [(asked[len(done) :], False), (answer, True)]
         done = answered[: len(answered) - len(rest)]
     return segments
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ask: bool) -> str:
-    import jinja2
-
-    try:
-        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
-    return text

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import parse_json
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _PIECE = 4096
+_MOST_TIMES, _MOST_UNPACKED = 200, 64 << 20
+"""A gzip file may unpack to so many times its size, and so many bytes: text packs to a tenth, zeros to a thousandth."""
 _TITLE = re.compile(r" = [^=].*[^=] = \n?")
 
 
@@ -45,7 +49,7 @@ class FileRows:
         """Hash of the files' names and bytes."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(path.name.encode())
+            digest.update(os.fsencode(path.name))
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
@@ -91,32 +95,58 @@ def suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
+class _Unpacked(io.RawIOBase):
+    """A gzip file's bytes, up to more than any data packs to: a bomb of a megabyte would fill the memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 (closed by close)
+        self._room = _MOST_UNPACKED + _MOST_TIMES * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._file.read1(len(buffer))
+        self._room -= len(piece)
+        if self._room < 0:
+            raise gzip.BadGzipFile(f"it unpacks to more than {_MOST_TIMES} times its size")
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _bytes(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_Unpacked(path), 1 << 16) if path.name.endswith(".gz") else path.open("rb")
+
+
 def _open(path: Path) -> TextIO:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline="")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Row]]:
     reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}[suffix(path)]
     try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({_bad_byte(path, error)}); save it as UTF-8") from None
+        try:
+            yield from reader(path)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 ({_bad_byte(path)}); save it as UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _bad_byte(path: Path, error: UnicodeDecodeError) -> str:
-    raw = path.read_bytes()
-    if path.name.endswith(".gz"):
-        raw = gzip.decompress(raw)
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as whole:
-        return f"byte {raw[whole.start]:#04x} in line {raw[: whole.start].count(bytes([10])) + 1}"
-    return error.reason
+def _bad_byte(path: Path) -> str:
+    with _bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"byte {line[error.start]:#04x} in line {number}"
+    return "it changes while it is read"
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -124,13 +154,11 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         text = file.read()
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") == 0:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
             yield from _jsonl(path)
             return
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be rows") from None
+        rows = parse_json(text, str(path))  # says what is wrong
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
@@ -145,13 +173,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg})") from None
-            except RecursionError:
-                raise UserError(f"{where}: nested too deeply to be a row") from None
-            yield where, _checked(row, where)
+            yield where, _checked(parse_json(line, where), where)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -182,12 +204,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         number = 0
-        source = io.BytesIO(gzip.decompress(path.read_bytes())) if path.name.endswith(".gz") else path
+        source = io.BytesIO(_bytes(path).read()) if path.name.endswith(".gz") else path
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # damaged, or a value that Python has no type for
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
 
 

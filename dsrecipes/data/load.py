@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsrecipes.data.files import SUFFIXES, FileRows, Row, suffix
 from dsrecipes.errors import UserError
-from dsrecipes.find import starter_path
+from dsrecipes.find import starter_path, user_path
 
 SPLITS = {
     "train": "train", "training": "train",
@@ -38,7 +38,7 @@ def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Itera
     Raises:
         UserError: nothing there, a kind of file that is not read, no network, a gated or unknown hub id.
     """
-    path = Path(starter_path(dataset)).expanduser()
+    path = user_path(starter_path(dataset))
     if path.is_file():
         if suffix(path) not in SUFFIXES:
             raise UserError(f"{path}: unknown kind of file; these are read: {' '.join(SUFFIXES)}, each also .gz")

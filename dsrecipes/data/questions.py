@@ -12,7 +12,7 @@ from typing import Any
 from dsrecipes.data.files import Row, located
 from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import starter_path
+from dsrecipes.find import starter_path, user_path
 
 LETTERS = "ABCD"
 SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}
@@ -92,7 +92,7 @@ def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
 
 def sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
     """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched."""
-    folder = Path(starter_path(dataset)).expanduser()
+    folder = user_path(starter_path(dataset))
     if not folder.exists():
         wanted_subjects(asked, SUBJECTS)
         folder = fetch_csv(dataset)

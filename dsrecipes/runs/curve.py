@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.jsonl; a line cut off by a death is passed over."""
+    """The lines of a run's log.jsonl; one that is damaged, as by a death in the middle of it, is passed over."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return lines
 

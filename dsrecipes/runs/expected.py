@@ -25,6 +25,11 @@ Batch = dict[str, torch.Tensor]
 _TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
 _DRAWN, _ROWS, _WIDTH, _KEPT = 16, 2, 64, 4
 """Length of drawn rows; number of training rows and their length; positions from the end whose logits are kept."""
+_FACTS = {
+    "step": int, "auto_class": str, "precision": str, "dtype": str, "learned": bool, "tokenizer": dict, "weights": dict,
+    "files": dict,
+}  # fmt: skip
+"""What is recorded beside the logits."""
 
 
 def drawn(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
@@ -124,5 +129,16 @@ def read_expected(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:
     for key, tensor in tensors(folder.expected):
         name, _, part = key.partition("/")
         batches.setdefault(name, {})[part] = tensor
-    with safe_open(folder.expected, "pt") as file:
-        return json.loads(file.metadata()["facts"]), batches
+    try:
+        with safe_open(folder.expected, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+        for name, kind in _FACTS.items():
+            if not isinstance(facts[name], kind):
+                raise TypeError(name)
+        dtype, texts = getattr(torch, facts["dtype"]), facts["tokenizer"]["texts"]
+        whole = isinstance(dtype, torch.dtype) and isinstance(texts, dict) and facts["auto_class"].startswith("AutoModelFor")
+        if not whole or not batches or not all("logits" in each for each in batches.values()):
+            raise ValueError(facts["auto_class"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder.expected} is damaged: it does not hold what was recorded when training ended") from error
+    return facts, batches

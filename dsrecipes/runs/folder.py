@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.checkpoint import fault, is_whole
 from dsrecipes.runs.disk import SPARE_BYTES, existing_parent
 
@@ -38,7 +39,7 @@ class RunFolder:
 
     def all_checkpoints(self) -> list[Path]:
         """Checkpoints, whole or not, oldest first."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdigit()]
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdecimal()]
         return sorted(found, key=lambda p: int(p.name[11:]))
 
     def whole_checkpoints(self) -> list[Path]:
@@ -93,14 +94,14 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
     """
     if asked.lower() in ("auto", "true"):
         return _newest_first(folder, told) if folder else []
-    if asked.startswith("step") and asked[4:].isdigit():
+    if asked.startswith("step") and asked[4:].isdecimal():
         if folder is None:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path"
             )
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
     else:
-        path = Path(asked).expanduser()
+        path = user_path(asked)
         if (path / "checkpoints").is_dir():
             found = _newest_first(RunFolder(path), told)
             if found:

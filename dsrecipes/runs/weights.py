@@ -30,14 +30,25 @@ def weight_files(folder: Path) -> list[Path]:
         if not files:
             raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER}")
         return files
+    return indexed_files(index)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The weights files that an index names; they lie beside it (UserError: one does not, or it is damaged)."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is damaged: it does not say which tensor lies in which file") from error
+    if outside or not names:
+        told = f"{outside[0]!r} is no file of this folder" if outside else "it names no file"
+        raise UserError(f"{index} is damaged: {told}")
     for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: {index.name} says that {len(names)} files hold the weights")
-    return [folder / name for name in names]
+        if not index.with_name(name).is_file():
+            raise UserError(
+                f"{index.with_name(name)} is missing: {index.name} says that {len(names)} files hold the weights"
+            )
+    return [index.with_name(name) for name in names]
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.checkpoint import fault
 from dsrecipes.runs.disk import is_disk_full
 from dsrecipes.runs.folder import RunFolder
@@ -46,7 +47,7 @@ def export(
     if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
         raise UserError(f"--max_shard_size {max_shard_size}: give a whole number of KB, MB or GB, as 500MB")
     folder = find_run(run, ended=checkpoint is None)
-    target = _free(Path(to).expanduser())
+    target = _free(user_path(to))
     finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None)
     beside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.layers import layer
 from dsrecipes.runs.folder import RunFolder
 
@@ -47,7 +48,7 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
         if not found:
             raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
         return max(found, key=lambda each: each.model.stat().st_mtime)
-    folder = RunFolder(Path(name).expanduser())
+    folder = RunFolder(user_path(name))
     if not folder.path.is_dir():
         raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
@@ -97,9 +98,13 @@ class FinishedRun:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved beside the model."""
-        from transformers import AutoTokenizer
+        from dsrecipes.model.hub import first_line, read_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.source)
+        trusted = self.config.model.trust_remote_code
+        try:
+            return read_tokenizer(self.source, trust_remote_code=trusted)
+        except Exception as error:  # tokenizers raises no narrower one
+            raise UserError(f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
     @cached_property
     def device(self) -> torch.device:
@@ -121,16 +126,23 @@ class FinishedRun:
             UserError: the base cannot be had, or files of model/ are missing or damaged.
         """
         import transformers
-        from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
+        from dsrecipes.model.hub import damaged, first_line
         from dsrecipes.model.load import load_config, load_model
+        from dsrecipes.runs.weights import weight_files
 
         disable_progress_bar()
         if dtype is None:
             dtype = best_dtype(self.device)
         options, auto = self.config.model, self.recipe.auto_class
         adapter = (self.source / "adapter_config.json").is_file()
+        if not base:
+            weight_files(self.source)
+        if adapter and not base and not (self.source / "adapter_model.safetensors").is_file():
+            raise UserError(
+                f"{self.source}: adapter_model.safetensors is missing"
+            )  # peft would take a pickle, or ask the hub
         try:
             if base or adapter:
                 model = load_model(
@@ -141,9 +153,11 @@ class FinishedRun:
 
                 model = PeftModel.from_pretrained(model, str(self.source))
             elif not base:
-                model = getattr(transformers, auto).from_pretrained(self.source, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.source} cannot be loaded: {str(error).splitlines()[0]}") from error
+                model = getattr(transformers, auto).from_pretrained(
+                    self.source, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
+                )
+        except damaged() as error:
+            raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
         return model.to(self.device).eval()
 
 

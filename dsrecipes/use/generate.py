@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.job_file import hash_of
 from dsrecipes.use.partial import Partial
@@ -63,7 +64,7 @@ def generate(
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: give 1 or more")
     check_sampling(settings)
-    target = Path(out).expanduser() if out is not None else None
+    target = user_path(out) if out is not None else None
     check_out(target)
     asked = _prompts(opened, prompts, skip_bad_rows)
     model = opened.load(base=base)
@@ -117,7 +118,7 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
     if not isinstance(prompts, (str, Path)):
         yield from located(prompts)
         return
-    path = Path(starter_path(str(prompts))).expanduser()
+    path = user_path(starter_path(str(prompts)))
     if not path.exists():
         raise UserError(f"--prompts {prompts}: no such file")
     for rows in load_splits(str(path)).values():

@@ -83,7 +83,7 @@ class JobFile(ABC):
                     self._refuse_other(line)
                 else:
                     self.take(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._not_ours(number) from None
         if len(whole) < len(found):
             os.truncate(path, len(whole))
@@ -128,6 +128,13 @@ class JobFile(ABC):
             f"{self.path}, line {number}: damaged, or not written by `dsrecipes {self.command}`; name another --out, or "
             "delete this file to start anew"
         )
+
+
+def text_in(line: Json, name: str) -> str:
+    """A text of a line (KeyError, TypeError: there is none)."""
+    if not isinstance(line[name], str):
+        raise TypeError(name)
+    return line[name]
 
 
 def _told(name: str, was: Any, now: Any) -> str:

@@ -10,10 +10,10 @@ import gc
 import sys
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.console import Console
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
 from dsrecipes.use.job_file import hash_of
@@ -99,7 +99,7 @@ def judge(
         "judge": folder_checksum(folder) if folder else judge, "judge_model": judge_model, "verdict": verdict,
         "rubric": hash_of(text), "retries": retries, "max_new_tokens": max_new_tokens, "judge_tokens": judge_tokens,
     }  # fmt: skip
-    path = Path(out).expanduser() if out else tuned.folder.path / "judge.jsonl"
+    path = user_path(out) if out else tuned.folder.path / "judge.jsonl"
     about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
     with JudgeFile(path, job, about) as file:
         console = Console(out=sys.stderr)
@@ -121,7 +121,7 @@ def _rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tupl
     from dsrecipes.use.rows import Rows
 
     if prompts:
-        path = Path(prompts).expanduser()
+        path = user_path(prompts)
         if not path.is_file() or suffix(path) not in SUFFIXES:
             raise UserError(f"--prompts {prompts}: no such file, or of a kind that is not read ({' '.join(SUFFIXES)})")
         found = list(islice(FileRows((path,)).located(), limit))

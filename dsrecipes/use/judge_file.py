@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsrecipes.use.job_file import JobFile, Json
+from dsrecipes.use.job_file import JobFile, Json, text_in
 from dsrecipes.use.judge_models import Reply
-from dsrecipes.use.verdict import tally
+from dsrecipes.use.verdict import ORDERS, tally
+
+_COSTS = ("requests", "prompt_tokens", "completion_tokens")
 
 
 class JudgeFile(JobFile):
@@ -22,8 +24,13 @@ class JudgeFile(JobFile):
     def take(self, line: Json) -> None:
         """Sort a line by its kind."""
         if line["kind"] == "answer":
-            self.answers[line["item"], line["of"]] = line["text"]
-        elif line["kind"] == "judgement":
+            self.answers[line["item"], line["of"]] = text_in(line, "text")
+            return
+        if any(not isinstance(line.get(name), int | None) for name in _COSTS):
+            raise TypeError(_COSTS)
+        if line["kind"] == "judgement":
+            if line["verdict"] not in ("A", "B", "TIE", None) or line["order"] not in ORDERS:
+                raise TypeError(line["verdict"])
             self.judgements[line["item"], line["order"]] = line
         elif line["kind"] == "check":
             self.checks.append(line)
@@ -42,7 +49,7 @@ def cost_of(replies: list[Reply]) -> Json:
 def _total(costs: list[Json]) -> Json:
     """None for tokens that a server did not tell."""
     told: Json = {}
-    for name in ("requests", "prompt_tokens", "completion_tokens"):
-        counts = [each[name] for each in costs]
+    for name in _COSTS:
+        counts = [each.get(name) for each in costs]
         told[name] = None if None in counts else sum(counts)
     return told

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def judge_folder(name: str) -> Path:
     """
     from dsrecipes.model.hub import CARRIED, local_model
 
-    folder = Path(local_model(name) if name == CARRIED else name).expanduser()
+    folder = user_path(local_model(name) if name == CARRIED else name)
     if not (folder / "config.json").is_file():
         hint = "; it is a run: `dsrecipes export` makes a folder of it" if RunFolder(folder).config.is_file() else ""
         raise UserError(f"--judge {name}: no folder with a model (config.json), and no http:// or https:// address{hint}")
@@ -63,22 +64,28 @@ class LocalJudge:
             UserError: no causal language model, no chat template, damaged files.
         """
         import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
+        from dsrecipes.model.hub import first_line, read_tokenizer
+        from dsrecipes.runs.weights import weight_files
         from dsrecipes.use.finished import best_dtype
 
         disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.folder, self.by_likelihood = folder, by_likelihood
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            weight_files(folder)
+            self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, trust_remote_code=False)
             if not self.tokenizer.chat_template:
                 raise UserError(f"--judge {folder}: its tokenizer has no chat template; take an instruction-tuned model")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(device))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"--judge {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
+            )
+        except UserError:
+            raise
+        except Exception as error:  # tokenizers raises no narrower one
+            raise UserError(f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
         self.model: PreTrainedModel = model.to(device).eval()
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
@@ -87,11 +94,15 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply have no room in the model's positions.
         """
+        from dsrecipes.data.template import render
         from dsrecipes.use.answers import positions
 
-        asked = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        turns = [{"role": "user", "content": prompt}]
+        try:
+            asked = render(self.tokenizer, turns, True, tokenize=True, return_dict=True, return_tensors="pt")
+        except ValueError as error:
+            raise UserError(f"--judge {self.folder}: {error}") from error
+        asked = asked.to(self.model.device)
         count = asked["input_ids"].shape[1]
         room = positions(self.model)
         if room and count + max_new_tokens > room:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsrecipes.errors import UserError
 from dsrecipes.runs.disk import write_whole
-from dsrecipes.use.job_file import JobFile, Json, json_lines
+from dsrecipes.use.job_file import JobFile, Json, json_lines, text_in
 
 
 class Partial(JobFile):
@@ -20,7 +20,7 @@ class Partial(JobFile):
 
     def take(self, line: Json) -> None:
         """Keep an answer."""
-        self.done[line["index"]] = line["answer"]
+        self.done[line["index"]] = text_in(line, "answer")
 
     def finish(self, rows: list[Json]) -> None:
         """Write the rows to OUT, and remove OUT.partial."""

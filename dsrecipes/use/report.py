@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import user_path
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.use import charts, tables
 from dsrecipes.use.finished import CommandParser
@@ -63,9 +64,9 @@ def report(
     found = open_recorded([runs] if isinstance(runs, (str, Path)) else list(runs))
     if out is None and len(found) > 1:
         raise UserError("several runs: name the file with --out FILE.html")
-    path = Path(out).expanduser() if out else found[0].folder.page
+    path = user_path(out) if out else found[0].folder.page
     _check_place(path)
-    text = render(found, lang or language(), [Path(each).expanduser() for each in attach])
+    text = render(found, lang or language(), [user_path(each) for each in attach])
     try:
         write_whole(path, text)
     except OSError as error:

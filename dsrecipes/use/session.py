@@ -7,10 +7,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import user_path
 from dsrecipes.use.sampling import check_sampling
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Session(ABC):
         """Write what was said; nothing is written over."""
         if not argument:
             raise UserError("/save FILE: give a file name")
-        path = Path(argument).expanduser()
+        path = user_path(argument)
         text = json.dumps(self.record(), ensure_ascii=False, indent=1) + "\n"
         try:
             with path.open("x", encoding="utf-8") as file:

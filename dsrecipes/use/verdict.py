@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
+from dsrecipes.find import read_text, user_path
 
 RUBRIC = Path(__file__).with_name("judge_rubric.txt")
 """The default rubric; a copy of it is where a user's own starts."""
@@ -28,12 +29,11 @@ def read_rubric(path: str | None) -> str:
     Raises:
         UserError: no such file, or it lacks a placeholder or the verdict's form.
     """
-    file = Path(path).expanduser() if path else RUBRIC
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"--rubric {file}: cannot be read ({reason})") from error
+        file = user_path(path) if path else RUBRIC
+        text = read_text(file)
+    except UserError as error:
+        raise UserError(f"--rubric {error}") from error
     for name in (*(f"{{{each}}}" for each in PLACEHOLDERS), "VERDICT:"):
         if name not in text:
             raise UserError(f"--rubric {file}: {name} is missing; start from a copy of {RUBRIC}")
@@ -79,7 +79,7 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
     places: Counter[str | None] = Counter()
     for each in judgements:
         pairs.setdefault(each["item"], {})[each["order"]] = winner(each["order"], each["verdict"])
-        places[each["verdict"] if each["requests"] else None] += 1
+        places[each["verdict"] if each.get("requests") else None] += 1
     counts = dict.fromkeys(("wins", "losses", "ties", "inconsistent", "unparsed"), 0)
     for pair in pairs.values():
         found = {pair.get(order) for order in ORDERS}

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import read_text
+from dsrecipes.find import parse_json, read_text
 
 Json = dict[str, Any]
 
@@ -80,10 +80,7 @@ def read_zero(path: Path) -> Zero:
         UserError: malformed (line and column), an unknown key (with the nearest known one), a stage that is none,
             or a part that its stage does not have.
     """
-    try:
-        config = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    config = parse_json(read_text(path), str(path))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object")
     for key in config:
@@ -92,6 +89,10 @@ def read_zero(path: Path) -> Zero:
     for key in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be an object")
+    for key in ("optimizer", "scheduler"):
+        part = config.get(key, {})
+        if not isinstance(part.get("params", {}), dict) or not isinstance(part.get("type", ""), str):
+            raise UserError(f"{path}: {key} must have a type (text) and params (an object)")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or str(stage) not in ("0", "1", "2", "3"):
@@ -234,7 +235,7 @@ def _same(theirs: Any, ours: Any) -> bool:
         return isinstance(theirs, list) and len(theirs) == len(ours) and all(map(_same, theirs, ours))
     try:
         return float(theirs) == float(ours)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
