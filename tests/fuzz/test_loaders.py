@@ -26,7 +26,7 @@ from dsrecipes.data.questions import sources
 from dsrecipes.find import find_config, find_recipe, find_zero
 from dsrecipes.layers import layer, parse_flags
 from dsrecipes.model.load import check_model, check_vocabulary, load_config, load_model, load_tokenizer
-from dsrecipes.runs.checkpoint import facts_of, files_of, seal
+from dsrecipes.runs.checkpoint import facts_of, seal
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.folder import RunFolder, find_checkpoints
 from dsrecipes.runs.weights import tensors, weight_files
@@ -374,7 +374,7 @@ def checkpoint(folder: Path) -> Path:
     path.mkdir(parents=True)
     (path.parent / "checkpoint-\u00b2").mkdir()
     (path / "trainer_state.json").write_text("{}")
-    seal(path, facts_of(path, files_of(path)), {"ranks": 1, "zero": 2}, {})
+    seal(path, facts_of(path, ["trainer_state.json"]), {"ranks": 1, "zero": 2}, {})
     return path
 
 
