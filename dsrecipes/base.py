@@ -19,10 +19,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, build_config
+from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles
@@ -42,6 +44,8 @@ from dsrecipes.runs import report
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.expected import record
+from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
+from dsrecipes.runs.first_step import FirstStep
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoint, is_disk_full
 from dsrecipes.runs.record import Recorder
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
@@ -169,7 +173,10 @@ class RecipeBase(ABC):
             processing_class=self.tokenizer, checkpoints=self.folder.checkpoints, made_by=self.place.made_by(),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
+        self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
+        if train["audit"]:
+            trainer.add_callback(FirstStep(self, trainer))
         trainer.add_callback(_FirstAndLastStep(self, trainer))
         if self.console.main and not train["dry_run"]:
             trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
@@ -190,7 +197,9 @@ class RecipeBase(ABC):
             except _DryRunEnds:
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+            if is_out_of_memory(error) and hasattr(self, "place"):
+                raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
                 raise UserError(
                     f"--output_dir {self.folder.path}: no space left on the disk to save into. Free some, and give the same "
@@ -276,6 +285,14 @@ class RecipeBase(ABC):
             report.write_data(folder, self.splits, self.sequences)
         return folder.path
 
+    def places_of(self, rows: list[int]) -> str:
+        """Where training rows came from: files and lines."""
+        return places(self.splits["train"].path, rows, self.config.data.max_length if self.cut_into_blocks else None)
+
+    def _stood_at(self) -> str:
+        trainer = getattr(self, "trainer", None)
+        return f"in step {trainer.state.global_step + 1}" if trainer else "while the model was loaded"
+
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
@@ -343,8 +360,14 @@ class _FirstAndLastStep(TrainerCallback):
             keep_gradient_norm(engine)
         sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
-        if recipe.sequences["train"].bins is not None:
-            keep_apart(trainer.model, args.device, choose=recipe.config.model.attn_implementation is None)
+        data = recipe.sequences["train"]
+        if args.audit and trainer.causal and not recipe.cut_into_blocks:
+            check_ends(data, recipe.tokenizer, trainer.model)
+        sample = packed_sample(
+            data, collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32"
+        )
+        if sample is not None:
+            keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
             recipe.console.say(report.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)
@@ -353,7 +376,8 @@ class _FirstAndLastStep(TrainerCallback):
             report.write_ds_config(recipe.folder, trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the last step whatever logging_steps is: it is the run's result."""
+        """Stop where the loss is no number; log the last step whatever logging_steps is: it is the run's result."""
+        check_step(self.recipe, self.trainer)
         if state.global_step >= state.max_steps:
             control.should_log = True
 

@@ -98,6 +98,7 @@ class TrainConfig(TrainingArguments):
     global_batch_size: int | None = _help("Rows per optimizer step over all ranks; the accumulation is derived.")
     require_deepspeed: bool = _help("Stop where DeepSpeed cannot start, instead of running on plain PyTorch.", False)
     dry_run: bool = _help("Go through everything up to the first step, print what would happen, write nothing.", False)
+    audit: bool = _help("Check rows, packing, gradients and shards in the first step (a second or less).", True)
     verify_model: bool = _help("When training ends, check the saved model in a process of its own (10 s and more).", True)
     overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)

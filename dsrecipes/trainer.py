@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ class RecipeTrainer(Trainer):
         self._tally = [0, 0]
         self._rate = 0.0
         self._clock = _Clock()
+        self.batches: list[dict[str, torch.Tensor]] = []
+        """The micro batches of this step, their losses, and the gradient norm where the engine gives one."""
+        self.losses: list[torch.Tensor] = []
+        self.gradient_norm: torch.Tensor | float | None = None
 
     # ---- rows of a step ----
 
@@ -97,7 +102,39 @@ class RecipeTrainer(Trainer):
         batches, items = super().get_batch_samples(*args)
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
+        self.batches, self.losses, self.gradient_norm = batches, [], None
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of a micro batch, whose loss is kept until the step ends."""
+        self.losses.append(super().training_step(*args, **kwargs))
+        return self.losses[-1]
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
+        self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.gradient_norm
+
+    def sequences_of_step(self, step: int) -> list[list[int]]:
+        """This rank's sequences of a step (from 1), by micro batch; of the epoch that the loader stands in."""
+        sampler, accumulation = self.callback_handler.train_dataloader.batch_sampler, self.args.gradient_accumulation_steps
+        first = (step - 1) * accumulation % len(sampler)
+        return list(islice(sampler, first, first + accumulation))
+
+    def loss_and_logits(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a collated batch, as in training but without dropout; all ranks must call it together."""
+        self.model.eval()
+        inputs = self._prepare_inputs({name: each for name, each in batch.items() if name != COUNTS})
+        one = torch.ones((), device=self.args.device)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True, num_items_in_batch=one)
+        return loss, outputs.logits
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, rank 0's first; only for what is asked seldom."""
+        values = [value] * self.args.world_size
+        if self.args.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train an epoch, unless a resumed run stands at its last step already, where Trainer takes one step more."""

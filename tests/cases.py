@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult
+from dsrecipes.runs import first_step
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.trainer import RecipeTrainer
+from dsrecipes.zero.held import Shards
 
 
 def _run(recipe: str, values: dict[str, Any]) -> tuple[RecipeBase, RecipeTrainer, RunResult]:
@@ -111,3 +114,31 @@ def sequence(recipe: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = RunFolder(Path(facts["path"])).ds_config
         results.append(facts | {"json": json.loads(config.read_text()) if config.is_file() else None})
     return results
+
+
+def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
+    """Run a recipe with one of tests/spoil.py's faults; returns what it ends with."""
+    gc.collect()
+    story = load_recipe(recipe, **values)
+    with getattr(importlib.import_module("spoil"), spoil)(story):
+        try:
+            return f"step {story.run().step}"
+        except UserError as error:
+            return str(error)
+
+
+def shares(recipe: str, values: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Run a recipe; (held, whole) bytes of each part that the first step's audit counted on this rank."""
+    found: list[Shards] = []
+    count = first_step.shards
+
+    def keep(*given: Any) -> Shards:
+        found.append(count(*given))
+        return found[-1]
+
+    first_step.shards = keep
+    try:
+        train(recipe, values)
+    finally:
+        first_step.shards = count
+    return {part: found[0].share(part) for part in ("weights", "gradients", "states")}
