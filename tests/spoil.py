@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,5 +167,37 @@ def frozen_adapter(story: RecipeBase) -> contextlib.AbstractContextManager[None]
         for name, parameter in trainer.model.named_parameters():
             if "lora_A" in name:
                 nn.init.zeros_(parameter)
+
+    return _built(story, change)
+
+
+@contextlib.contextmanager
+def little_memory(story: RecipeBase) -> Iterator[None]:
+    """A limit of this process's memory, 32 MB above what it has when training begins."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def change(trainer: RecipeTrainer) -> None:
+        def act() -> None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), hard))
+
+        trainer.add_callback(_Begin(act))
+
+    try:
+        with _built(story, change):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def lost_loss(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+    """A model whose loss is exactly 0 from the third step on, as communication that overlaps has caused."""
+
+    def change(trainer: RecipeTrainer) -> None:
+        def drop(module: nn.Module, given: Any, result: Any) -> Any:
+            result["loss"] = result["loss"] * float(trainer.state.global_step < 2)
+            return result
+
+        trainer.model.register_forward_hook(drop)
 
     return _built(story, change)
