@@ -44,12 +44,13 @@ class PackedSample:
 
 
 def packed_sample(data: Sequences, **how: Any) -> PackedSample | None:
-    """The two shortest examples of the sequence that holds the most; None where no sequence holds two."""
-    fullest = max(data.bins if data.bins is not None else [], key=len, default=())
-    if len(fullest) < 2:
+    """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two."""
+    lengths = data.columns["input_ids"].lengths()
+    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
+    if not pairs:
         return None
-    index = next(i for i, each in enumerate(data.bins) if each is fullest)
-    return PackedSample(sorted(data[index], key=lambda row: len(row["input_ids"]))[:2], **how)
+    pair = min(pairs, key=lambda each: lengths[each].sum())
+    return PackedSample(data.examples(pair.tolist()), **how)
 
 
 def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: tuple[float, torch.Tensor]) -> str:

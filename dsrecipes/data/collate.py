@@ -69,6 +69,10 @@ class Sequences(TorchDataset):
         """Numbers of the prepared rows in a sequence; a filler has none."""
         return [] if index == FILLER else [index] if self.bins is None else self.bins[index].tolist()
 
+    def examples(self, rows: list[int]) -> list[Features]:
+        """Prepared rows by number."""
+        return [self._row(row) for row in rows]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -78,7 +82,7 @@ class Sequences(TorchDataset):
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
             return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
-        return [self._row(i) for i in self.rows(index)]
+        return self.examples(self.rows(index))
 
 
 class StepSampler:
