@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +19,22 @@ import torch
 from transformers import TrainerCallback
 
 from dsrecipes import load_recipe
+from dsrecipes.zero.held import held, storages
 
 SMALL = 1 << 14
 """Bytes; smaller tensors are not counted among the buffers."""
 
 
-def storages(tensors: Iterable[Any], but: dict[int, int]) -> dict[int, int]:
-    """Bytes by address of what lies under some tensors, each once, without those in `but`."""
-    found = {}
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in but:
-                found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-def leaves(value: Any) -> Iterable[torch.Tensor]:
-    """Tensors in nested lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from leaves(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from leaves(each)
-
-
-def held(engine: Any) -> dict[str, int]:
+def counted(engine: Any) -> dict[str, int]:
     """Bytes of this rank's parameters, gradients, optimizer states and buffers, between backward and the update.
 
-    Optimizer states are Adam's two moments and, where ZeRO keeps one, the copy of the parameters that it updates.
     Buffers are all other live tensors: communication buckets, batches, rotary tables.
     """
-    zero = engine.optimizer
-    adam = getattr(zero, "optimizer", zero)
-    params = list(engine.module.parameters())
-    own = storages([*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)], {})
-    grads = [
-        *(p.grad for p in params),
-        *leaves(getattr(zero, "averaged_gradients", None)),
-        *leaves(getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)),
-        *(p.grad for group in adam.param_groups for p in group["params"]),
-    ]
-    gradients = storages(grads, own)
-    masters = [p.data for group in adam.param_groups for p in group["params"]]
-    states = storages([*masters, *leaves(dict(adam.state))], own | gradients)
+    parts = held(engine.module, engine.optimizer)
+    known = {key: size for part in parts.values() for key, size in part.items()}
     everything = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
-    buffers = {key: size for key, size in storages(everything, own | gradients | states).items() if size >= SMALL}
-    parts = {"parameters": own, "gradients": gradients, "optimizer": states, "buffers": buffers}
-    return {name: sum(part.values()) for name, part in parts.items()}
+    buffers = {key: size for key, size in storages(everything, known).items() if size >= SMALL}
+    return {name: sum(part.values()) for name, part in (parts | {"buffers": buffers}).items()}
 
 
 def sent(log: dict[str, dict[int, list]], ranks: int) -> dict[str, float]:
@@ -99,7 +63,7 @@ class Count(TrainerCallback):
         update = engine.step
 
         def count_and_step(*given: Any, **named: Any) -> Any:
-            self.held = held(engine)
+            self.held = counted(engine)
             return update(*given, **named)
 
         engine.step = count_and_step

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, build_config
+from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles, user_path
@@ -55,6 +58,8 @@ from dsrecipes.runs.contract import check_contract, contract
 from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.disk import is_disk_full, put_in_place, sync
 from dsrecipes.runs.expected import record
+from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
+from dsrecipes.runs.first_step import FirstStep
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
@@ -195,9 +200,13 @@ class RecipeBase(ABC):
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
+        self.trainer = trainer
+        trainer.at_step_end = partial(check_step, self, trainer)
         trainer.remove_callback(PrinterCallback)
         if train["early_stopping_patience"]:
             trainer.add_callback(EarlyStoppingCallback(train["early_stopping_patience"]))
+        if train["audit"]:
+            trainer.add_callback(FirstStep(self, trainer))
         trainer.add_callback(_FirstAndLastStep(self, trainer))
         if self.console.main and not train["dry_run"]:
             trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
@@ -219,9 +228,11 @@ class RecipeBase(ABC):
             except _DryRunEnds:
                 return RunResult(self.folder.path, trainer.state.global_step, {})
             return self._finish(trainer, began)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
                 self.watch.leave_if_lost(error)
+            if is_out_of_memory(error) and hasattr(self, "place"):
+                raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
                 raise UserError(
                     f"--output_dir {self.folder.path}: no space left on the disk to save into. Free some, and give the same "
@@ -340,6 +351,14 @@ class RecipeBase(ABC):
             patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
         )  # fmt: skip
 
+    def places_of(self, rows: list[int]) -> str:
+        """Where training rows came from: files and lines."""
+        return places(self.splits["train"].path, rows, self.config.data.max_length if self.cut_into_blocks else None)
+
+    def _stood_at(self) -> str:
+        trainer = getattr(self, "trainer", None)
+        return f"in step {trainer.state.global_step + 1}" if trainer else "while the model was loaded"
+
     def _resume_step(self) -> int:
         return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
 
@@ -423,8 +442,14 @@ class _FirstAndLastStep(TrainerCallback):
             keep_gradient_norm(engine)
         sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
-        if recipe.sequences["train"].bins is not None:
-            keep_apart(trainer.model, args.device, choose=recipe.config.model.attn_implementation is None)
+        data = recipe.sequences["train"]
+        if args.audit and trainer.causal and not recipe.cut_into_blocks:
+            check_ends(data, recipe.tokenizer, trainer.model)
+        sample = packed_sample(
+            data, collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32"
+        )
+        if sample is not None:
+            keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
             recipe.console.say(report.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)

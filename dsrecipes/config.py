@@ -103,6 +103,7 @@ class TrainConfig(TrainingArguments):
     time_limit: str | None = _help("Save and leave with exit code 75 before so long has passed: 3h50m, 90m, 3:50:00.")
     allow_changed: list[str] = _list("Terms that a resumed run may change, such as learning_rate; all others must stay.")
     hang_timeout: float = _help("Seconds a rank may stand still while the others wait, before the run ends; 0: off.", 25)
+    audit: bool = _help("Check rows, packing, gradients and shards in the first step (a second or less).", True)
     verify_model: bool = _help("When training ends, check the saved model in a process of its own (10 s and more).", True)
     overwrite_output_dir: bool = _help("Delete an existing run folder of this name first.", False)
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)

@@ -52,6 +52,8 @@ class ResumableTrainer(Trainer):
     def __init__(self, *, keeping: Keeping, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.keeping = keeping
+        self.at_step_end: Callable[[], Any] = keeping.orders.agree
+        """Agrees with the other ranks on what a step was and what comes now, before it is logged, evaluated and saved."""
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would count torn ones too
         self._saved_step = -1
         self._saved_bytes = 0
@@ -146,10 +148,6 @@ class ResumableTrainer(Trainer):
 
     # ---- the end of a step ----
 
-    def step_ended(self) -> None:
-        """Agree with the other ranks on what to do; called once a step, before it is logged, evaluated and saved."""
-        self.keeping.orders.agree()
-
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:  # fmt: skip
         """Log, evaluate and save as the step asks, and leave where the run is told to.
 
@@ -160,7 +158,7 @@ class ResumableTrainer(Trainer):
         if self._ended_step != self.state.global_step:
             self._ended_step = self.state.global_step
             orders.step_ended()
-            self.step_ended()
+            self.at_step_end()
             ends = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
             self._owes_evaluation = ends and self.args.eval_strategy == IntervalStrategy.EPOCH
             self.control.should_save |= orders.saving or self._owes_save

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,10 @@ class RecipeTrainer(ResumableTrainer):
         self._tally = [0, 0]
         self._rate = 0.0
         self._clock = _Clock()
+        self.batches: list[dict[str, torch.Tensor]] = []
+        """The micro batches of this step, their losses, and the gradient norm where the engine gives one."""
+        self.losses: list[torch.Tensor] = []
+        self.gradient_norm: torch.Tensor | float | None = None
 
     # ---- rows of a step ----
 
@@ -97,12 +102,14 @@ class RecipeTrainer(ResumableTrainer):
         batches, items = super().get_batch_samples(*args)
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
+        self.batches, self.losses, self.gradient_norm = batches, [], None
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of a micro batch."""
+        """Forward and backward of a micro batch, whose loss is kept until the step ends."""
         self.watch.at("forward")
-        return super().training_step(*args, **kwargs)
+        self.losses.append(super().training_step(*args, **kwargs))
+        return self.losses[-1]
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss; where the model trains, the backward pass comes next."""
@@ -110,6 +117,25 @@ class RecipeTrainer(ResumableTrainer):
         if model.training:
             self.watch.at("backward")
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
+        self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.gradient_norm
+
+    def sequences_of_step(self, step: int) -> list[list[int]]:
+        """This rank's sequences of a step (from 1), by micro batch; of the epoch that the loader stands in."""
+        sampler, accumulation = self.callback_handler.train_dataloader.batch_sampler, self.args.gradient_accumulation_steps
+        first = (step - 1) * accumulation % len(sampler)
+        return list(islice(sampler, first, first + accumulation))
+
+    def loss_and_logits(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a collated batch, as in training but without dropout; all ranks must call it together."""
+        self.model.eval()
+        inputs = self._prepare_inputs({name: each for name, each in batch.items() if name != COUNTS})
+        one = torch.ones((), device=self.args.device)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True, num_items_in_batch=one)
+        return loss, outputs.logits
 
     # ---- evaluation ----
 

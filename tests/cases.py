@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import json
 import resource
@@ -18,10 +19,12 @@ from dsrecipes import UserError, base, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
 from dsrecipes.errors import RunStopped
 from dsrecipes.layers import layer
+from dsrecipes.runs import first_step
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.trainer import RecipeTrainer
+from dsrecipes.zero.held import Shards
 
 
 def _run(recipe: str, values: dict[str, Any]) -> tuple[RecipeBase, RecipeTrainer, RunResult]:
@@ -166,3 +169,31 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return _facts(story, story.made, result) | {"said": said.getvalue()}  # type: ignore[attr-defined]
+
+
+def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
+    """Run a recipe with one of tests/spoil.py's faults; returns what it ends with."""
+    gc.collect()
+    story = load_recipe(recipe, **values)
+    with getattr(importlib.import_module("spoil"), spoil)(story):
+        try:
+            return f"step {story.run().step}"
+        except UserError as error:
+            return str(error)
+
+
+def shares(recipe: str, values: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Run a recipe; (held, whole) bytes of each part that the first step's audit counted on this rank."""
+    found: list[Shards] = []
+    count = first_step.shards
+
+    def keep(*given: Any) -> Shards:
+        found.append(count(*given))
+        return found[-1]
+
+    first_step.shards = keep
+    try:
+        train(recipe, values)
+    finally:
+        first_step.shards = count
+    return {part: found[0].share(part) for part in ("weights", "gradients", "states")}

@@ -111,6 +111,31 @@ def arrow_file(columns: dict[str, list]) -> Path:
     return path
 
 
+def sequences(capacity: int | None = 14, end: int = 2):
+    """Five rows whose prompts of three tokens are not trained on; of 14 tokens one sequence holds the two shortest."""
+    from dsrecipes.data.collate import Sequences
+
+    ids = [[5 + (i * j) % 50 for j in range(1, 6 + 2 * i)] + [end] for i in range(5)]
+    return Sequences(arrow_file({"input_ids": ids, "labels": [[-100] * 3 + row[3:] for row in ids]}), capacity)
+
+
+def sample_of(model, collate: Callable, exact: bool = True):
+    """Two examples together and apart, with the forward pass that a trainer would give."""
+    import torch
+
+    from dsrecipes.data.audit import packed_sample
+    from dsrecipes.data.collate import COUNTS
+
+    def forward(batch):
+        model.eval()
+        with torch.no_grad():
+            counted = {name: each for name, each in batch.items() if name != COUNTS}
+            out = model(**counted, use_cache=False, num_items_in_batch=torch.ones(()))
+        return out.loss, out.logits
+
+    return packed_sample(sequences(), collate=collate, forward=forward, exact=exact)
+
+
 def write_rows(path: Path, rows: list[dict]) -> str:
     """Rows as a .jsonl or .json file; returns its path."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]

@@ -1,48 +1,170 @@
-"""Checks before the first step that a batch means what it should."""
+"""Checks before and in the first step that rows and batches mean what they should."""
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsrecipes.data.collate import FILLER, Features, Sequences
+from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
-
-def second_example(model: PreTrainedModel, device: torch.device, packed: bool) -> torch.Tensor:
-    """Logits (7, vocabulary) of a short random example, alone or packed behind another one.
-
-    All ranks must call it together, for under ZeRO-3 each holds a part of the weights.
-    """
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    examples = [torch.randint(vocabulary, (1, length), generator=draw).to(device) for length in (9, 7)]
-    examples = examples if packed else examples[1:]
-    places = [torch.arange(each.shape[1], device=device)[None] for each in examples]
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.cat(examples, 1), position_ids=torch.cat(places, 1), use_cache=False).logits
-    return logits[0, -7:]
+_ROWS = 256
+"""Rows whose ends are looked at."""
+OFF = "--audit false leaves the check out"
+Batch = dict[str, torch.Tensor]
 
 
-def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference in standard deviations of what was expected; 0 where rounding explains it."""
-    limit = 1e-4 if expected.dtype == torch.float32 else 0.1
-    largest = ((logits - expected).abs().max() / expected.float().std().clamp(min=1e-9)).item()
-    return 0.0 if largest <= limit else largest
+# ---- do packed examples see each other? ----
 
 
-def check_isolation(model: PreTrainedModel, device: torch.device) -> None:
-    """Refuse packing where an example's logits change with the one before it.
+@dataclass(frozen=True)
+class PackedSample:
+    """Two examples of one packed sequence, as a batch where they stand behind each other and one where they do not."""
+
+    rows: list[Features]
+    collate: Callable[[list], Batch]
+    forward: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+    """A batch's loss and logits, as in training but without dropout; all ranks must call it together, for under ZeRO-3
+    each holds a part of the weights."""
+    exact: bool
+    """Whether the forward pass computes in 32 bits."""
+
+    def answer(self, packed: bool) -> tuple[float, torch.Tensor]:
+        """Loss, and logits (labels, vocabulary) where there is a label, example by example."""
+        batch = self.collate([self.rows] if packed else [[row] for row in self.rows])
+        trained = batch.get("shift_labels", batch["labels"]) != IGNORE
+        loss, logits = self.forward(batch)
+        return loss.item(), logits[trained.to(logits.device)].float()
+
+
+def packed_sample(data: Sequences, **how: Any) -> PackedSample | None:
+    """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two."""
+    lengths = data.columns["input_ids"].lengths()
+    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
+    if not pairs:
+        return None
+    pair = min(pairs, key=lambda each: lengths[each].sum())
+    return PackedSample(data.examples(pair.tolist()), **how)
+
+
+def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: tuple[float, torch.Tensor]) -> str:
+    """How the answer to packed examples differs from the answer to each by itself; empty where rounding explains it."""
+    (loss, logits), (expected, wanted) = packed, apart
+    if logits.shape != wanted.shape:
+        raise UserError(
+            f"the collator gives two packed examples {len(logits)} labels, and the same two apart {len(wanted)}: mend the "
+            "recipe's collator"
+        )
+    if not wanted.isfinite().all():
+        return ""  # weights that hold NaN, which the first step names
+    limit = 1e-4 if sample.exact else 0.1
+    largest = ((logits - wanted).abs().max() / wanted.std().clamp(min=1e-9)).item()
+    if largest <= limit and abs(loss - expected) <= limit * max(abs(expected), 1e-9):
+        return ""
+    return f"loss {loss:.6g} instead of {expected:.6g}, logits off by {largest:.2g} standard deviations"
+
+
+def check_isolation(model: PreTrainedModel, sample: PackedSample) -> None:
+    """Refuse packing where an example's loss or logits change with the one before it.
 
     Models with ALiBi, learned positions of their own, or a recurrent state look across examples whatever the position
-    ids say.
+    ids say; so does any model where a collator does not restart them.
 
     Raises:
         UserError: they change; names the flag that turns packing off.
     """
-    difference = distance(second_example(model, device, packed=True), second_example(model, device, packed=False))
-    if difference:
+    apart = difference(sample, sample.answer(packed=True), sample.answer(packed=False))
+    if apart:
         raise UserError(
-            f"packing leaks in a {type(model).__name__}: an example's logits change by {difference:.2g} standard deviations "
-            "when another one stands before it. Give --packing false"
+            f"packing leaks in a {type(model).__name__}: behind another one, an example has {apart}. Give --packing false"
+            ", or mend the recipe's collator if it has one: position_ids begin at 0 in each example"
         )
+
+
+# ---- rows ----
+
+
+def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse rows of which none ever trains on a token that ends an answer: the model could not learn to stop.
+
+    Raises:
+        UserError: none of the first rows does.
+    """
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    # <|im_end|>, <|eot_id|>, <end_of_turn>: special, and of no other use
+    named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    ends |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
+    labels, wanted = data.columns["labels"], np.array([each for each in ends if each is not None])
+    rows = min(_ROWS, len(data.columns["input_ids"].lengths()))
+    if not any(np.isin(labels[row][1:], wanted).any() for row in range(rows)):
+        raise UserError(
+            f"none of the first {rows} training rows is trained on an end token ({tokenizer.eos_token}): the model could not "
+            "learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
+            f"{OFF} where that is meant"
+        )
+
+
+def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
+    """Prepared rows of a micro batch of which no token, or no answer, is trained on.
+
+    Args:
+        batch: what the collator made of them.
+        rows: the numbers of the rows in each of its sequences.
+    """
+    labels = batch.get("shift_labels", batch["labels"])
+    if "position_ids" not in batch or "shift_labels" not in batch:
+        learned = (labels.reshape(len(labels), -1) != IGNORE).any(1).tolist()
+        return [row for line, each in zip(learned, rows, strict=True) for row in each if not line]
+    keep = batch.get("logits_to_keep")
+    if keep is not None:  # the labels of all sequences in one line
+        full = torch.full(keep.shape, IGNORE, dtype=labels.dtype)
+        full[keep.cpu()] = labels.cpu()
+        labels = full
+    missing = []
+    for line, positions, each in zip(labels.cpu() != IGNORE, batch["position_ids"].cpu(), rows, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(line)]
+        found = [bool(line[start:end].any()) for start, end in zip(starts, starts[1:], strict=False)]
+        if len(found) < len(each):  # positions do not restart: the sequence as a whole
+            found = [bool(line.any())] * len(each)
+        missing += [row for row, learned in zip(each, found, strict=False) if not learned]
+    return missing
+
+
+# ---- ranks ----
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """What a rank is about to train on."""
+
+    steps: int
+    sequences: list[int]
+    """Those of the first step."""
+
+
+def check_ranks(found: list[RankRows]) -> None:
+    """Compare what the ranks are about to train on.
+
+    Raises:
+        UserError: they have different numbers of steps, or two have the same rows in the first step.
+    """
+    counts = [each.steps for each in found]
+    if len(set(counts)) > 1:
+        told = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(counts))
+        raise UserError(f"the ranks have different numbers of micro batches ({told}): the others would wait for ever")
+    owner: dict[int, int] = {}
+    for rank, each in enumerate(found):
+        for index in set(each.sequences) - {FILLER}:
+            if owner.setdefault(index, rank) != rank:
+                raise UserError(
+                    f"ranks {owner[index]} and {rank} have the same rows in the first step (sequence {index}): the sampler "
+                    "does not divide the data among the ranks"
+                )

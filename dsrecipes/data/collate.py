@@ -65,6 +65,14 @@ class Sequences(TorchDataset):
     def _row(self, row: int) -> Features:
         return {name: column[row] for name, column in self.columns.items()}
 
+    def rows(self, index: int) -> list[int]:
+        """Numbers of the prepared rows in a sequence; a filler has none."""
+        return [] if index == FILLER else [index] if self.bins is None else self.bins[index].tolist()
+
+    def examples(self, rows: list[int]) -> list[Features]:
+        """Prepared rows by number."""
+        return [self._row(row) for row in rows]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -74,7 +82,7 @@ class Sequences(TorchDataset):
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
             return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
-        return [self._row(i) for i in ([index] if self.bins is None else self.bins[index])]
+        return self.examples(self.rows(index))
 
 
 class StepSampler:

@@ -71,8 +71,8 @@ class LocatedRows:
 
 
 def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """(where, row) of any rows: a FileRows, a LocatedRows, a datasets.Dataset, a list."""
-    if isinstance(rows, (FileRows, LocatedRows)):
+    """(where, row) of any rows: a FileRows, a LocatedRows, LineRows, a datasets.Dataset, a list."""
+    if isinstance(rows, (FileRows, LocatedRows, LineRows)):
         yield from rows.located()
     else:
         for number, row in enumerate(rows, 1):
@@ -253,8 +253,12 @@ class LineRows:
         return any(_TITLE.fullmatch(str(row.get("text", ""))) for row in islice(rows, 100))
 
     def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self.located())
+
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Documents with the row that each begins at."""
         lines = (text if text.endswith("\n") else text + "\n" for text in (str(row["text"]) for row in self.rows))
-        return (row for _, row in pieces(lines))
+        return ((f"row {number}", row) for number, row in pieces(lines))
 
     @property
     def fingerprint(self) -> str:

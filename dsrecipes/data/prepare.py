@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dsrecipes.data.columns import fingerprint_columns, write_columns
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import Row, fingerprint
+from dsrecipes.data.origin import Origins, origins_path
 from dsrecipes.data.pack import blocks
 from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
 from dsrecipes.errors import UserError
@@ -184,13 +185,14 @@ def _write(
     console: Console,
     split: str,
 ) -> SplitStats:
-    stats = SplitStats()
+    stats, origins = SplitStats(), Origins()
     with console.progress(f"tokenizing {split}", unit=" rows") as bar:
-        encoded = _encoded(recipe, records, tokenizer, options, stats, bar.update)
+        encoded = _encoded(recipe, records, tokenizer, options, stats, origins, bar.update)
         write_columns(
             path, _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded
         )
     stats.fingerprint = fingerprint_columns(path) if stats.kept else ""
+    origins.write(origins_path(path))
     return stats
 
 
@@ -200,6 +202,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     stats: SplitStats,
+    origins: Origins,
     progress: Callable[[int], Any],
 ) -> Iterator[dict[str, list]]:
     """Batches of encoded rows that have a token to train on and are not too long."""
@@ -218,7 +221,9 @@ def _encoded(
                 dropped["nothing to learn from"] += 1
             else:
                 keep.append(index)
-                stats.tokens += _total(ids)
+                tokens = _total(ids)
+                origins.add(group[index][0], tokens)
+                stats.tokens += tokens
                 stats.supervised += supervised
         stats.rows += rows
         stats.kept += len(keep)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dsrecipes.data.audit import check_isolation, distance, second_example
+from dsrecipes.data.audit import PackedSample, check_isolation, difference
 
 NAME = "dsrecipes_by_example"
 
@@ -82,7 +82,7 @@ def attend_by_example(model: PreTrainedModel, on: bool) -> bool:
     return text._attn_implementation == after
 
 
-def keep_apart(model: PreTrainedModel, device: torch.device, choose: bool) -> None:
+def keep_apart(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:
     """See that packed examples do not look at each other, by the fastest attention that this model takes here.
 
     Args:
@@ -92,9 +92,9 @@ def keep_apart(model: PreTrainedModel, device: torch.device, choose: bool) -> No
         UserError: they do, whatever the attention.
     """
     if choose and device.type == "cpu":
-        alone = second_example(model, device, packed=False)  # by the model's own attention
+        apart = sample.answer(packed=False)  # by the model's own attention
         if attend_by_example(model, True):
-            if not distance(second_example(model, device, packed=True), alone):
+            if not difference(sample, sample.answer(packed=True), apart):
                 return
             attend_by_example(model, False)
-    check_isolation(model, device)
+    check_isolation(model, sample)

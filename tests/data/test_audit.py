@@ -1,27 +1,99 @@
-"""Packing is refused for a model that looks across examples."""
+"""Packing is refused where examples see each other; rows that never end, rows without labels, rows of two ranks."""
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import arrow_file, sample_of, sequences, tiny_gpt2
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from dsrecipes.data.audit import check_isolation
+from dsrecipes.data.audit import RankRows, check_ends, check_isolation, check_ranks, packed_sample, unlabelled
+from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.errors import UserError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_that_restart_keep_examples_apart(dtype):
+@pytest.mark.parametrize("select", [True, False])
+def test_positions_that_restart_keep_examples_apart(dtype, select):
     models = [
         LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)),
         GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
     ]
     for model in models:
-        assert check_isolation(model.to(dtype), torch.device("cpu")) is None
+        sample = sample_of(model.to(dtype), CausalCollator(0, select), dtype == torch.float32)
+        assert [len(row["input_ids"]) for row in sample.rows] == [6, 8]
+        assert check_isolation(model, sample) is None
+        packed, apart = sample.answer(packed=True), sample.answer(packed=False)
+        assert packed[1].shape == apart[1].shape == (3 + 5, 64)
 
 
 def test_alibi_does_not_and_the_flag_is_named():
     torch.manual_seed(0)
-    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.5)
-    with pytest.raises(UserError, match=r"packing leaks in a BloomForCausalLM.*--packing false"):
-        check_isolation(BloomForCausalLM(config), torch.device("cpu"))
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.5))
+    collate = CausalCollator(0, select_logits=True)
+
+    def without_positions(items):
+        batch = collate(items)
+        batch.pop("position_ids")
+        return batch
+
+    with pytest.raises(UserError, match=r"packing leaks in a BloomForCausalLM.*loss .* instead of .*--packing false"):
+        check_isolation(model, sample_of(model, without_positions, True))
+
+
+def test_a_sample_needs_two_examples_in_a_sequence():
+    alone = Sequences(arrow_file({"input_ids": [[1] * 9, [1] * 8], "labels": [[1] * 9, [1] * 8]}), 16)
+    assert packed_sample(alone, collate=None, forward=None, exact=True) is None
+    assert packed_sample(sequences(capacity=None), collate=None, forward=None, exact=True) is None
+
+
+def test_rows_that_never_end_are_refused():
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tiny_gpt2()),
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=1, n_head=1, n_embd=8)),
+    )
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 77]
+    for end in (tokenizer.eos_token_id, 77):
+        check_ends(sequences(end=end), tokenizer, model)
+    with pytest.raises(UserError, match=r"none of the first 5 training rows is trained on an end token.*--audit false"):
+        check_ends(sequences(end=78), tokenizer, model)
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_rows_without_a_label_are_found_wherever_they_stand(select):
+    data, collate = sequences(capacity=None), CausalCollator(0, select)
+    for masked in ([], [0], [1], [2], [0, 3], [0, 1, 2, 3]):
+        items = [[data[0][0], data[1][0]], [data[2][0]], [data[3][0]]]
+        rows = [[0, 1], [2], [3]]
+        flat = [row for item in items for row in item]
+        for number in masked:
+            flat[number]["labels"] = torch.full((len(flat[number]["labels"]),), -100).numpy()
+        assert unlabelled(collate(items), rows) == masked
+    filled = [[0], []]  # a filler has no row, and no label
+    assert unlabelled(collate([data[0], data[-1]]), filled) == []
+
+
+def test_answers_without_a_label_are_found():
+    columns = {"input_ids": [[1, 2], [3, 4, 5], [6]], "labels": [0, 2, 1]}
+    data = Sequences(arrow_file(columns))
+    items = [data[0], data[1], data[-1]]
+    assert unlabelled(PaddingCollator(0)(items), [[0], [1], []]) == []
+    batch = PaddingCollator(0)(items)
+    batch["labels"][1] = -100
+    assert unlabelled(batch, [[0], [1], []]) == [1]
+
+
+def test_ranks_have_as_many_steps_and_rows_of_their_own():
+    check_ranks([RankRows(6, [0, 1, -1]), RankRows(6, [2, 3, -1])])
+    with pytest.raises(UserError, match=r"different numbers of micro batches \(rank 0 6, rank 1 8\)"):
+        check_ranks([RankRows(6, [0]), RankRows(8, [1])])
+    with pytest.raises(UserError, match=r"ranks 0 and 2 have the same rows in the first step \(sequence 4\)"):
+        check_ranks([RankRows(6, [4]), RankRows(6, [1]), RankRows(6, [4])])

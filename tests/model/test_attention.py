@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
+from tiny import sample_of, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from dsrecipes.data.collate import CausalCollator
 from dsrecipes.model.attention import NAME, attend_by_example, keep_apart
 
 
@@ -37,9 +38,10 @@ def test_logits_and_gradients_are_those_of_sdpa(tiny):
 
 def test_an_attention_that_the_user_named_is_kept():
     model = AutoModelForCausalLM.from_pretrained(tiny_llama())
-    keep_apart(model, torch.device("cpu"), choose=False)
+    sample = sample_of(model, CausalCollator(0, select_logits=True))
+    keep_apart(model, sample, torch.device("cpu"), choose=False)
     assert model.config._attn_implementation == "sdpa"
-    keep_apart(model, torch.device("cpu"), choose=True)
+    keep_apart(model, sample, torch.device("cpu"), choose=True)
     assert model.config._attn_implementation == NAME
     assert attend_by_example(model, False) and model.config._attn_implementation == "sdpa"
     model.config.sliding_window = 8
