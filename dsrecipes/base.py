@@ -220,7 +220,7 @@ class RecipeBase(ABC):
         if checkpoint and path is None:
             path = checkpoint.parent.parent
         if checkpoint:
-            self.place.check_checkpoint(checkpoint)
+            self.place.check_checkpoint(checkpoint, self.config.train)
         if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
             goes_on = (
                 auto or path is None or (checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()))
@@ -251,7 +251,8 @@ class RecipeBase(ABC):
         values |= {
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
             "bf16": self.place.precision == "bf16", "fp16": self.place.precision == "fp16",
-            "gradient_accumulation_steps": self.place.accumulation, "resume_from_checkpoint": None,
+            "per_device_train_batch_size": self.place.micro, "gradient_accumulation_steps": self.place.accumulation,
+            "resume_from_checkpoint": None,
             "disable_tqdm": True, "remove_unused_columns": False,
         }  # fmt: skip
         try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -24,6 +24,8 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.runs.folder import write_manifest
+from dsrecipes.zero import reshape
+from dsrecipes.zero.saved import fits, made_by
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -105,6 +107,38 @@ class RecipeTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
+
+    # ---- checkpoints of another place ----
+
+    def _made_elsewhere(self, checkpoint: str | None) -> bool:
+        return checkpoint is not None and not fits(made_by(Path(checkpoint)), self.made_by)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
+        """Start engine and optimizer; a checkpoint of other ranks or another stage is divided anew."""
+        elsewhere = self._made_elsewhere(resume_from_checkpoint)
+        result = super()._prepare_for_training(max_steps, train_dataloader, None if elsewhere else resume_from_checkpoint)
+        if elsewhere:
+            reshape.load(self, Path(resume_from_checkpoint))
+        return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._made_elsewhere(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._made_elsewhere(self.state.best_model_checkpoint):
+            reshape.load(self, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's random numbers; a rank that the checkpoint knows nothing of gets its own, the same each time."""
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is None or Path(checkpoint, name).is_file():
+            super()._load_rng_state(checkpoint)
+        else:
+            place = (self.args.seed, self.state.global_step, self.args.process_index)
+            set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     # ---- evaluation ----
 
