@@ -60,7 +60,8 @@ def load(trainer: RecipeTrainer, checkpoint: Path) -> None:
             if name in saved.buffers:
                 buffer.copy_(saved.buffers[name])
     _spread(wrapper)
-    _schedule(trainer, inner, saved, checkpoint)
+    numbers = [saved.groups[spans[0].name] if (spans := [s for _, each in group for s in each]) else 0 for group in groups]
+    _schedule(trainer, inner, saved, numbers, checkpoint)
     if engine:
         _count(engine, wrapper, saved, trainer.state.global_step or _step(checkpoint))
 
@@ -158,23 +159,24 @@ def _spread(wrapper: Any) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
-def _schedule(trainer: RecipeTrainer, inner: torch.optim.Optimizer, saved: Saved, checkpoint: Path) -> None:
-    """The scheduler's position, and the learning rates that it had set."""
+def _schedule(
+    trainer: RecipeTrainer, inner: torch.optim.Optimizer, saved: Saved, numbers: list[int], checkpoint: Path
+) -> None:
+    """The scheduler's position and the learning rates that it had set; `numbers`: each group's in the checkpoint."""
     file = checkpoint / "scheduler.pt"
+    scheduler, state = trainer.lr_scheduler, saved.engine.get("lr_scheduler")
     if file.is_file():
-        trainer.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
-    elif getattr(trainer.model_wrapped, "lr_scheduler", None) is not None and saved.engine.get("lr_scheduler"):
-        trainer.model_wrapped.lr_scheduler.load_state_dict(saved.engine["lr_scheduler"])
+        state = torch.load(file, weights_only=True)
+    elif getattr(trainer.model_wrapped, "lr_scheduler", None) is not None and state:
+        scheduler = trainer.model_wrapped.lr_scheduler
     else:
         raise UserError(
             f"{checkpoint} holds the schedule of a ZeRO JSON's scheduler block, which this run has not: resume with it"
         )
-    if len(saved.rates) != len(inner.param_groups):
-        raise UserError(
-            f"{checkpoint} has {len(saved.rates)} groups of parameters, and this run's optimizer {len(inner.param_groups)}"
-        )
-    for group, rate in zip(inner.param_groups, saved.rates, strict=True):
-        group["lr"] = rate
+    by_group = {key: value for key, value in state.items() if isinstance(value, list) and len(value) == len(saved.rates)}
+    scheduler.load_state_dict(state | {key: [value[n] for n in numbers] for key, value in by_group.items()})
+    for group, number in zip(inner.param_groups, numbers, strict=True):
+        group["lr"] = saved.rates[number]
 
 
 def _count(engine: Any, wrapper: Any, saved: Saved, step: int) -> None:

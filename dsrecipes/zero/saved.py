@@ -36,8 +36,10 @@ class Saved:
     """Name -> its pieces in order: (flat tensors by key, where it begins in them, number of elements)."""
     steps: dict[str, float] = field(default_factory=dict)
     """Name -> steps that its optimizer state has seen."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """Name -> number of its group; plain PyTorch keeps a group that has no parameters, and DeepSpeed does not."""
     rates: list[float] = field(default_factory=list)
-    """Learning rate of each group of parameters."""
+    """Learning rate of each group."""
     engine: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's counters, loss scaler and scheduler; empty for plain PyTorch."""
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -149,22 +151,24 @@ def _read_zero12(shards: list[dict], shapes: list[dict]) -> Saved:
             tensors, step = _flat(f"group {group}", state, shard["single_partition_of_fp32_groups"][group])
             for name, address in mapping.items():
                 saved.fragments.setdefault(name, []).append((tensors, address.start, address.numel))
-                saved.steps[name] = step
+                saved.steps[name], saved.groups[name] = step, group
     return saved
 
 
 def _read_zero3(shards: list[dict], shapes: list[dict]) -> Saved:
-    saved = Saved(rates=[group["lr"] for group in shards[0]["optimizer_state_dict"]["param_groups"]])
+    groups = shards[0]["optimizer_state_dict"]["param_groups"]
+    saved = Saved(rates=[group["lr"] for group in groups])
+    group_of = {number: group for group, options in enumerate(groups) for number in options["params"]}
     for rank, shard in enumerate(shards):
-        for group, names in enumerate(shapes):
-            state = shard["optimizer_state_dict"]["state"].get(group, {})
-            tensors, step = _flat(f"group {group}", state, shard["fp32_flat_groups"][group])
+        for part, names in enumerate(shapes):
+            state = shard["optimizer_state_dict"]["state"].get(part, {})
+            tensors, step = _flat(f"group {part}", state, shard["fp32_flat_groups"][part])
             offset = 0
             for name, shape in names.items():
                 share = math.ceil(shape.numel() / len(shards))
                 numel = max(0, min(share, shape.numel() - rank * share))
                 saved.fragments.setdefault(name, []).append((tensors, offset, numel))
-                saved.steps[name] = step
+                saved.steps[name], saved.groups[name] = step, group_of[part]
                 offset += share
     return saved
 
@@ -186,10 +190,11 @@ def _read_plain(checkpoint: Path, names: list[str]) -> Saved:
 def _number(names: list[str], optimizer: dict[str, Any], weight: Any) -> Saved:
     """Undivided states, which an optimizer numbers in the order of its groups."""
     saved = Saved(rates=[group["lr"] for group in optimizer["param_groups"]])
-    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    numbers = {number: index for index, group in enumerate(optimizer["param_groups"]) for number in group["params"]}
     if len(numbers) != len(names):
         raise UserError(f"the checkpoint's optimizer has {len(numbers)} parameters, and this run's {len(names)}")
-    for number, name in zip(numbers, names, strict=True):
+    for name, (number, group) in zip(names, numbers.items(), strict=True):
+        saved.groups[name] = group
         tensors, saved.steps[name] = _flat(name, optimizer["state"].get(number, {}), weight(name))
         saved.fragments[name] = [(tensors, 0, tensors[WEIGHT].numel())]
     return saved
@@ -207,7 +212,7 @@ class _Lazy:
 
 def _read_neutral(folder: Path) -> Saved:
     told = json.loads((folder / NEUTRAL).read_text(encoding="utf-8"))
-    saved = Saved(steps=told["steps"], rates=told["rates"], engine=told["engine"])
+    saved = Saved(steps=told["steps"], groups=told["groups"], rates=told["rates"], engine=told["engine"])
     for key in told["keys"]:
         for path in sorted(folder.glob(f"{key}-*.safetensors")):
             file = safe_open(path, "pt")
