@@ -75,7 +75,8 @@ class Place:
     def made_by(self) -> dict[str, Any]:
         """What a checkpoint records of the place that writes it."""
         sequences = self.micro * self.accumulation * self.ranks.world
-        return {"ranks": self.ranks.world, "zero": self.zero.stage if self.zero else None, "sequences": sequences}
+        stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
+        return {"ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout}
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
         """Keep the steps of a checkpoint as large as they were, and say where its states are divided anew.

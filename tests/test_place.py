@@ -34,7 +34,12 @@ def test_one_process_on_a_cpu():
     assert (here.ranks.world, here.device, here.precision, here.zero.stage) == (1, "cpu", "fp32", 2)
     assert os.environ["RANK"] == "0" and int(os.environ["MASTER_PORT"]) and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert here.micro * here.accumulation == 8 and here.fallback is None
-    assert "ZeRO-2" in here.name() and here.made_by() == {"ranks": 1, "zero": 2, "sequences": 8}
+    assert "ZeRO-2" in here.name() and here.made_by() == {
+        "ranks": 1,
+        "zero": 2,
+        "sequences": 8,
+        "layout": [None, False, False],
+    }
     plain = place(deepspeed="none")
     assert plain.zero is None and plain.name() == "plain PyTorch" and "RANK" not in os.environ
 
@@ -150,3 +155,5 @@ def test_a_checkpoint_whose_steps_cannot_be_had_is_refused(tmp_path, monkeypatch
 def test_the_same_place_and_undivided_states_are_loaded_as_they_are(tmp_path, monkeypatch):
     assert not resumed(tmp_path, {"ranks": 2, "zero": None, "sequences": 8}, 1, monkeypatch, deepspeed="none").notes
     assert not resumed(tmp_path, {"ranks": 1, "zero": 2, "sequences": 8}, 1, monkeypatch).notes
+    elsewhere = {"ranks": 1, "zero": 2, "sequences": 8, "layout": [None, True, False]}
+    assert resumed(tmp_path, elsewhere, 1, monkeypatch).notes  # DeepSpeed would load it, each state into a wrong place

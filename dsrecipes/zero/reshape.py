@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsrecipes.errors import UserError
-from dsrecipes.zero.saved import COUNTERS, WEIGHT, Saved, read
+from dsrecipes.zero.saved import COUNTERS, ROUND_ROBIN, WEIGHT, WRAPPED, Saved, read
 
 if TYPE_CHECKING:
     from dsrecipes.trainer import RecipeTrainer
@@ -48,6 +48,8 @@ def load(trainer: RecipeTrainer, checkpoint: Path) -> None:
     inner = getattr(wrapper, "optimizer", wrapper)
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
+    if getattr(wrapper, "round_robin_gradients", False):
+        raise UserError(f"{checkpoint}: {ROUND_ROBIN}")
     groups = _layout(wrapper, names)
     order = [span.name for group in groups for _, spans in group for span in spans]
     saved = read(checkpoint, order)
@@ -78,6 +80,8 @@ def _layout(wrapper: Any, names: dict[int, str]) -> list[_Group]:
     if params is not None:
         flats = [group["params"][0] for group in wrapper.optimizer.param_groups]
         return [[(flat, list(_mapped(group, names)))] for flat, group in zip(flats, params, strict=True)]
+    if any(id(p) not in names for group in wrapper.param_groups for p in group["params"]):
+        raise UserError(WRAPPED)
     return [
         [(p, [_Span(names[id(p)], p.numel(), 0, p.numel(), 0)]) for p in group["params"]] for group in wrapper.param_groups
     ]

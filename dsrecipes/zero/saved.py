@@ -25,6 +25,14 @@ WEIGHT = "weight"
 """The key of a parameter's value in full precision, beside the optimizer's own: exp_avg, exp_avg_sq, ..."""
 NEUTRAL = "parameters.json"
 """The file that makes a folder one of `dsrecipes reshape`, which fits any number of ranks and any stage."""
+ROUND_ROBIN = (
+    "with round_robin_gradients DeepSpeed does not record where each parameter's state lies, so it cannot be divided anew. "
+    "Go on under the ZeRO JSON and on as many ranks as the checkpoint was written with"
+)
+WRAPPED = (
+    "ZeRO-0 in 16 bits keeps its state in a form of its own, which cannot be divided anew: the checkpoints of ZeRO-1, 2 and "
+    "3 and of plain PyTorch go on on any number of ranks and under each other"
+)
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
@@ -70,7 +78,8 @@ def made_by(checkpoint: Path) -> dict[str, Any]:
 
 def fits(made: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether DeepSpeed or Trainer loads the checkpoint as it is: the same place, or states that were never divided."""
-    whole = made.get("zero") in (None, 0) or made.get("ranks") == here["ranks"]
+    divided = made.get("ranks") == here["ranks"] and made.get("layout", here["layout"]) == here["layout"]
+    whole = made.get("zero") in (None, 0) or divided
     return not made or ("zero" in made and made["zero"] == here["zero"] and whole)
 
 
@@ -92,7 +101,11 @@ def read(checkpoint: Path, names: list[str]) -> Saved:
         return _read_plain(checkpoint, names)
     folder = _engine_folder(checkpoint)
     model = _load(_files(folder, "*model_states.pt")[0])
+    if model.get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
+        raise UserError(f"{checkpoint}: {ROUND_ROBIN}")
     if stage == 0:
+        if "param_groups" not in model["optimizer"]:
+            raise UserError(f"{checkpoint}: {WRAPPED}")
         saved = _number(names, model["optimizer"], model["module"].__getitem__)
     else:
         shards = [_load(path)["optimizer_state_dict"] for path in _files(folder, "*zero_pp_rank_*optim_states.pt")]
