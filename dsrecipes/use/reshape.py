@@ -7,6 +7,7 @@ DeepSpeed's, and no shard that only its own rank reads.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
     parser.add_argument("--checkpoint", metavar="stepN|PATH", help="default: the newest whole one")
     asked = parser.parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, whose objects are read, looks for a GPU and says so
     result = reshape(asked.run, checkpoint=asked.checkpoint)
     written = f"{result['bytes'] / 1e6:,.1f} MB written" if result["bytes"] else "nothing to write: it is there"
     print(f"step {result['step']:<5}{result['path']} · {written}")
