@@ -184,13 +184,15 @@ class RecipeBase(ABC):
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
         self.orders = Orders(seconds_of(train["time_limit"]) if train["time_limit"] else None)
+        self.folder = RunFolder(self._take_folder(folder))
+        self.args.output_dir = str(self.folder.path)
+        candidates = self.orders.gathered(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
         terms, changed = contract(self), []
         if self.checkpoint:
             before = read_manifest(self.checkpoint)["contract"]
             changed = check_contract(self.checkpoint, before, terms, train["allow_changed"])
-        self.folder = RunFolder(self._open_folder(folder))
-        self.args.output_dir = str(self.folder.path)
+        self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
         trainer = RecipeTrainer(
@@ -267,7 +269,7 @@ class RecipeBase(ABC):
         if checkpoint and path is None:
             path = checkpoint.parent.parent
         if checkpoint:
-            self.place.check_checkpoint(checkpoint)
+            self.place.check_checkpoint(checkpoint, self.config.train)
         if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
             goes_on = (
                 auto or path is None or (checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()))
@@ -303,8 +305,9 @@ class RecipeBase(ABC):
         values |= {
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
             "bf16": self.place.precision == "bf16", "fp16": self.place.precision == "fp16",
-            "gradient_accumulation_steps": self.place.accumulation, "resume_from_checkpoint": None,
-            "disable_tqdm": True, "remove_unused_columns": False, "restore_callback_states_from_checkpoint": True,
+            "per_device_train_batch_size": self.place.micro, "gradient_accumulation_steps": self.place.accumulation,
+            "resume_from_checkpoint": None, "disable_tqdm": True, "remove_unused_columns": False,
+            "restore_callback_states_from_checkpoint": True,
         }  # fmt: skip
         if values["early_stopping_patience"]:
             values["metric_for_best_model"] = values["metric_for_best_model"] or "loss"
@@ -315,20 +318,24 @@ class RecipeBase(ABC):
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
 
-    def _open_folder(self, named: Path | None) -> Path:
-        """Agree on the run folder, make it and send the log there."""
+    def _take_folder(self, named: Path | None) -> Path:
+        """Agree on the run folder, and keep other processes out of it."""
         if self.config.train["dry_run"]:
             return Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))
         path = self.orders.gathered(named or default_path(self.config.layers.recipe.name))[0]
         problem = self.orders.gathered(self._lock_folder(RunFolder(path)) if self.console.main else None)[0]
         if problem:
             raise UserError(problem)
-        folder = RunFolder(path)
-        self.console.log_to(folder.console)
+        return path
+
+    def _open_folder(self) -> None:
+        """Send the log to the run folder, and write what the run is."""
+        if self.config.train["dry_run"]:
+            return
+        self.console.log_to(self.folder.console)
         if self.console.main:
-            report.write_start(folder, self.config, self.place)
-            report.write_data(folder, self.splits, self.sequences)
-        return folder.path
+            report.write_start(self.folder, self.config, self.place)
+            report.write_data(self.folder, self.splits, self.sequences)
 
     def _lock_folder(self, folder: RunFolder) -> str | None:
         """Make the run folder this process's own until it ends; the ranks of a dead launcher may need a while to leave it."""

@@ -39,6 +39,7 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
   verify RUN                         is the saved model what was trained?
   export RUN --to DIR                one folder that plain transformers loads, adapters merged
   report RUN [RUN ...]               one HTML file about a run, or several side by side
+  reshape RUN                        a checkpoint in one folder, for any number of ranks and any ZeRO stage
 """
 
 
@@ -121,7 +122,7 @@ def show(argv: list[str]) -> int:
     return 0
 
 
-_USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report")
+_USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report", "reshape")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
 

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from dsrecipes.config import Config, ModelConfig, accumulation
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
-from dsrecipes.runs.checkpoint import read_manifest
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
 from dsrecipes.zero.runtime import (
     RANK_KEYS,
@@ -27,6 +26,7 @@ from dsrecipes.zero.runtime import (
     read_launch,
     set_threads,
 )
+from dsrecipes.zero.saved import fits, made_by
 
 
 @dataclass
@@ -73,20 +73,47 @@ class Place:
         return f"DeepSpeed ZeRO-{self.zero.stage} ({self.zero.path.name})" if self.zero else "plain PyTorch"
 
     def made_by(self) -> dict[str, Any]:
-        """What a checkpoint can be resumed on."""
-        return {"ranks": self.ranks.world, "zero": self.zero.stage if self.zero else None}
+        """What a checkpoint records of the place that writes it."""
+        sequences = self.micro * self.accumulation * self.ranks.world
+        stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
+        return {"ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout}
 
-    def check_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint of another number of ranks or another ZeRO stage (UserError)."""
-        made = read_manifest(checkpoint)["made_by"]
-        if made != self.made_by():
-            words = [
-                f"{each['ranks']} rank{'s' * (each['ranks'] > 1)}, {'plain PyTorch' if each['zero'] is None else 'ZeRO-' + str(each['zero'])}"
-                for each in (made, self.made_by())
-            ]
+    def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
+        """Keep the steps of a checkpoint as large as they were, and say where its states are divided anew.
+
+        Raises:
+            UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
+        """
+        made, here = made_by(checkpoint), self.made_by()
+        if made.get("ranks", here["ranks"]) != here["ranks"]:
+            self._keep_batch(checkpoint, made, train)
+        if fits(made, here):
+            return
+        if self.zero and self.zero.uses_nvme:
             raise UserError(
-                f"checkpoint {checkpoint} was written by {words[0]}, and this run has {words[1]}: resume as it was written"
+                f"checkpoint {checkpoint} was written by {_words(made)}, and NVMe offload loads its own checkpoints alone: "
+                "resume under another ZeRO JSON, such as --deepspeed zero3_offload"
             )
+        self.notes.append(f"checkpoint of {_words(made)} divided anew for {_words(here)}")
+
+    def _keep_batch(self, checkpoint: Path, made: dict[str, Any], train: dict[str, Any]) -> None:
+        """Another number of ranks takes the same sequences a step: by accumulation, else by a smaller micro batch."""
+        world, total = self.ranks.world, made.get("sequences")
+        if total is None:
+            raise UserError(
+                f"checkpoint {checkpoint} was written by {_words(made)} and does not say how many sequences a step had, so "
+                f"it cannot go on on {world}: resume as it was written"
+            )
+        if train["global_batch_size"] not in (None, total):
+            return
+        if total % world:
+            raise UserError(
+                f"checkpoint {checkpoint} was written with {total} sequences a step, which {world} ranks cannot share: resume "
+                f"on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
+            )
+        share = total // world
+        self.micro = next(size for size in range(min(self.micro, share), 0, -1) if share % size == 0)
+        self.accumulation = share // self.micro
 
     def check_engine(self, engine: Any) -> None:
         """Compare the started engine's stage and precision with what was asked for (UserError)."""
@@ -97,6 +124,14 @@ class Place:
                 f"asked for ZeRO-{self.zero.stage} in {self.precision}, but the engine runs ZeRO-"
                 f"{engine.zero_optimization_stage()} in {precision}"
             )
+
+
+def _words(made: dict[str, Any]) -> str:
+    """`2 ranks, ZeRO-3`."""
+    if "zero" not in made:
+        return "any number of ranks"
+    engine = "plain PyTorch" if made["zero"] is None else f"ZeRO-{made['zero']}"
+    return f"{made['ranks']} rank{'s' * (made['ranks'] > 1)}, {engine}"
 
 
 def find_place(config: Config) -> Place:
@@ -121,9 +156,18 @@ def find_place(config: Config) -> Place:
         raise UserError(
             f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
         )
-    steps = accumulation(config.train, ranks.world)
-    micro = config.train["per_device_train_batch_size"]
+    micro = _micro(config.train, ranks.world)
+    steps = accumulation(config.train | {"per_device_train_batch_size": micro}, ranks.world)
     return Place(ranks, device, _precision(config, launch, zero, device), zero, fallback, micro, steps)
+
+
+def _micro(train: dict[str, Any], world: int) -> int:
+    """The asked-for micro batch; of a run that goes on, less where more ranks share the global batch than it started on."""
+    micro, total = train["per_device_train_batch_size"], train["global_batch_size"]
+    if not train["resume_from_checkpoint"] or not total or total % world:
+        return micro
+    share = total // world
+    return next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
 
 
 def _accelerator() -> str:

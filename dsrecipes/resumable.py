@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
@@ -24,6 +26,8 @@ from dsrecipes.runs.checkpoint import Facts, damage, facts_of, fault, files_of, 
 from dsrecipes.runs.disk import is_write_error, no_room, put_in_place
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.orders import Orders
+from dsrecipes.zero import reshape
+from dsrecipes.zero.saved import fits, made_by
 
 _PROGRESS = "progress.json"
 """What Trainer keeps between two steps and does not save."""
@@ -91,11 +95,31 @@ class ResumableTrainer(Trainer):
                 self.state.stateful_callbacks.setdefault(type(each).__name__, each.state())
         return result
 
-    def _prepare_for_training(self, max_steps: int, *args: Any) -> Any:
-        result = super()._prepare_for_training(max_steps, *args)
+    def _made_elsewhere(self, checkpoint: str | None) -> bool:
+        return checkpoint is not None and not fits(made_by(Path(checkpoint)), self.keeping.made_by)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
+        """Start engine and optimizer; a checkpoint of other ranks or another stage is divided anew."""
+        elsewhere = self._made_elsewhere(resume_from_checkpoint)
+        result = super()._prepare_for_training(max_steps, train_dataloader, None if elsewhere else resume_from_checkpoint)
+        if elsewhere:
+            reshape.load(self, Path(str(resume_from_checkpoint)))
         if self._progress is not None and self.keeping.changed:
             self._set_anew()
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._made_elsewhere(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's random numbers; a rank that the checkpoint knows nothing of gets its own, the same each time."""
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is None or Path(checkpoint, name).is_file():
+            super()._load_rng_state(checkpoint)
+        else:
+            place = (self.args.seed, self.state.global_step, self.args.process_index)
+            set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def _set_anew(self) -> None:
         """Give the optimizer this run's settings again, which loading replaced by the checkpoint's."""
@@ -347,7 +371,10 @@ class ResumableTrainer(Trainer):
         problem = next((each for each in self.keeping.orders.gathered(part) if each), None)
         if problem:
             raise UserError(f"--load_best_model_at_end: {best}: {problem}")
-        super()._load_best_model()
+        if self._made_elsewhere(str(best)):
+            reshape.load(self, best)
+        else:
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off.

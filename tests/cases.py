@@ -50,6 +50,8 @@ def _facts(story: RecipeBase, trainer: RecipeTrainer, result: RunResult) -> dict
         "step": result.step,
         "metrics": result.metrics,
         "rows": {name: len(each) for name, each in story.sequences.items()},
+        "notes": story.place.notes,
+        "batch": (story.place.micro, story.place.accumulation),
         "log": read_log(RunFolder(result.path).log),
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,

@@ -58,6 +58,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """A pool of four worker processes."""
+    yield from _ranks(4, tmp_path_factory.mktemp("four-ranks"))
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """Small models and data, and runs on them by name."""
     return Small(tmp_path_factory.mktemp("small"))

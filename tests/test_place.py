@@ -34,7 +34,12 @@ def test_one_process_on_a_cpu():
     assert (here.ranks.world, here.device, here.precision, here.zero.stage) == (1, "cpu", "fp32", 2)
     assert os.environ["RANK"] == "0" and int(os.environ["MASTER_PORT"]) and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert here.micro * here.accumulation == 8 and here.fallback is None
-    assert "ZeRO-2" in here.name() and here.made_by() == {"ranks": 1, "zero": 2}
+    assert "ZeRO-2" in here.name() and here.made_by() == {
+        "ranks": 1,
+        "zero": 2,
+        "sequences": 8,
+        "layout": [None, False, False],
+    }
     plain = place(deepspeed="none")
     assert plain.zero is None and plain.name() == "plain PyTorch" and "RANK" not in os.environ
 
@@ -100,9 +105,55 @@ def test_accelerates_deepspeed_and_none_contradict(monkeypatch):
         place(deepspeed="none")
 
 
-def test_a_checkpoint_of_another_place_is_refused(tmp_path):
-    seal(tmp_path, {}, {"ranks": 2, "zero": 3}, {})
-    with pytest.raises(UserError, match=r"written by 2 ranks, ZeRO-3, and this run has 1 rank, plain PyTorch"):
-        place(deepspeed="none").check_checkpoint(tmp_path)
-    seal(tmp_path, {}, {"ranks": 1, "zero": None}, {})
-    assert place(deepspeed="none").check_checkpoint(tmp_path) is None
+def resumed(tmp_path, made, world, monkeypatch, **values):
+    """The place of a run that goes on from a checkpoint written elsewhere."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    seal(tmp_path, {}, made, {})
+    config = build_config(
+        layer(
+            {"recipe": "gpt2_clm", "profile": "starter", "use_cpu": True, "resume_from_checkpoint": str(tmp_path), **values}
+        )
+    )
+    here = find_place(config)
+    here.check_checkpoint(tmp_path, config.train)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("world", "asked", "batch"),
+    [
+        (1, {}, (4, 2)),
+        (4, {}, (2, 1)),
+        (2, {"per_device_train_batch_size": 3}, (2, 2)),
+        (2, {"global_batch_size": None, "gradient_accumulation_steps": 5, "per_device_train_batch_size": 1}, (1, 4)),
+        (8, {"global_batch_size": None, "per_device_train_batch_size": 4}, (1, 1)),
+    ],
+)
+def test_a_checkpoint_of_other_ranks_keeps_its_sequences_a_step(tmp_path, monkeypatch, world, asked, batch):
+    asked = {"per_device_train_batch_size": 4} | asked
+    here = resumed(tmp_path, {"ranks": 16, "zero": 3, "sequences": 8}, world, monkeypatch, **asked)
+    assert (here.micro, here.accumulation) == batch and here.made_by()["sequences"] == 8
+    assert here.notes[-1] == f"checkpoint of 16 ranks, ZeRO-3 divided anew for {world} rank{'s' * (world > 1)}, ZeRO-2"
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        ({"ranks": 2, "zero": 2}, "written by 2 ranks, ZeRO-2 and does not say how many sequences a step had"),
+        (
+            {"ranks": 2, "zero": 2, "sequences": 8},
+            "8 sequences a step, which 3 ranks cannot share: resume on 1 or 2 or 4 ranks",
+        ),
+    ],
+)
+def test_a_checkpoint_whose_steps_cannot_be_had_is_refused(tmp_path, monkeypatch, made, problem):
+    with pytest.raises(UserError, match=problem):
+        resumed(tmp_path, made, 3, monkeypatch, global_batch_size=None, per_device_train_batch_size=2)
+
+
+def test_the_same_place_and_undivided_states_are_loaded_as_they_are(tmp_path, monkeypatch):
+    assert not resumed(tmp_path, {"ranks": 2, "zero": None, "sequences": 8}, 1, monkeypatch, deepspeed="none").notes
+    assert not resumed(tmp_path, {"ranks": 1, "zero": 2, "sequences": 8}, 1, monkeypatch).notes
+    elsewhere = {"ranks": 1, "zero": 2, "sequences": 8, "layout": [None, True, False]}
+    assert resumed(tmp_path, elsewhere, 1, monkeypatch).notes  # DeepSpeed would load it, each state into a wrong place

@@ -65,7 +65,7 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: there is a file of this name; choose another folder")
-    if path.is_dir() and any(path.iterdir()) and not resuming:
+    if path.is_dir() and any(each.name != ".lock" for each in path.iterdir()) and not resuming:
         if not overwrite:
             raise UserError(
                 f"--output_dir {path}: the folder exists and is not empty. Go on with it: --resume_from_checkpoint auto; "

@@ -58,6 +58,12 @@ class Zero:
         """Whether the JSON names DeepSpeed's Muon optimizer."""
         return "muon" in str(self.json.get("optimizer", {}).get("type", "")).lower()
 
+    @property
+    def layout(self) -> list[Any]:
+        """What decides, beside stage and ranks, where a parameter's state lies in a checkpoint's files."""
+        section = self.json.get("zero_optimization", {})
+        return [section.get("sub_group_size"), bool(section.get("round_robin_gradients")), self.uses_nvme]
+
     def _device(self, part: str) -> str:
         return (self.json.get("zero_optimization", {}).get(part) or {}).get("device", "none")
 
