@@ -23,7 +23,7 @@ endif
 TRAIN = $(BIN)/dsrecipes train $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(PROCS),--procs $(PROCS)) \
 	$(if $(filter 0,$(GPUS)),--use_cpu true) $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED)) $(ARGS)
 
-.PHONY: help install train list show test test-fast lint bench bench-quick bench-envs tensorboard clean
+.PHONY: help install train list show test test-fast test-matrix lint bench bench-quick bench-envs tensorboard clean
 
 help:
 	@echo "make train RECIPE=gpt2_clm     train (installs on first use); without a GPU a small offline profile"
@@ -32,6 +32,7 @@ help:
 	@echo "make show RECIPE=gpt2_clm      a recipe's configuration, and where each value comes from"
 	@echo "make tensorboard               the curves of all runs, at http://localhost:6006"
 	@echo "make test                      all tests;  make test-fast: without several ranks"
+	@echo "make test-matrix               exact resume in all combinations of engine, tuning, packing and ranks"
 	@echo "make lint                      ruff"
 	@echo "make bench-quick               speed beside naive loops, one short round;  make bench: all (make bench-envs first)"
 	@echo
@@ -63,6 +64,9 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
+
+test-matrix: install
+	$(BIN)/python -m pytest -v tests/test_matrix.py --whole-matrix $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,8 +69,8 @@ def parse(line: str) -> None:
         argv = words[words.index("dsrecipes.run") + 1 :]
     else:
         argv = ["--recipe", *words[2:]] if not words[2].startswith("-") else words[2:]
-        if "--procs" in argv:
-            del argv[argv.index("--procs") : argv.index("--procs") + 2]
+        for word in {"--procs", "--max_restarts"} & set(argv):
+            del argv[argv.index(word) : argv.index(word) + 2]
     build_config(layer(parse_flags(argv)))
 
 
