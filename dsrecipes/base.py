@@ -50,13 +50,13 @@ from dsrecipes.model.load import (
     random_weights,
 )
 from dsrecipes.place import Place, find_place
-from dsrecipes.resumable import Keeping
+from dsrecipes.resumable import Keeping, step_of
 from dsrecipes.runs import report
 from dsrecipes.runs.checkpoint import choose, damage, read_manifest
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.contract import check_contract, contract
 from dsrecipes.runs.curve import draw_curve
-from dsrecipes.runs.disk import is_disk_full, put_in_place, sync
+from dsrecipes.runs.disk import is_disk_full, is_write_error, put_in_place, sync
 from dsrecipes.runs.expected import record
 from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
 from dsrecipes.runs.first_step import FirstStep
@@ -183,15 +183,21 @@ class RecipeBase(ABC):
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
-        self.orders = Orders(seconds_of(train["time_limit"]) if train["time_limit"] else None)
+        limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
+        self.orders = Orders(limit, self.args.ddp_timeout_delta)
         self.folder = RunFolder(self._take_folder(folder))
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.gathered(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
         terms, changed = contract(self), []
         if self.checkpoint:
-            before = read_manifest(self.checkpoint)["contract"]
-            changed = check_contract(self.checkpoint, before, terms, train["allow_changed"])
+            made = read_manifest(self.checkpoint)
+            if not any(name.startswith("rng_state") for name in made["files"]):
+                raise UserError(
+                    f"--resume_from_checkpoint: {self.checkpoint} holds the model alone (--save_only_model true); a run cannot "
+                    "go on from it, but start from it with --model_name_or_path"
+                )
+            changed = check_contract(self.checkpoint, made["contract"], terms, train["allow_changed"])
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
@@ -211,7 +217,7 @@ class RecipeBase(ABC):
             trainer.add_callback(FirstStep(self, trainer))
         trainer.add_callback(_FirstAndLastStep(self, trainer))
         if self.console.main and not train["dry_run"]:
-            trainer.add_callback(Recorder(self.folder, self.console, self._resume_step()))
+            trainer.add_callback(Recorder(self.folder, self.console, *self._resumes_at()))
         return trainer
 
     def run(self) -> RunResult:
@@ -366,8 +372,9 @@ class RecipeBase(ABC):
         trainer = getattr(self, "trainer", None)
         return f"in step {trainer.state.global_step + 1}" if trainer else "while the model was loaded"
 
-    def _resume_step(self) -> int:
-        return int(self.checkpoint.name.rsplit("-", 1)[-1]) if self.checkpoint else 0
+    def _resumes_at(self) -> tuple[int, bool]:
+        """The step where the run goes on, and whether its evaluation is still due."""
+        return step_of(self.checkpoint) if self.checkpoint else (0, False)
 
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
         self.watch.at("finishing")
@@ -410,16 +417,24 @@ class RecipeBase(ABC):
     def _save_model(self, trainer: RecipeTrainer) -> None:
         """Save beside model/, and take its place when all is on the disk."""
         beside = self.folder.path / "model.writing"
-        if self.console.main:
-            shutil.rmtree(beside, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(beside))
-        trainer.accelerator.wait_for_everyone()
-        if self.console.main:
-            for path in beside.rglob("*"):
-                sync(path)
-            put_in_place(beside, self.folder.model)
-        trainer.accelerator.wait_for_everyone()
+        try:
+            if self.console.main:
+                shutil.rmtree(beside, ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            trainer.save_model(str(beside))
+            trainer.accelerator.wait_for_everyone()
+            if self.console.main:
+                for path in beside.rglob("*"):
+                    sync(path)
+                put_in_place(beside, self.folder.model)
+            trainer.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_write_error(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise UserError(
+                f"the model could not be saved into {self.folder.path}: {why}. {trainer.last_whole()}"
+            ) from error
 
     def _write_page(self) -> None:
         """report.html; the run is whole without it, so whatever fails there is told and no more."""

@@ -46,6 +46,12 @@ class Keeping:
     """Terms that a resumed run was allowed to change."""
 
 
+def step_of(checkpoint: Path) -> tuple[int, bool]:
+    """The step that a checkpoint was saved at, and whether its evaluation was still due."""
+    progress = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
+    return int(checkpoint.name.rsplit("-", 1)[-1]), progress["evaluate"]
+
+
 class EvaluationInterrupted(Exception):
     """Raised on all ranks between two batches of an evaluation when the run is to leave."""
 
@@ -323,7 +329,7 @@ class ResumableTrainer(Trainer):
         """Raise the same UserError on all ranks where any of them could not write."""
         found = [each for rank in self.keeping.orders.gathered(self._failures) for each in rank]
         if found:
-            raise UserError(f"checkpoint-{step} could not be saved: {found[0]}. {self._last_whole()}")
+            raise UserError(f"checkpoint-{step} could not be saved: {found[0]}. {self.last_whole()}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._note():
@@ -357,7 +363,8 @@ class ResumableTrainer(Trainer):
         written = sum(count * size for count, size, grad in sizes if grad or trained == sum(n for n, _, _ in sizes))
         return 2 * written + 12 * trained  # the model and the engine's copy; fp32 weights and two moments
 
-    def _last_whole(self) -> str:
+    def last_whole(self) -> str:
+        """Where the run can go on from after a failed save, in words."""
         whole = self.keeping.run.whole_checkpoints()
         if not whole:
             return "There is no whole checkpoint yet"

@@ -9,7 +9,9 @@ import atexit
 import contextlib
 import gc
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -112,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     follow_launcher()
+    if threading.current_thread() is threading.main_thread():  # until the training begins there is nothing to save
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUME_CODE))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", "0"))
     console, verbose, story = Console(main=rank == 0), False, None
     try:

@@ -54,8 +54,11 @@ def every() -> list[Case]:
 
 
 def cover() -> list[Case]:
-    """Few cases in which each two values of different columns meet: greedily the case with the most new pairs."""
-    cases = [Case(*values) for values in itertools.product(*COLUMNS.values())]
+    """Few cases in which each two values of different columns meet: greedily the case with the most new pairs.
+
+    ZeRO-1 with offload is left to the whole matrix.
+    """
+    cases = [Case(*values) for values in itertools.product(*COLUMNS.values()) if values[0] != "zero1_offload"]
     pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
     open_pairs = set().union(*pairs.values())
     chosen = []
@@ -100,7 +103,7 @@ def flags(case: Case) -> dict[str, Any]:
         "steps": {"eval_strategy": "steps", "eval_steps": 2},
         "epoch": {"eval_strategy": "epoch"},
         "stopping": {
-            "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+            "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 5, "load_best_model_at_end": True,
             "learning_rate": 0.1 if case.tuning == "full" else 1.0,
         },
     }[case.between]  # fmt: skip
@@ -115,8 +118,8 @@ def cut_at(run: dict[str, Any], case: Case) -> int:
     steps = [
         json.loads((path / "trainer_state.json").read_text()) for path in RunFolder(Path(run["path"])).all_checkpoints()
     ]
-    found = [s["global_step"] for s in steps[1:-1] if float(s["epoch"]).is_integer() == (case.cut == "end")]
-    return found[0]
+    found = [s["global_step"] for s in steps[:-1] if float(s["epoch"]).is_integer() == (case.cut == "end")]
+    return found[len(found) // 2]
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_cut_off(

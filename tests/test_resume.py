@@ -62,15 +62,10 @@ def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Pat
     ("name", "stage", "tear"),
     [
         ("gpt2", "none", without_manifest),
-        ("gpt2", "zero0", truncated),
-        ("gpt2", "zero1", half_gone),
         ("gpt2", "zero2", shutil.rmtree),
         ("gpt2", "zero3", truncated),
         ("bert", "zero1", without_manifest),
-        ("alpaca", "zero3", shutil.rmtree),
         ("lora", "zero2", half_gone),
-        ("lora", "none", truncated),
-        ("qlora", "zero3", without_manifest),
     ],
 )
 def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(

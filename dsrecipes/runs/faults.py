@@ -116,7 +116,7 @@ def go_on(recipe: RecipeBase) -> str:
         return "The run has no checkpoint yet: start it anew"
     return (
         f"The last whole checkpoint is {whole[-1]}: the same command with --output_dir {folder.path} "
-        "--resume_from_checkpoint auto goes on from it"
+        "--resume_from_checkpoint auto goes on from it (--allow_changed learning_rate, where that is what you change)"
     )
 
 

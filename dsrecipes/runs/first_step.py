@@ -44,7 +44,8 @@ class FirstStep(TrainerCallback):
             update = self.engine.step
 
             def look_and_step(*given: Any, **named: Any) -> Any:
-                self._before_update()
+                if not self.done:  # it stays in place, for others may have put themselves before it
+                    self._before_update()
                 return update(*given, **named)
 
             self.engine.step = look_and_step
@@ -79,8 +80,6 @@ class FirstStep(TrainerCallback):
         self.done = True  # and stays in the list of callbacks, which is being walked through
         for hook in self.hooks:
             hook.remove()
-        if self.engine is not None:
-            del self.engine.step  # the method again
         trainer, recipe = self.trainer, self.recipe
         mine = {
             "sizes": dict(zip(self.sizes, torch.stack(list(self.sizes.values())).tolist(), strict=True))

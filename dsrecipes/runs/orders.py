@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -26,10 +27,10 @@ class Orders:
     waits for no accelerator.
     """
 
-    def __init__(self, time_limit: float | None) -> None:
-        """`time_limit` in seconds since the run, or the first of its restarts, was started."""
+    def __init__(self, time_limit: float | None, patience: timedelta | None = None) -> None:
+        """`time_limit` in seconds since the run, or the first of its restarts, was started; `patience` with the ranks."""
         several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.group = torch.distributed.new_group(backend="gloo") if several else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if several else None
         began = float(os.environ.get(BEGAN) or time.time())
         self.deadline = began + time_limit if time_limit else None
         self.leaving = 0

@@ -31,19 +31,20 @@ _BAR = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
 """A short bar, so that all figures fit beside it in 110 columns."""
 
 
-def keep_until(log: Path, step: int) -> None:
-    """Forget log lines of steps after `step`."""
+def keep_until(log: Path, step: int, evaluates: bool = False) -> None:
+    """Forget log lines of steps after `step`, and its evaluation where that is to be made again."""
     if log.is_file():
         kept = [line for line in read_log(log) if line.get("step", 0) <= step]
+        kept = [line for line in kept if not (evaluates and line.get("step") == step and "eval_loss" in line)]
         write_whole(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Recorder(TrainerCallback):
     """Rank 0's log.jsonl, TensorBoard curves and progress bar."""
 
-    def __init__(self, folder: RunFolder, console: Console, step: int) -> None:
-        """`step` is where the run goes on; what was recorded after it is taken again, so it is forgotten."""
-        keep_until(folder.log, step)
+    def __init__(self, folder: RunFolder, console: Console, step: int, evaluates: bool) -> None:
+        """`step` is where the run goes on, `evaluates` whether with the evaluation there; what comes again is forgotten."""
+        keep_until(folder.log, step, evaluates)
         self.log, self.console = folder.log, console
         self.unwritten: list[str] = []
         """Lines that the disk did not take; each further line tries again."""

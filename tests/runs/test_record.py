@@ -29,7 +29,7 @@ def test_what_is_logged_reaches_file_board_and_bar(tmp_path, capfd):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, console = RunFolder(tmp_path), Console()
-    recorder = Recorder(folder, console, 0)
+    recorder = Recorder(folder, console, 0, False)
     state, control = TrainerState(global_step=0, max_steps=3, epoch=0.5, is_world_process_zero=True), TrainerControl()
     recorder.on_train_begin(None, state, control)
     for step, logs in enumerate(
