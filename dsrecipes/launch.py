@@ -20,7 +20,8 @@ from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE
 from dsrecipes.runs.host_memory import HostMemory
-from dsrecipes.runs.watch import BEGAN, LAUNCHER, go_on, read, read_fault
+from dsrecipes.runs.standing import read, read_fault
+from dsrecipes.runs.watch import BEGAN, LAUNCHER, go_on
 
 _INTERRUPTED = 130
 _GRACE = {EXIT_CODE: 0, _INTERRUPTED: 10}
@@ -216,7 +217,7 @@ def _outcome(start: _Start) -> tuple[int, str | None]:
         return 0, None
     rank, code = failure
     if start.asked and (-code == start.asked[0] or (start.hurried and -code == signal.SIGKILL)):
-        return 128 + start.asked[0], None
+        return RESUME_CODE if start.asked[0] == signal.SIGTERM else 128 + start.asked[0], None
     run = start.folder()
     if code in (EXIT_CODE, _INTERRUPTED) or (code == RESUME_CODE and not (run and read_fault(run / "ranks"))):
         return code, None

@@ -14,7 +14,7 @@ import pytest
 from ranks import Ranks
 from small import Small
 
-from dsrecipes.runs.watch import Record, read, state
+from dsrecipes.runs.standing import Record, read, state
 
 pytestmark = pytest.mark.ranks
 

@@ -64,6 +64,9 @@ def test_another_learning_rate_is_refused_unless_allowed_and_then_it_counts(
         UserError, match=r"of another run: learning_rate is 0.001 there and 0.002 here.*--allow_changed learning"
     ):
         two_ranks.run("train", **case)
+    other = case | {"values": case["values"] | {"validation_split": 0.4, "learning_rate": 1e-3}}
+    with pytest.raises(UserError, match=r"of another run: data is \w{16} there and \w{16} here.*--allow_changed data"):
+        two_ranks.run("train", **other)
     case["values"] |= {"max_steps": 20, "allow_changed": ["learning_rate"]}
     with pytest.raises(UserError, match=r"max_steps is 10 there and 20 here"):
         two_ranks.run("train", **case)
@@ -75,6 +78,14 @@ def test_another_learning_rate_is_refused_unless_allowed_and_then_it_counts(
     rates = {line["step"]: line["learning_rate"] for line in run["log"] if "learning_rate" in line}
     ours = {line["step"]: line["learning_rate"] for line in changed["log"] if "learning_rate" in line}
     assert ours and ours == pytest.approx({step: 2 * rates[step] for step in ours})
+
+
+def test_a_checkpoint_of_the_model_alone_is_no_place_to_go_on_from(one_rank: Ranks, small: Small, tmp_path: Path) -> None:
+    case = small.values("gpt2", max_steps=2, save_steps=1, save_only_model=True, output_dir=str(tmp_path / "run"))
+    one_rank.run("train", **case)
+    case["values"] |= {"resume_from_checkpoint": "auto", "max_steps": 4}
+    with pytest.raises(UserError, match=r"checkpoint-2 holds the model alone \(--save_only_model true\)"):
+        one_rank.run("train", **case)
 
 
 def test_two_runs_do_not_write_into_one_folder(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:

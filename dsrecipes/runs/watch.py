@@ -11,106 +11,42 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
 import shutil
 import signal
-import struct
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from dsrecipes.errors import RESUME_CODE
+from dsrecipes.runs.standing import (
+    ASLEEP,
+    FAULT,
+    LAYOUT,
+    PHASES,
+    Fault,
+    Record,
+    host,
+    judge,
+    main_stack,
+    read,
+    stat_of,
+    state,
+    waits_for_others,
+)
 
 BEGAN = "DSRECIPES_BEGAN"
 """Set by `dsrecipes train`: seconds of the epoch at the first start of the ranks, which starts after a failure keep."""
 LAUNCHER = "DSRECIPES_LAUNCHER"
 """Set by `dsrecipes train` for the ranks that it starts: a file in which rank 0 names the run folder."""
-FAULT = "fault.json"
-PHASES = (
-    "starting",
-    "reading rows",
-    "forward",
-    "backward",
-    "optimizer step",
-    "between steps",
-    "evaluating",
-    "computing metrics",
-    "saving",
-    "finishing",
-)
-_PATIENT = {PHASES.index(name) for name in ("starting", "saving", "finishing")}
-_LAYOUT = struct.Struct(f"<32sQQQBBdqqq{len(PHASES)}d")
-_GO_ON = (
-    "The same command with --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"
-)
 _TICK = 0.5
 """Seconds between two looks."""
-_ASLEEP = 5
-"""Seconds between two looks after which the watcher itself was stopped: what it knows of the others is out of date."""
-_STOPPED = 10
-"""Seconds that a stopped rank is waited for."""
 _NEVER = -1.0
-
-
-@dataclass(frozen=True)
-class Record:
-    """Where a rank stood when it last moved."""
-
-    host: bytes
-    pid: int
-    born: int
-    """Start of the process in clock ticks; with the pid it names the process for good."""
-    thread: int
-    phase: int
-    ended: bool
-    time: float
-    step: int
-    micro: int
-    count: int
-    """Phases begun since the step's first; (step, count) orders the ranks, which all go through the same phases."""
-    longest: tuple[float, ...]
-    """Seconds that each phase took at most, its first time left out; below 0: not gone through yet."""
-
-    def where(self) -> str:
-        """Step and phase in words."""
-        words = f"step {self.step}, {PHASES[self.phase]}" if self.step else PHASES[self.phase]
-        return f"{words} (micro batch {self.micro})" if self.phase in (2, 3) else words
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A rank that the others wait for in vain."""
-
-    rank: int
-    what: str
-    """died, stopped or hangs"""
-    seconds: float
-
-
-def read(folder: Path, rank: int) -> Record | None:
-    """A rank's record, or None where it left none."""
-    try:
-        host, pid, born, thread, phase, ended, *rest = _LAYOUT.unpack((folder / f"rank_{rank}").read_bytes())
-    except (OSError, struct.error):
-        return None
-    when, step, micro, count, *longest = rest
-    return Record(host, pid, born, thread, phase, bool(ended), when, step, micro, count, tuple(longest))
-
-
-def read_fault(folder: Path) -> tuple[Fault, str] | None:
-    """What a watcher found, and what it has to say about it."""
-    try:
-        found = json.loads((folder / FAULT).read_text("utf-8"))
-        return Fault(found["rank"], found["what"], found["seconds"]), found["text"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def go_on(run: Path | str) -> str:
     """How a run that ended is continued."""
-    return _GO_ON.format(run)
+    return f"The same command with --output_dir {run} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"
 
 
 def follow_launcher() -> None:
@@ -124,78 +60,6 @@ def follow_launcher() -> None:
 
     if os.environ.get(LAUNCHER):
         threading.Thread(target=look, name="launcher", daemon=True).start()
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start of a process (proc(5), fields 3 and 22); None: there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], int(fields[19])
-    except OSError:
-        pass
-    try:  # without /proc it can only be asked whether it is there
-        os.kill(pid, 0)
-        return None if Path("/proc/self/stat").exists() else ("?", 0)
-    except OSError:
-        return None
-
-
-def state(record: Record) -> str:
-    """State of a rank's process as ps shows it; X: it is gone."""
-    found = _stat(record.pid)
-    return "X" if found is None or found[1] != record.born or found[0] == "Z" else found[0]
-
-
-def _host() -> bytes:
-    """This machine since its last start, and the process namespace: the same where process ids mean the same."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:20]
-        return f"{boot}{os.stat('/proc/self/ns/pid').st_ino}".encode()[:32].ljust(32)
-    except OSError:
-        return os.uname().nodename.encode()[:32].ljust(32)
-
-
-def judge(
-    records: dict[int, Record], states: dict[int, str], now: float, *, awake: float, hang: float, patience: float
-) -> list[Fault]:
-    """Ranks that the others wait for in vain; several that hang stand at the same place.
-
-    Args:
-        records: of the ranks of this machine that have not ended.
-        states: of their processes.
-        now: time.monotonic().
-        awake: since when the one who judges has been awake; nobody's standing still counts from before.
-        hang: seconds that a rank may stand still while the others wait; 0: as long as it likes.
-        patience: the same where no time is known: a phase's first time, starting, saving, finishing.
-    """
-    age = {rank: now - max(record.time, awake) for rank, record in records.items()}
-    died = [Fault(rank, "died", age[rank]) for rank in records if states[rank] == "X"]
-    if died or not hang:
-        return died[:1]
-    short = min(hang, _STOPPED)
-    stopped = [Fault(rank, "stopped", age[rank]) for rank in records if states[rank] == "T" and age[rank] > short]
-    if stopped or len(records) < 2:
-        return stopped[:1]
-    place = {rank: (record.step, record.count) for rank, record in records.items()}
-    behind = [rank for rank in records if place[rank] == min(place.values())]
-    phase = records[behind[0]].phase
-    known = [records[rank].longest[phase] for rank in records if records[rank].longest[phase] >= 0]
-    unknown = phase in _PATIENT or any(records[rank].longest[phase] < 0 for rank in behind)
-    limit = max(hang, patience) if unknown else max(hang, 10 * max(known))
-    all_stand = min(age.values()) > min(hang, _ASLEEP) / 2
-    return [Fault(rank, "hangs", age[rank]) for rank in behind if all_stand and age[rank] > limit]
-
-
-def main_stack(dump: str, thread: int) -> list[str]:
-    """Frames of one thread of a faulthandler dump, innermost first."""
-    parts = re.split(r"(?m)^(?:Current thread|Thread) (0x[0-9a-f]+).*$", dump)
-    wanted = [frames for name, frames in zip(parts[1::2], parts[2::2], strict=True) if int(name, 16) == thread]
-    return [line.strip() for line in wanted[-1].splitlines() if line.strip()] if wanted else []
-
-
-def waits_for_others(stack: list[str]) -> bool:
-    """Whether a thread stands in a collective; a backward pass has its own in C++, so it ends in the call."""
-    return bool(stack) and any(part in stack[0] for part in ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/"))
 
 
 class Watch:
@@ -215,8 +79,8 @@ class Watch:
         self.run, self.folder, self.rank, self.mates = run, run / "ranks", rank, mates
         self.hang, self.patience, self.error_fd = hang, patience, error_fd
         self.launched = os.environ.get(LAUNCHER)
-        born = _stat(os.getpid())
-        self._who = (_host(), os.getpid(), born[1] if born else 0, threading.main_thread().ident or 0)
+        born = stat_of(os.getpid())
+        self._who = (host(), os.getpid(), born[1] if born else 0, threading.main_thread().ident or 0)
         self._phase, self._step, self._micro, self._count, self._since = 0, 0, 0, 0, time.monotonic()
         self._longest = [_NEVER] * len(PHASES)
         self._done = threading.Event()
@@ -283,7 +147,7 @@ class Watch:
             return
         with contextlib.suppress(OSError):
             place = (self._since, self._step, self._micro, self._count)
-            os.pwrite(self._file, _LAYOUT.pack(*self._who, self._phase, ended, *place, *self._longest), 0)
+            os.pwrite(self._file, LAYOUT.pack(*self._who, self._phase, ended, *place, *self._longest), 0)
 
     def _stack_path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.stack"
@@ -295,7 +159,7 @@ class Watch:
         before: list[tuple[int, str]] = []
         while not self._done.wait(_TICK):
             now = time.monotonic()
-            awake, tick = (now if now - tick > _ASLEEP else awake), now
+            awake, tick = (now if now - tick > ASLEEP else awake), now
             if (self.folder / FAULT).exists():
                 self._leave()
             records = {rank: record for rank in self.mates if (record := read(self.folder, rank))}

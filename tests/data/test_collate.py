@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from tiny import arrow_file, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
-from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepSampler
+from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model import attention
 
@@ -72,6 +73,23 @@ def dataset(lengths, masked=0):
     ids = [draw.integers(3, 500, size=length).tolist() for length in lengths]
     labels = [[*[IGNORE] * min(masked, len(row) - 1), *row[min(masked, len(row) - 1) :]] for row in ids]
     return arrow_file({"input_ids": ids, "labels": labels})
+
+
+def test_a_resumed_epoch_reads_none_of_the_rows_before(tmp_path):
+    class Counting(Sequences):
+        read: list[int] = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    data = Counting(dataset([4] * 40))
+    loader = StepLoader(data, batch_sampler=StepSampler(data.lengths, 2), collate_fn=CausalCollator(0, True))
+    whole = [batch["input_ids"].tolist() for batch in loader]
+    order = list(data.read)
+    data.read.clear()
+    rest = [batch["input_ids"].tolist() for batch in skip_first_batches(loader, 13)]
+    assert data.read == order[26:] and rest == whole[13:] and len(rest) == 7
 
 
 def test_shapes_labels_and_selected_logits():

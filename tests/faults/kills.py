@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from small import Small
 
-from dsrecipes.runs.watch import PHASES, read
+from dsrecipes.runs.standing import PHASES, read
 
 VICTIMS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("start", "step", "save", "evaluation")
@@ -150,6 +150,7 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     folder, draw = Path(tempfile.mkdtemp(prefix="kills-")), random.Random(asked.seed)
+    (folder / "small").mkdir()
     small = Small(folder / "small")
     if Start(command(small, folder / "whole", asked.name), folder / "whole", folder / "whole.log").wait():
         raise SystemExit((folder / "whole.log").read_text())

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dsrecipes.runs import watch
-from dsrecipes.runs.watch import PHASES, Fault, Record, Watch, judge, main_stack, read, read_fault, state, waits_for_others
+from dsrecipes.runs.standing import PHASES, Fault, Record, judge, main_stack, read, read_fault, state, waits_for_others
+from dsrecipes.runs.watch import Watch
 
 RANK = """
 import sys, threading, time
