@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import (
     EarlyStoppingCallback,
@@ -37,7 +36,7 @@ from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
-from dsrecipes.find import RecipeFiles, user_path
+from dsrecipes.find import RecipeFiles
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
@@ -50,7 +49,6 @@ from dsrecipes.model.load import (
     random_weights,
 )
 from dsrecipes.place import Place, find_place
-from dsrecipes.resumable import Keeping, step_of
 from dsrecipes.runs import report
 from dsrecipes.runs.checkpoint import choose, damage, read_manifest
 from dsrecipes.runs.console import Console
@@ -60,16 +58,14 @@ from dsrecipes.runs.disk import is_disk_full, is_write_error, put_in_place, sync
 from dsrecipes.runs.expected import record
 from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
 from dsrecipes.runs.first_step import FirstStep
-from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
+from dsrecipes.runs.opening import choose_folder, take_folder
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.runs.watch import Watch
+from dsrecipes.saving import Keeping, step_of
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
-
-_PATIENCE = 30
-"""Seconds to wait for another process to leave the run folder."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ class RecipeBase(ABC):
             self.console.say(self.config.layers.first_line())
         if not train["verbose"]:
             disable_progress_bar()  # transformers' own: of reading and writing shards
-        folder, candidates = self._choose_folder()
+        named, candidates = choose_folder(self.config, self.place, self.console.say)
         self.console.say(report.loading(self.config.model))
         self.model_config: PretrainedConfig = load_config(self.config.model, self.auto_class)
         stage = self.place.zero.stage if self.place.zero else None
@@ -185,7 +181,7 @@ class RecipeBase(ABC):
         self.args = self._start(engine)
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         self.orders = Orders(limit, self.args.ddp_timeout_delta)
-        self.folder = RunFolder(self._take_folder(folder))
+        self.folder, self._lock = take_folder(named, self.config, self.orders, self.console.main)
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.gathered(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
@@ -250,7 +246,7 @@ class RecipeBase(ABC):
         finally:
             if hasattr(self, "watch"):
                 self.watch.end(failed=sys.exception() is not None)
-            if hasattr(self, "_lock"):
+            if getattr(self, "_lock", None):
                 self._lock.release()
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
             # or a process started from a notebook, must not meet this one's
@@ -260,28 +256,6 @@ class RecipeBase(ABC):
                 os.environ.pop(key, None) if value is None else os.environ.update({key: value})
 
     # ---- the story's steps ----
-
-    def _choose_folder(self) -> tuple[Path | None, list[Path]]:
-        """The run folder where it is named, and the checkpoints to go on from, best first; checked before anything starts."""
-        asked, resume = self.config.train["output_dir"], self.config.train["resume_from_checkpoint"]
-        path = user_path(asked) if asked else None
-        auto = resume is not None and resume.lower() in ("auto", "true")
-        if auto and path is None:
-            raise UserError(
-                "--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start"
-            )
-        found = find_checkpoints(resume, RunFolder(path) if path else None, self.console.say) if resume else []
-        checkpoint = found[0] if found else None
-        if checkpoint and path is None:
-            path = checkpoint.parent.parent
-        if checkpoint:
-            self.place.check_checkpoint(checkpoint, self.config.train)
-        if self.place.ranks.rank == 0 and not self.config.train["dry_run"]:
-            goes_on = (
-                auto or path is None or (checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()))
-            )
-            check_output(path or Path("runs"), resuming=goes_on, overwrite=self.config.train["overwrite_output_dir"])
-        return path, found
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's bytes; each rank looks at a part of them, and all know."""
@@ -324,16 +298,6 @@ class RecipeBase(ABC):
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
 
-    def _take_folder(self, named: Path | None) -> Path:
-        """Agree on the run folder, and keep other processes out of it."""
-        if self.config.train["dry_run"]:
-            return Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))
-        path = self.orders.gathered(named or default_path(self.config.layers.recipe.name))[0]
-        problem = self.orders.gathered(self._lock_folder(RunFolder(path)) if self.console.main else None)[0]
-        if problem:
-            raise UserError(problem)
-        return path
-
     def _open_folder(self) -> None:
         """Send the log to the run folder, and write what the run is."""
         if self.config.train["dry_run"]:
@@ -342,19 +306,6 @@ class RecipeBase(ABC):
         if self.console.main:
             report.write_start(self.folder, self.config, self.place)
             report.write_data(self.folder, self.splits, self.sequences)
-
-    def _lock_folder(self, folder: RunFolder) -> str | None:
-        """Make the run folder this process's own until it ends; the ranks of a dead launcher may need a while to leave it."""
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder.lock)
-            self._lock.acquire(timeout=_PATIENCE)
-            Watch.forget(folder.path)
-        except Timeout:
-            return f"--output_dir {folder.path}: another process trains in this folder; wait for it, end it, or name another"
-        except OSError as error:
-            return f"--output_dir {folder.path} cannot be written: {error.strerror}"
-        return None
 
     def _watch(self) -> Watch:
         ranks = self.place.ranks

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from dsrecipes import UserError, base, load_recipe
+from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
 from dsrecipes.errors import RunStopped
 from dsrecipes.layers import layer
-from dsrecipes.runs import first_step
+from dsrecipes.runs import first_step, opening
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
@@ -155,7 +155,7 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
     layers = layer({"recipe": recipe, **values}, origin="python")
     story = recipe_class(layers.recipe)(layers, Console(out=said))
     build = story.build_trainer
-    base._PATIENCE = 1
+    opening.PATIENCE = 1
 
     def with_events() -> RecipeTrainer:
         trainer = build()
