@@ -50,7 +50,7 @@ from dsrecipes.model.load import (
 )
 from dsrecipes.place import Place, find_place
 from dsrecipes.runs import report
-from dsrecipes.runs.checkpoint import choose, damage, read_manifest
+from dsrecipes.runs.checkpoint import choose, damage
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.contract import check_contract, contract
 from dsrecipes.runs.curve import draw_curve
@@ -185,15 +185,8 @@ class RecipeBase(ABC):
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.gathered(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
-        terms, changed = contract(self), []
-        if self.checkpoint:
-            made = read_manifest(self.checkpoint)
-            if not any(name.startswith("rng_state") for name in made["files"]):
-                raise UserError(
-                    f"--resume_from_checkpoint: {self.checkpoint} holds the model alone (--save_only_model true); a run cannot "
-                    "go on from it, but start from it with --model_name_or_path"
-                )
-            changed = check_contract(self.checkpoint, made["contract"], terms, train["allow_changed"])
+        terms = contract(self)
+        changed = check_contract(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()

@@ -17,6 +17,7 @@ from dsrecipes.config import Config
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import local_model
+from dsrecipes.runs.checkpoint import read_manifest
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
@@ -73,15 +74,22 @@ def differences(before: dict[str, Any], now: dict[str, Any], allowed: list[str])
     return {key: (before.get(key), now.get(key)) for key in keys}
 
 
-def check_contract(checkpoint: Path, before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> list[str]:
-    """Refuse to go on with something else, showing the difference.
+def check_contract(checkpoint: Path, now: dict[str, Any], allowed: list[str]) -> list[str]:
+    """Refuse to go on with something else than the checkpoint's run, showing the difference.
 
     Returns:
         The terms that changed and may.
 
     Raises:
-        UserError: one changed that may not.
+        UserError: one changed that may not, or the checkpoint holds no state to go on from.
     """
+    made = read_manifest(checkpoint)
+    before = made["contract"]
+    if not any(name.startswith("rng_state") for name in made["files"]):
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} holds the model alone (--save_only_model true); a run cannot go on from "
+            "it, but start from it with --model_name_or_path"
+        )
     changed = differences(before, now, allowed)
     if changed:
         told = "; ".join(f"{key} is {there} there and {here} here" for key, (there, here) in changed.items())
