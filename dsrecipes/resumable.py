@@ -54,11 +54,12 @@ class ResumableTrainer(SavingTrainer):
     # ---- going on ----
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Find the best checkpoint where it lies now: the run folder may have moved."""
+        """Find the best checkpoint where it lies now: the run folder may have moved, or the run goes on in another."""
         result = super()._init_training_state(*args)
         if self.state.best_global_step:
-            best = self._path(self.state.best_global_step)
-            self.state.best_model_checkpoint = str(best) if is_whole(best) else None
+            best, resumed = self._path(self.state.best_global_step), args[3]
+            places = [best, *([Path(resumed).with_name(best.name)] if resumed else [])]
+            self.state.best_model_checkpoint = next((str(path) for path in places if is_whole(path)), None)
         for each in (*self.callback_handler.callbacks, self.control):
             if isinstance(each, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(each).__name__, each.state())
@@ -174,8 +175,11 @@ class ResumableTrainer(SavingTrainer):
             self.control.should_evaluate, self._owes_evaluation = False, True
         if orders.leaving:
             self.control.should_save = True
+        wanted = self.control.should_save
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            if wanted and not self._owes_save:
+                self._save_checkpoint(model, trial)  # once a step; --save_strategy best forgets who else asked for it
         except EvaluationInterrupted:
             self._owes_evaluation = True
             self._save_checkpoint(model, trial)
