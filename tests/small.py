@@ -18,7 +18,7 @@ RUN = {
     "max_steps": 10, "global_batch_size": 4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 3,
     "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 5,
     "save_steps": 5, "profile": "starter", "deepspeed": "none",
-    "verify_model": False,
+    "verify_model": False, "hang_timeout": 300,
 }  # fmt: skip
 """What all small runs share: on two ranks micro 1 x accumulation 2."""
 
