@@ -171,7 +171,7 @@ def check_gradients(trained: list[str], found: list[dict[str, float]], scaled: b
     still = [name for name in adapters if all(each.get(name) == 0 for each in found)]
     if still and len(still) == len(adapters):  # one alone may: a layer whose attention looks at one token has no gradient
         raise UserError(
-            f"{_these(still)} of {len(trained):,} trained parameters got a gradient of 0 in the first step, so the adapter "
+            f"{_these(still)} of {len(trained):,} trained parameters got a gradient of 0 in the first step, so this adapter "
             f"learns nothing: see --lora_target_modules. {OFF}"
         )
 
