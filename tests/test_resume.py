@@ -13,7 +13,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from small import Runs, Small
 
-from dsrecipes.runs.checkpoint import MANIFEST, is_whole
+from dsrecipes.runs.checkpoint import MANIFEST, damage, fault, files_of, is_whole
 from dsrecipes.runs.folder import RunFolder
 
 pytestmark = pytest.mark.ranks
@@ -49,6 +49,18 @@ def half_gone(checkpoint: Path) -> None:
     next(path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".bin", ".pth", ".safetensors")).unlink()
 
 
+def flip(path: Path) -> None:
+    """Turn over one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flipped(checkpoint: Path) -> None:
+    """A bit of the optimizer's states has turned over on the disk; names and sizes are right."""
+    flip(next(checkpoint.rglob("*optim_states.pt")))
+
+
 def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Path:
     """A copy of a run's folder as a death while it saved step 10 would have left it."""
     shutil.copytree(run["path"], folder)
@@ -64,7 +76,7 @@ def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Pat
         ("gpt2", "none", without_manifest),
         ("gpt2", "zero2", shutil.rmtree),
         ("gpt2", "zero3", truncated),
-        ("bert", "zero1", without_manifest),
+        ("bert", "zero1", flipped),
         ("lora", "zero2", half_gone),
     ],
 )
@@ -85,6 +97,18 @@ def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert is_whole(RunFolder(folder).checkpoints / "checkpoint-10")
+
+
+@pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
+def test_one_bit_of_any_file_of_a_checkpoint_is_found_and_the_file_named(runs: Runs, tmp_path: Path, stage: str) -> None:
+    run = RunFolder(Path(runs.get("gpt2", stage)["path"]))
+    path = shutil.copytree(run.checkpoints / "checkpoint-10", tmp_path / "checkpoint-10")
+    assert fault(path) is None is damage(path) and len(files_of(path)) > 8
+    for name in [*files_of(path), MANIFEST]:
+        flip(path / name)
+        assert name in str(fault(path) or damage(path))
+        flip(path / name)
+    assert fault(path) is None is damage(path)
 
 
 def test_the_same_command_twice_starts_a_run_and_then_finds_it_done(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
