@@ -65,7 +65,7 @@ def test_a_fault_is_named_on_every_rank(
         assert re.search(r"(jsonl, lines? |csv, lines? )\d+", message)
 
 
-@pytest.mark.parametrize("stage", ["none", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["none", "zero1", "zero2", "zero3"])
 def test_what_each_rank_holds_is_told(two_ranks: Ranks, small: Small, tmp_path: Path, stage: str) -> None:
     held = two_ranks.run("shares", **small.values("gpt2", **SHORT, deepspeed=stage, output_dir=str(tmp_path / "run")))[0]
     whole = {"weights": 957_440, "gradients": 957_440, "states": {"none": 2, "zero0": 2, "zero3": 2}.get(stage, 3) * 957_440}

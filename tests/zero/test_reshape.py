@@ -72,7 +72,6 @@ STAGES = [
     ("gpt2 without dropout", "zero3", "zero0"),
     ("gpt2 without dropout", "none", "zero3"),
     ("gpt2 without dropout", "zero2", "zero3_offload"),
-    ("lora", "none", "zero2"),
     ("lora", "zero2", "none"),
 ]
 
