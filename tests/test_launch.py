@@ -73,7 +73,7 @@ def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights
 ):
     recipe, run, told = tmp_path / "hangs.py", tmp_path / "run", tmp_path / "told.txt"
     recipe.write_text(HANGS)
-    changed = {"max_steps": 50, "save_steps": 10, "eval_steps": 20, "profile": "auto", "hang_timeout": 25}
+    changed = {"max_steps": 50, "save_steps": 10, "eval_steps": 20, "profile": "auto", "hang_timeout": 20}
     values = small.values("gpt2", **changed)["values"]
     two_ranks.run("train", recipe=str(recipe), values={**values, "output_dir": str(tmp_path / "still")})
 
