@@ -112,7 +112,7 @@ class Place:
                 f"on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
             )
         share = total // world
-        self.micro = next(size for size in range(min(self.micro, share), 0, -1) if share % size == 0)
+        self.micro = _largest_part(share, self.micro)
         self.accumulation = share // self.micro
 
     def check_engine(self, engine: Any) -> None:
@@ -166,8 +166,12 @@ def _micro(train: dict[str, Any], world: int) -> int:
     micro, total = train["per_device_train_batch_size"], train["global_batch_size"]
     if not train["resume_from_checkpoint"] or not total or total % world:
         return micro
-    share = total // world
-    return next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    return _largest_part(total // world, micro)
+
+
+def _largest_part(share: int, most: int) -> int:
+    """The greatest divisor of `share` that is not above `most`."""
+    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
 
 
 def _accelerator() -> str:
