@@ -68,7 +68,9 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become batches."""
 
-    dataset: str | None = _help("Hub id, file (.json .jsonl .csv .parquet .txt, each also .gz) or folder; `starter:NAME`.")
+    dataset: str | None = _help(
+        "Hub id, file (.json .jsonl .csv .tsv .parquet .txt, each also .gz) or folder; `starter:NAME`."
+    )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
     eval_dataset: str | None = _help("Validation rows, in the forms of dataset.")
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
