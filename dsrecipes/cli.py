@@ -13,12 +13,13 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError, printable
+from dsrecipes.flags import Merged, refuse_unknown, refuse_unsuited
 from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
 
@@ -104,6 +105,7 @@ def show(argv: list[str]) -> int:
     layers = layer(parse_flags(argv))
     merged = layers.merged()
     _refuse_unknown(merged)
+    refuse_unsuited(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
     if everything:
@@ -140,7 +142,7 @@ def _use(command: str, argv: list[str]) -> int:
         return 1
 
 
-def _refuse_unknown(keys: Iterable[str]) -> None:
+def _refuse_unknown(merged: Merged) -> None:
     """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin
@@ -155,9 +157,7 @@ def _refuse_unknown(keys: Iterable[str]) -> None:
         for field in each.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
-    for key in keys:
-        if key not in known:
-            raise UserError(f"unknown key {key!r}{find.nearest(key, known)}; `dsrecipes train --help` lists all")
+    refuse_unknown(merged, known)
 
 
 def main(argv: list[str] | None = None) -> int:

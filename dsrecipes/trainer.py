@@ -80,6 +80,7 @@ class RecipeTrainer(ResumableTrainer):
             data, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
