@@ -71,6 +71,7 @@ from dsrecipes.runs.watch import Watch
 from dsrecipes.saving import Keeping, step_of
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
+from dsrecipes.zero.blocks import keep_fixed_steps
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
 
 
@@ -156,7 +157,7 @@ class RecipeBase(ABC):
         train, data = self.config.train, self.config.data
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
-        self.place.notes += without_effect(values, self.config.given, self.place.zero is not None)
+        self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
             self.console.say(self.config.layers.first_line())
@@ -187,7 +188,7 @@ class RecipeBase(ABC):
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
-        self.place.notes += check_parts(self.args, self.steps(), engine, self.config.given)
+        self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
         self._check_best_metric()
         if train["neftune_noise_alpha"] and packs:
             self.place.notes.append("neftune scales its noise by the length of a packed sequence; --packing false: of a row")
@@ -298,6 +299,8 @@ class RecipeBase(ABC):
         except ValueError as error:
             raise UserError(str(error)) from error
         args.report_to = [name for name in args.report_to if name != "tensorboard"]  # RUN/tensorboard has the curves
+        if engine is not None:
+            keep_fixed_steps(args.hf_deepspeed_config, engine)
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
 

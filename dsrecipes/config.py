@@ -15,9 +15,11 @@ from typing import Any, Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from dsrecipes.batch import BATCH_KEYS
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
+from dsrecipes.zero_values import ENGINE_KEYS
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -170,6 +172,16 @@ class Config:
     given: dict[str, str]
     """Explicitly given key -> origin."""
 
+    @property
+    def own(self) -> dict[str, str]:
+        """The part of `given` that the user gave by flag, YAML or Python, not a recipe and not a ZeRO JSON."""
+        origins = {layer.origin for layer in self.layers.layers if not (layer.default or layer.zero)}
+        return {key: origin for key, origin in self.given.items() if origin in origins}
+
+    def by_zero_json(self, key: str) -> Any:
+        """A value that the ZeRO JSON fixes, or None."""
+        return self.layers.zero_json().values.get(key)
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -206,11 +218,13 @@ def build_config(layers: Layers) -> Config:
     merged = layers.merged()
     refuse_unknown(merged, {f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init})
     refuse_unsuited(merged)
-    _latest_rival_wins(layers, merged)
     merged = {key: (_spelled(key, value), origin) for key, (value, origin) in merged.items()}
     # a flag with one value has that value, whatever its type can express
     merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
     given = {key: origin for key, (_, origin) in merged.items()}
+    for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
+        if key in layers.zero_json().values:
+            merged.pop(key, None)
     flags = parser()
     single = {action.dest for action in flags._actions if action.nargs in (None, "?")}
     for key, (value, origin) in merged.items():
@@ -227,27 +241,18 @@ def build_config(layers: Layers) -> Config:
         model = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
         data = DataConfig(**{f.name: values[f.name] for f in dataclasses.fields(DataConfig)})
         train = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.init}
-        if train["global_batch_size"] and "gradient_accumulation_steps" not in merged:
-            train["gradient_accumulation_steps"] = None  # derived, once the number of ranks is known
+        for key in BATCH_KEYS:
+            if key not in merged:
+                train[key] = None  # derived, once the number of ranks is known
         _check_train(train, given)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        named = re.search(r"--(\w+)", str(error))
+        zero = layers.zero_json()
+        raise UserError(f"{zero.origin}: {error}" if named and named[1] in zero.values else str(error)) from None
     for key in ("model_name_or_path", "dataset"):
         if values[key] is None:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
     return Config(model, data, train, layers, given)
-
-
-_RIVALS = (("global_batch_size", "gradient_accumulation_steps"), ("num_train_epochs", "max_steps"))
-
-
-def _latest_rival_wins(layers: Layers, merged: dict[str, tuple[Any, str]]) -> None:
-    """A flag --gradient_accumulation_steps replaces a YAML's global_batch_size; in one layer both stay."""
-    for rivals in _RIVALS:
-        last = {key: i for i, layer in enumerate(layers.layers) for key in rivals if layer.values.get(key) is not None}
-        last = {key: i for key, i in last.items() if key in merged}
-        if len(last) == 2 and last[rivals[0]] != last[rivals[1]]:
-            merged.pop(min(last, key=lambda key: last[key]))
 
 
 _OFF_WORD = {"deepspeed": "none", "report_to": "none", "debug": None, "time_limit": None, "resume_from_checkpoint": None}
@@ -374,26 +379,3 @@ def best_metric(train: dict[str, Any]) -> dict[str, Any]:
         "greater_is_better": greater,
         "lr_scheduler_kwargs": json.dumps(options) if options else None,
     }
-
-
-def accumulation(train: dict[str, Any], world_size: int) -> int:
-    """Gradient accumulation steps, from global_batch_size where it is given.
-
-    Raises:
-        UserError: global_batch_size = micro batch x accumulation x ranks has no whole solution, or contradicts
-            gradient_accumulation_steps.
-    """
-    total, micro = train["global_batch_size"], train["per_device_train_batch_size"]
-    if total is None:
-        return train["gradient_accumulation_steps"]
-    steps, rest = divmod(total, micro * world_size)
-    equation = f"global_batch_size {total} = per_device_train_batch_size {micro} x accumulation %s x ranks {world_size}"
-    if rest or not steps:
-        raise UserError(
-            f"the batch does not divide: {equation % '?'} asks for an accumulation of {total / (micro * world_size):.3g}. "
-            f"Change --global_batch_size to a multiple of {micro * world_size}, or --per_device_train_batch_size"
-        )
-    asked = train["gradient_accumulation_steps"]
-    if asked not in (None, steps):
-        raise UserError(f"gradient_accumulation_steps is {asked}, but {equation % steps}. Give one of the two")
-    return steps

@@ -155,17 +155,16 @@ def _means(value: Any, fixed: Any) -> bool:
         return False
 
 
-def without_effect(values: Mapping[str, Any], given: Mapping[str, str], zero: bool) -> list[str]:
+def without_effect(values: Mapping[str, Any], own: Mapping[str, str], zero: bool) -> list[str]:
     """A line for each value that the user gave and that another value makes idle.
 
     Args:
         values: model, data and training values by flag.
-        given: key -> origin of those that are no defaults.
+        own: key -> origin of those that the user gave.
         zero: whether DeepSpeed runs.
     """
-    own = [key for key, origin in given.items() if origin not in ("recipe", "profile")]
     reasons = idle_values(values, zero)
-    return [f"{key} has no effect: {reasons[key]} ({given[key]})" for key in own if key in reasons]
+    return [f"{key} has no effect: {reasons[key]} ({origin})" for key, origin in own.items() if key in reasons]
 
 
 def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:

@@ -46,14 +46,14 @@ def _refusing(flag: str) -> Iterator[None]:
         raise UserError(f"{flag}: {f'no key {text}' if isinstance(error, KeyError) else text}") from error
 
 
-def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, given: dict[str, str]) -> list[str]:
+def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, own: dict[str, str]) -> list[str]:
     """Build every part once; returns lines for the header on what has another effect than it seems.
 
     Args:
         args: the run's arguments.
         steps: optimizer steps of the run.
         engine: the resolved ZeRO JSON, whose optimizer and scheduler blocks replace Trainer's; None without DeepSpeed.
-        given: key -> origin of the values that are no defaults.
+        own: key -> origin of the values that the user gave.
 
     Raises:
         UserError: a part cannot be built; names the flag.
@@ -62,7 +62,7 @@ def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, gi
     engine = engine or {}
     stage = int(engine.get("zero_optimization", {}).get("stage", 0))
     if "optimizer" not in engine:
-        notes += _check_optimizer(args, stage, given)
+        notes += _check_optimizer(args, stage, own)
     if "scheduler" not in engine:
         notes += _check_schedule(args, steps)
     _check_trackers(args.report_to)
@@ -73,7 +73,7 @@ def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, gi
 # ---- optimizer ----
 
 
-def _check_optimizer(args: TrainConfig, stage: int, given: dict[str, str]) -> list[str]:
+def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list[str]:
     name = args.optim.value
     if args.optim_target_modules:
         args = copy.copy(args)
@@ -92,8 +92,8 @@ def _check_optimizer(args: TrainConfig, stage: int, given: dict[str, str]) -> li
             f"--optim {name} under ZeRO-{stage}: DeepSpeed rebuilds torch's Adagrad without its groups and its schedule; "
             "give another --optim, or --deepspeed zero0 or none"
         )
-    own = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if given.get(key) not in (None, "recipe", "profile")]
-    notes = [f"{key} has no effect: optim is {name} ({given[key]})" for key in own if not _matters(args, key)]
+    momenta = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
+    notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in momenta if not _matters(args, key)]
     if stage and not _is_elementwise(args):
         notes.append(
             f"optim {name} updates matrices or blocks, not single numbers, and ZeRO-{stage} gives it flat shards: memory and "

@@ -71,14 +71,14 @@ IDLE = {
 @pytest.mark.parametrize("flag", IDLE)
 def test_a_value_that_another_makes_idle_is_said(flag):
     config = build_config(layer({**BASE, **IDLE[flag]}, origin="python"))
-    lines = without_effect({**vars(config.model), **vars(config.data), **config.train}, config.given, zero=True)
+    lines = without_effect({**vars(config.model), **vars(config.data), **config.train}, config.own, zero=True)
     assert [line for line in lines if line.startswith(f"{flag} has no effect: ") and line.endswith("(python)")], lines
 
 
 @pytest.mark.parametrize("profile", ["full", "starter"])
 def test_a_recipe_alone_gets_no_remark(profile):
     config = build_config(layer({"recipe": "qlora_zero3", "profile": profile}))
-    assert without_effect({**vars(config.model), **vars(config.data), **config.train}, config.given, zero=True) == []
+    assert without_effect({**vars(config.model), **vars(config.data), **config.train}, config.own, zero=True) == []
 
 
 BEST = [
