@@ -145,8 +145,8 @@ def is_shipped(config: Path) -> bool:
 
 
 def find_zero(name: str) -> Path | None:
-    """A ZeRO JSON by a short name or a path; None for `none`."""
-    if name == "none":
+    """A ZeRO JSON by a short name or a path; None for `none`, and for what YAML calls false."""
+    if name.lower() in ("none", "no", "off", "false"):
         return None
     path = user_path(name)
     if path.is_file():

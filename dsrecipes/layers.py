@@ -218,7 +218,12 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     if starter is not None and not isinstance(starter, dict):
         raise UserError(f"{recipe.yaml}: `starter:` must hold `key: value` lines")
     asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
-    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in ("true", "1", "yes")
+    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in (
+        "true",
+        "1",
+        "yes",
+        "on",
+    )
     profile, why = _profile(asked, starter is not None, use_cpu)
 
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +272,7 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
 
 def _is_on(layers: list[Layer], key: str) -> bool:
     value = next((layer.values[key] for layer in reversed(layers) if key in layer.values), False)
-    return str(value).lower() in ("true", "1", "yes")
+    return str(value).lower() in ("true", "1", "yes", "on")
 
 
 def seconds_of(text: str) -> float:

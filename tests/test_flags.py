@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny import SHARED, instructions, needs_shared, refusal, tiny_gpt2, write_rows
+from tiny import SHARED, instructions, needs_shared, refusal, tiny_bert, tiny_gpt2, write_rows
 from transformers import TrainingArguments
 
 from dsrecipes.config import best_metric, build_config
@@ -178,10 +178,37 @@ REMARKS = {
 def test_what_is_built_is_said_where_it_has_another_effect(name, tmp_path, capfd):
     changes, remark = REMARKS[name]
     assert main([*flags(tmp_path, **changes), "--dry_run"]) == 0
-    notes = [
-        line for line in capfd.readouterr().out.splitlines() if line.startswith("note") and "validation rows" not in line
-    ]
+    usual = ("validation rows", "AVX-512")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note")]
+    notes = [line for line in lines if not any(part in line for part in usual)]
     assert len(notes) == bool(remark) and all(str(remark) in note for note in notes), notes
+
+
+OWN_METRICS = """
+from dsrecipes.recipes.bert_tmmlu_qa import BertTmmluQa
+
+class Mine(BertTmmluQa):
+    def metrics(self, split):
+        def compute(prediction):
+            assert prediction.predictions.any()
+            return {"right": 1.0}
+        return compute
+"""
+
+
+def test_an_unknown_figure_of_a_recipe(tmp_path, capfd):
+    changes = {
+        "recipe": "bert_tmmlu_qa", "model_name_or_path": tiny_bert(), "dataset": "starter:data/tmmlu", "max_length": 48,
+        "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "max_steps": 1,
+        "metric_for_best_model": "acuracy",
+    }  # fmt: skip
+    message = refusal(main, flags(tmp_path, **changes), capfd)
+    assert "--metric_for_best_model acuracy" in message and "did you mean accuracy?" in message
+    assert not (tmp_path / "run").exists()
+    # metrics that take no prediction of zeros are known at the first evaluation; its checkpoint is saved
+    (tmp_path / "mine.py").write_text(OWN_METRICS)
+    message = refusal(main, flags(tmp_path, **(changes | {"recipe": tmp_path / "mine.py", "profile": "auto"})), capfd)
+    assert "eval_right" in message and (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors").is_file()
 
 
 WHOLE = {
