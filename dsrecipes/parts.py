@@ -94,7 +94,7 @@ def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list
         )
     momenta = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
     notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in momenta if not _matters(args, key)]
-    if stage and not _is_elementwise(args):
+    if stage and not _is_torchs(optimizer) and not _is_elementwise(args):
         notes.append(
             f"optim {name} updates matrices or blocks, not single numbers, and ZeRO-{stage} gives it flat shards: memory and "
             "results depend on stage and ranks; --deepspeed zero0 or none keeps the matrices whole"
@@ -115,13 +115,19 @@ def _updated(args: TrainConfig, shapes: list[tuple[int, ...]]) -> tuple[torch.op
     optimizer = _Parts(args, model).create_optimizer()
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()  # schedule-free optimizers demand it
-    if not args.optim.value.endswith(("lomo", "layerwise")):  # those update in the backward pass
+    # torch's own need no trial; LOMO and the layerwise ones update in the backward pass
+    if not _is_torchs(optimizer) and not args.optim.value.endswith(("lomo", "layerwise")):
         for scale in (1.0, 0.1):
             gradients = iter((values.flip(0) * scale + 0.01).split([p.numel() for p in parameters]))
             for parameter in parameters:
                 parameter.grad = next(gradients).view_as(parameter).clone()
             optimizer.step()
     return optimizer, torch.nn.utils.parameters_to_vector(parameters).detach()
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's own, all of which that Trainer knows update each number by itself."""
+    return type(optimizer).__module__.startswith("torch.optim")
 
 
 def _is_elementwise(args: TrainConfig) -> bool:

@@ -25,10 +25,10 @@ def test_later_layers_win_and_null_removes(tmp_path):
     config.write_text(f"recipe: {recipe}\nsave_steps: 4\neval_steps: null\n")
     layers = layer({"config": str(config), "max_length": 5, "profile": "starter"})
     assert layers.merged() == {
-        "seed": (3, "profile"), "save_steps": (4, str(config)), "max_length": (5, "flag"),
+        "seed": ("3", "profile"), "save_steps": ("4", str(config)), "max_length": (5, "flag"),
     }  # fmt: skip
     assert layers.removed() == {"eval_steps"}
-    assert layer({"recipe": str(recipe), "profile": "full"}).merged()["seed"] == (1, "recipe")
+    assert layer({"recipe": str(recipe), "profile": "full"}).merged()["seed"] == ("1", "recipe")
 
 
 def test_profiles(monkeypatch):
