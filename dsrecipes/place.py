@@ -22,6 +22,7 @@ from dsrecipes.zero.runtime import (
     Ranks,
     complete_ranks,
     computes_bf16,
+    hardware,
     hide_accelerators,
     import_muon_uncompiled,
     keep_memory,
@@ -80,7 +81,9 @@ class Place:
         """What a checkpoint records of the place that writes it."""
         sequences = self.micro * self.accumulation * self.ranks.world
         stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
-        return {"ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout}
+        return {
+            "ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout, "hardware": hardware(self.device),
+        }  # fmt: skip
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
         """Keep the steps of a checkpoint as large as they were, and say where its states are divided anew.
@@ -89,6 +92,10 @@ class Place:
             UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
         """
         made, here = made_by(checkpoint), self.made_by()
+        if made.get("hardware", here["hardware"]) != here["hardware"]:
+            self.notes.append(
+                f"checkpoint written on {made['hardware']}, resumed on {here['hardware']}: equal up to rounding, not bit for bit"
+            )
         if made.get("ranks", here["ranks"]) != here["ranks"]:
             self._keep_batch(checkpoint, made, train)
         if fits(made, here):

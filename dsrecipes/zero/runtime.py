@@ -174,6 +174,16 @@ def computes_bf16() -> bool:
     return bool(supported and supported())
 
 
+def hardware(device: str) -> str:
+    """What decides how sums are rounded: the card, or the CPU's instruction set and the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device != "cpu":
+        return device
+    kind = torch.backends.cpu.get_cpu_capability() + (" BF16" if computes_bf16() else "")
+    return f"a CPU ({kind}, {torch.get_num_threads()} threads)"
+
+
 def keep_memory() -> None:
     """Let this process keep the memory that a step gives back: glibc's, which returns large blocks at once otherwise.
 
