@@ -38,7 +38,7 @@ from dsrecipes.data.prepare import Split, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles
 from dsrecipes.layers import Layers, layer, seconds_of
-from dsrecipes.model.attention import keep_apart
+from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_model,
     check_vocabulary,
@@ -124,7 +124,7 @@ class RecipeBase(ABC):
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(self.tokenizer))
-        return CausalCollator(pad_id(self.tokenizer), select_logits=is_causal_lm(self.model))
+        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), takes_segments(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
         """Figures beside the loss for a split: a function of all logits and labels, in row order.
@@ -411,9 +411,11 @@ class _FirstAndLastStep(TrainerCallback):
         data = recipe.sequences["train"]
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
+        largest = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         sample = packed_sample(
-            data, collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32"
-        )
+            data, largest, collate=trainer.data_collator, forward=trainer.loss_and_logits,
+            exact=recipe.place.precision == "fp32",
+        )  # fmt: skip
         if sample is not None:
             keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:

@@ -21,6 +21,7 @@ from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
+from dsrecipes.tasks import refuse_tasks
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -65,6 +66,7 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    refuse_tasks(os.environ)
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):

@@ -13,11 +13,14 @@ from transformers import PretrainedConfig
 from dsrecipes.config import Config, ModelConfig, accumulation
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
+from dsrecipes.tasks import idle_tasks
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
 from dsrecipes.zero.runtime import (
-    RANK_KEYS,
     Launch,
     Ranks,
+    check_accelerators,
+    check_precision,
+    check_zeropp,
     complete_ranks,
     hide_accelerators,
     import_muon_uncompiled,
@@ -25,6 +28,7 @@ from dsrecipes.zero.runtime import (
     probe_deepspeed,
     read_launch,
     set_threads,
+    train_alone,
 )
 from dsrecipes.zero.saved import fits, made_by
 
@@ -143,22 +147,28 @@ def find_place(config: Config) -> Place:
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
+    notes = list(filter(None, [idle_tasks(os.environ)]))
     ranks = complete_ranks(os.environ)
     device = "cpu" if config.train["use_cpu"] or launch.use_cpu else _accelerator()
+    if device == "cpu" and not (config.train["use_cpu"] or launch.use_cpu):
+        check_accelerators()
     zero, fallback = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
         keep_memory()
-        if zero is None and ranks.world == 1:
-            for key in RANK_KEYS:  # a single plain process needs no process group
-                os.environ.pop(key, None)
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
             f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
         )
+    if zero is None and ranks.world == 1:
+        train_alone(device)
+    precision = _precision(config, launch, zero, device)
+    if zero is not None:
+        check_precision(zero.stage, precision, chosen=bool(config.train["fp16"] or zero.precision() or launch.precision))
+        check_zeropp(zero.path, zero.json.get("zero_optimization", {}), ranks.world, device)
     micro = _micro(config.train, ranks.world)
     steps = accumulation(config.train | {"per_device_train_batch_size": micro}, ranks.world)
-    return Place(ranks, device, _precision(config, launch, zero, device), zero, fallback, micro, steps)
+    return Place(ranks, device, precision, zero, fallback, micro, steps, notes=notes)
 
 
 def _micro(train: dict[str, Any], world: int) -> int:

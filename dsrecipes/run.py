@@ -1,6 +1,6 @@
 """What every rank runs: python -m dsrecipes.run --recipe gpt2_clm [flags].
 
-Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt2_clm
+Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt2_clm, or srun python -m dsrecipes.run ...
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.watch import follow_launcher
+from dsrecipes.tasks import adopt_ranks
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -109,6 +110,11 @@ def main(argv: list[str] | None = None) -> int:
 
         parser().print_help()
         return 0
+    try:
+        adopt_ranks(os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
     if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
