@@ -34,7 +34,7 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, prepare
+from dsrecipes.data.prepare import Split, cache_root, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.find import RecipeFiles
 from dsrecipes.layers import Layers, layer, seconds_of
@@ -49,6 +49,7 @@ from dsrecipes.model.load import (
     random_weights,
 )
 from dsrecipes.place import Place, find_place
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs import report
 from dsrecipes.runs.checkpoint import choose, damage
 from dsrecipes.runs.console import Console
@@ -148,6 +149,8 @@ class RecipeBase(ABC):
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
+        check_docstrings()
+        redirect_caches()  # for a script of the user's; dsrecipes.run has done so
         self.place: Place = find_place(self.config)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
@@ -228,6 +231,11 @@ class RecipeBase(ABC):
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
                 self.watch.leave_if_lost(error)
+            if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
+                raise UserError(
+                    f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). DSRECIPES_CACHE names "
+                    "another folder"
+                ) from error
             if is_out_of_memory(error) and hasattr(self, "place"):
                 raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):

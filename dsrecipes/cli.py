@@ -21,6 +21,7 @@ from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.tasks import refuse_tasks
 
 _USAGE = """\
@@ -132,6 +133,10 @@ def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_docstrings()
+    cache_note = redirect_caches()
+    if cache_note:
+        print(cache_note, file=sys.stderr)
     try:
         return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
     except KeyboardInterrupt:

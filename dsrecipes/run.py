@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.watch import follow_launcher
 from dsrecipes.tasks import adopt_ranks
@@ -111,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         parser().print_help()
         return 0
     try:
+        check_docstrings()
         adopt_ranks(os.environ)
+        cache_note = redirect_caches()  # before the libraries read where theirs are
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
@@ -136,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
         console.say(layers.first_line())  # before the imports, which take ten seconds
+        if cache_note:
+            console.say(f"{'cache':<10}{cache_note}")
         with _quick_imports(_unneeded(layers)):
             from dsrecipes.base import recipe_class
 
