@@ -115,10 +115,10 @@ def test_python_without_docstrings_is_refused():
 
 
 OF_2_6 = {
-    "current_accelerator", "current_device_idx", "current_device_index", "current_stream", "device_count", "is_available",
-    "set_device_idx", "set_device_index", "set_stream", "synchronize",
+    "current_accelerator", "current_device_idx", "current_stream", "device_count", "is_available", "set_device_idx",
+    "set_stream", "synchronize",
 }  # fmt: skip
-"""What torch.accelerator has in 2.6, the oldest torch of setup.cfg; its memory functions came with 2.9."""
+"""What torch.accelerator has in 2.6, the oldest torch of setup.cfg; its memory functions came later (2.9)."""
 
 
 def test_torch_accelerator_is_used_as_the_oldest_torch_has_it():
