@@ -14,13 +14,11 @@ from dsrecipes.config import Config, ModelConfig, accumulation
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
 from dsrecipes.tasks import idle_tasks
+from dsrecipes.zero.limits import check_accelerators, check_precision, check_zeropp
 from dsrecipes.zero.resolve import Numbers, Zero, check_zero_keys, read_zero, resolve
 from dsrecipes.zero.runtime import (
     Launch,
     Ranks,
-    check_accelerators,
-    check_precision,
-    check_zeropp,
     complete_ranks,
     hide_accelerators,
     import_muon_uncompiled,

@@ -13,7 +13,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
 from dsrecipes.place import find_place
 from dsrecipes.runs.checkpoint import seal
-from dsrecipes.zero.runtime import check_zeropp
+from dsrecipes.zero.limits import check_zeropp
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
