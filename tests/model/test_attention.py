@@ -1,13 +1,15 @@
 """Attention by example: what packed rows, padding, a cache and several plain rows get is what sdpa gives."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 import torch
-import transformers.integrations.flash_attention as integration
-import transformers.modeling_flash_attention_utils as modeling
+from flash import flash_attention
+from ranks import Ranks
+from small import Small
 from tiny import sample_of, tiny_gpt2, tiny_llama
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsrecipes.data.audit import check_isolation
 from dsrecipes.data.collate import COUNTS, CausalCollator
@@ -54,38 +56,11 @@ def test_an_attention_that_the_user_named_is_kept():
     assert not attend_by_example(model, True)
 
 
-def _flash(query, key, value, causal=True, softmax_scale=None, dropout_p=0.0, window_size=(-1, -1), **kwargs):
-    """What flash_attn_func computes of (batch, length, heads, head size): each row is one example."""
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    out = scaled_dot_product_attention(
-        query, key, value, is_causal=causal, scale=softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
-    return out.transpose(1, 2)
-
-
-def _flash_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True, **kwargs):
-    """What flash_attn_varlen_func computes of (tokens, heads, head size): attention inside each segment."""
-    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[-1] == len(query)
-    lengths = cu_seqlens_q.diff().tolist()
-    assert max(lengths) == max_seqlen_q == max_seqlen_k
-    parts = zip(*(states.split(lengths) for states in (query, key, value)), strict=True)
-    return torch.cat([_flash(*(states[None] for states in part), causal=causal, **kwargs)[0] for part in parts])
-
-
 @pytest.fixture
-def flash(monkeypatch):
-    """Flash attention as transformers calls it, computed by torch's: no kernel of it runs on a CPU."""
-    functions = (_flash, _flash_varlen, None, modeling._pad_input, modeling._unpad_input)
-    processed = modeling._lazy_define_process_function(_flash_varlen)
-    monkeypatch.setattr(integration, "get_target_dtype", lambda *_: None)  # kernels have no fp32, which is exact here
-    monkeypatch.setattr(modeling, "lazy_import_flash_attention", lambda *_, **__: (functions, (processed, None)))
-
-    def load(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-        model.config._attn_implementation = "flash_attention_2"
-        return model
-
-    return load
+def flash() -> Iterator[Callable[[str], PreTrainedModel]]:
+    """Loads a model whose attention is flash attention, as transformers calls it."""
+    with flash_attention() as switch_on:
+        yield lambda folder: switch_on(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
 
 
 def _items(lengths):
@@ -130,3 +105,14 @@ def test_what_the_check_compares_is_a_batch_with_padding(flash):
     sample = sample_of(flash(tiny_llama()), CausalCollator(0, True, flash=True), batch=2)
     assert [[len(row["input_ids"]) for row in rows] for rows in sample.sequences] == [[6, 8], [6]]
     assert sample.collate(sample.sequences)["cu_seq_lens_q"].tolist() == [0, 6, 14, 28]
+
+
+@pytest.mark.ranks
+def test_a_run_with_flash_attention_has_the_losses_of_sdpa(one_rank: Ranks, small: Small, tmp_path):
+    changed = {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 4, "lora_dropout": 0.0}
+    losses = []
+    for case, attention in (("train", "sdpa"), ("train_with_flash", None)):
+        asked = small.values("lora", **changed, attn_implementation=attention, output_dir=str(tmp_path / case))
+        log = one_rank.run(case, **asked)[0]["log"]
+        losses.append([line[key] for line in log for key in ("loss", "grad_norm", "eval_loss") if key in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 5
