@@ -37,12 +37,12 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, prepare
+from dsrecipes.data.prepare import Split, cache_root, prepare
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import RecipeFiles
 from dsrecipes.flags import without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
-from dsrecipes.model.attention import keep_apart
+from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_model,
     check_vocabulary,
@@ -55,6 +55,7 @@ from dsrecipes.model.load import (
 )
 from dsrecipes.parts import check_parts
 from dsrecipes.place import Place, find_place
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs import report
 from dsrecipes.runs.checkpoint import choose, damage
 from dsrecipes.runs.console import Console
@@ -131,7 +132,7 @@ class RecipeBase(ABC):
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(self.tokenizer))
-        return CausalCollator(pad_id(self.tokenizer), select_logits=is_causal_lm(self.model))
+        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), takes_segments(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
         """Figures beside the loss for a split: a function of all logits and labels, in row order.
@@ -155,6 +156,8 @@ class RecipeBase(ABC):
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
+        check_docstrings()
+        redirect_caches()  # for a script of the user's; dsrecipes.run has done so
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
@@ -242,6 +245,11 @@ class RecipeBase(ABC):
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
                 self.watch.leave_if_lost(error)
+            if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
+                raise UserError(
+                    f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). DSRECIPES_CACHE names "
+                    "another folder"
+                ) from error
             if is_out_of_memory(error) and hasattr(self, "place"):
                 raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
@@ -470,9 +478,11 @@ class _FirstAndLastStep(TrainerCallback):
         data = recipe.sequences["train"]
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
+        largest = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         sample = packed_sample(
-            data, collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32"
-        )
+            data, largest, collate=trainer.data_collator, forward=trainer.loss_and_logits,
+            exact=recipe.place.precision == "fp32",
+        )  # fmt: skip
         if sample is not None:
             keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:

@@ -23,6 +23,8 @@ from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.flags import Merged, refuse_unknown, refuse_unsuited
 from dsrecipes.launch import launch
 from dsrecipes.layers import Layers, accelerators, layer, parse_flags
+from dsrecipes.process import check_docstrings, redirect_caches
+from dsrecipes.tasks import refuse_tasks
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -67,6 +69,7 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    refuse_tasks(os.environ)
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if not (restarts.isdecimal() and len(restarts) < 6):
@@ -156,6 +159,10 @@ def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_docstrings()
+    cache_note = redirect_caches()
+    if cache_note:
+        print(cache_note, file=sys.stderr)
     try:
         return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
     except KeyboardInterrupt:

@@ -124,7 +124,9 @@ class TrainConfig(TrainingArguments):
         use_cpu), so two ranks would train two models in silence.
         """
         if self._on_accelerator():
-            return super()._setup_devices
+            device = super()._setup_devices
+            self._n_gpu = min(self._n_gpu, 1)  # no DataParallel, which would divide the rows of a micro batch
+            return device
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType
 

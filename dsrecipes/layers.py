@@ -160,18 +160,25 @@ def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
 
 def accelerators() -> int:
     """Number of visible accelerators; asks torch where it is loaded, else the drivers (NVIDIA, AMD)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return listed_accelerators()
+
+
+def listed_accelerators() -> int:
+    """Number of GPUs that the drivers list (NVIDIA, AMD), less those that a variable hides; torch may see fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
         count = len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
+        if re.search(r"^\s+MIG ", listing, flags=re.MULTILINE):
+            count = 1  # CUDA gives a process one MIG instance, however many there are
     except (OSError, subprocess.TimeoutExpired):
         count = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
-    if not count and Path("/dev/kfd").exists():
+    if not count and Path("/dev/kfd").exists() and os.environ.get("HIP_VISIBLE_DEVICES", "all").strip() not in ("", "-1"):
         count = len(list(Path("/dev/dri").glob("renderD*")))
     return min(count, len(visible.split(","))) if visible else count
 

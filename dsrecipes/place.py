@@ -14,20 +14,23 @@ from dsrecipes.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_b
 from dsrecipes.config import Config, ModelConfig
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
+from dsrecipes.tasks import idle_tasks
 from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.limits import check_accelerators, check_precision, check_zeropp
 from dsrecipes.zero.resolve import Numbers, Zero, check_with_deepspeed, read_zero, resolve
 from dsrecipes.zero.runtime import (
-    RANK_KEYS,
     Launch,
     Ranks,
     complete_ranks,
     computes_bf16,
+    hardware,
     hide_accelerators,
     import_muon_uncompiled,
     keep_memory,
     probe_deepspeed,
     read_launch,
     set_threads,
+    train_alone,
 )
 from dsrecipes.zero.saved import fits, made_by
 
@@ -80,7 +83,9 @@ class Place:
         """What a checkpoint records of the place that writes it."""
         sequences = self.micro * self.accumulation * self.ranks.world
         stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
-        return {"ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout}
+        return {
+            "ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout, "hardware": hardware(self.device),
+        }  # fmt: skip
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
         """Keep the steps of a checkpoint as large as they were, and say where its states are divided anew.
@@ -89,6 +94,11 @@ class Place:
             UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
         """
         made, here = made_by(checkpoint), self.made_by()
+        same = {"ranks", "zero"} <= {key for key in here if made.get(key) == here[key]}
+        if same and made.get("hardware", here["hardware"]) != here["hardware"]:  # else nothing is promised bit for bit
+            self.notes.append(
+                f"checkpoint written on {made['hardware']}, resumed on {here['hardware']}: equal up to rounding, not bit for bit"
+            )
         if made.get("ranks", here["ranks"]) != here["ranks"]:
             self._keep_batch(checkpoint, made, train)
         if fits(made, here):
@@ -147,27 +157,35 @@ def find_place(config: Config) -> Place:
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
+    idle = idle_tasks(os.environ)
     ranks = complete_ranks(os.environ)
     device = "cpu" if config.train["use_cpu"] or launch.use_cpu else _accelerator()
-    zero, fallback, notes = _engine(config, launch)
+    if device == "cpu" and not (config.train["use_cpu"] or launch.use_cpu):
+        check_accelerators()
+    zero, fallback, zero_notes = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
         keep_memory()
-        if zero is None and ranks.world == 1:
-            for key in RANK_KEYS:  # a single plain process needs no process group
-                os.environ.pop(key, None)
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
             f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
         )
+    if zero is None and ranks.world == 1:
+        train_alone(device)
     batch, changed = _batch(config, ranks.world)
-    notes = [*config.layers.notes(), *([changed] if changed else []), *notes]
     precision = _precision(config, launch, device)
-    if precision == "fp32" and not {"bf16", "fp16"} & set(config.given) and device == "cpu" and computes_bf16():
-        notes.append(
-            "this CPU has AVX-512 BF16: --bf16 true trained 1.7 times as fast in a run of ours; fp32 is the default"
-        )
+    if zero is not None:
+        asked = config.train["fp16"] or launch.precision
+        check_precision(zero.stage, precision, chosen=bool(asked))
+        check_zeropp(zero.path, zero.json.get("zero_optimization", {}), ranks.world, device)
+    notes = [*config.layers.notes(), *filter(None, [idle, changed]), *zero_notes, *_bf16_hint(config, device, precision)]
     return Place(ranks, device, precision, zero, fallback, batch.micro, batch.accumulation, notes=notes)
+
+
+def _bf16_hint(config: Config, device: str, precision: str) -> list[str]:
+    if device != "cpu" or precision != "fp32" or {"bf16", "fp16"} & set(config.given) or not computes_bf16():
+        return []
+    return ["this CPU has AVX-512 BF16: --bf16 true trained 1.7 times as fast in a run of ours; fp32 is the default"]
 
 
 def _batch(config: Config, world: int) -> tuple[Batch, str | None]:

@@ -58,6 +58,10 @@ def test_accelerators_are_counted_without_torch(tmp_path, monkeypatch):
     assert accelerators() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert accelerators() == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with fake.open("a") as file:
+        file.write("echo '  MIG 1g.10gb     Device  0: (UUID: MIG-c)'\necho '  MIG 1g.10gb     Device  1: (UUID: MIG-d)'\n")
+    assert accelerators() == 1  # CUDA gives a process one instance
 
 
 def test_another_model_or_data_set_forgets_what_was_said_of_the_first():
