@@ -194,6 +194,7 @@ def load_model(
     seed: int,
     deepspeed: bool,
     adapter: bool = True,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The weights, in 4 bits and with LoRA where asked, ready for Trainer.
 
@@ -204,6 +205,7 @@ def load_model(
         seed: for whatever starts at random: a new head, an adapter.
         deepspeed: whether DeepSpeed will hold the weights, and keep fp32 copies of those it trains.
         adapter: whether a LoRA run's model gets its new adapter; False for the base alone.
+        device: where 4-bit weights are quantized; transformers takes the current GPU where it is not given.
     """
     name, where = _source(options)
     if options.from_scratch:
@@ -213,6 +215,8 @@ def load_model(
         from dsrecipes.model.lora import four_bit
 
         quantization = {"quantization_config": four_bit(options, dtype)}
+        if device is not None:
+            quantization["device_map"] = {"": device}
     same_head = _TASKS.get(auto_class, ("", "", False))[2]
     _refuse_pickles(name, options)
     set_seed(seed)

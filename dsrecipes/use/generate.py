@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.job_file import hash_of
 from dsrecipes.use.partial import Partial
@@ -28,6 +29,7 @@ Asked = tuple[str, int, "Prompt"]
 """Where a row stands, its number in the file from 0, its prompt."""
 
 
+@memory_errors("a smaller --batch_size")
 def generate(
     run: str | Path | FinishedRun,
     prompts: str | Path | Iterable[Json],
@@ -38,6 +40,7 @@ def generate(
     skip_bad_rows: bool = False,
     seed: int = 0,
     progress: bool = False,
+    device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
     """The model's answers to rows, in their order: {"index", "prompt", "answer"}, and "reference" where a row has one.
@@ -53,6 +56,7 @@ def generate(
         base: ask the model as it was before the run.
         skip_bad_rows: leave bad rows out; `index` still counts them.
         progress: a bar on stderr.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: of transformers' GenerationConfig: max_new_tokens, temperature, top_p, ...
 
     Raises:
@@ -60,7 +64,7 @@ def generate(
     """
     from dsrecipes.use.answers import generation_settings
 
-    opened = run if isinstance(run, FinishedRun) else open_run(str(run))
+    opened = run if isinstance(run, FinishedRun) else open_run(str(run), device)
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: give 1 or more")
     check_sampling(settings)
@@ -198,11 +202,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out instead of stopping at the first")
     add_settings(parser)
+    add_device(parser)
     flags = parser.parse_args(argv)
     try:
         rows = generate(
             flags.run, flags.prompts, out=flags.out, base=flags.base, batch_size=flags.batch_size,
-            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=True, **settings_of(flags),
+            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=True, device=flags.device, **settings_of(flags),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped" + ("; the same command goes on from here" if flags.out else ""), file=sys.stderr)

@@ -15,7 +15,8 @@ import dsrecipes
 from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
+from dsrecipes.use.device import add_device, memory_errors
+from dsrecipes.use.finished import CommandParser, FinishedRun, find_run, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 _PACKAGES = ("dsrecipes", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
 
 
-def verify(run: str) -> dict[str, Any]:
+@memory_errors()
+def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
     """Check every file and tensor of a run's model/, and its logits against the live engine's; write VERIFIED.json.
 
     Args:
         run: a run folder, or `last`.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
 
     Returns:
         What VERIFIED.json holds: tensors, largest_difference, allowed, files (sha256), versions, date.
@@ -39,11 +42,11 @@ def verify(run: str) -> dict[str, Any]:
     from dsrecipes.runs.disk import checksum
     from dsrecipes.runs.expected import read_expected
 
-    folder = find_run(run)
+    finished = open_run(run, device)
+    folder = finished.folder
     folder.verified.unlink(missing_ok=True)
     facts, batches = read_expected(folder)
     count = _check_tensors(folder.model, facts)
-    finished = FinishedRun(folder)
     _check_tokenizer(finished, facts)
     for name, known in facts["files"].items():
         if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
@@ -147,7 +150,7 @@ def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
 
     from dsrecipes.runs.weights import tensors, weight_files
 
-    model = PeftModel.from_pretrained(run.load(base=True, dtype=dtype), str(run.folder.model))
+    model = PeftModel.from_pretrained(run.load(base=True, dtype=dtype), str(run.folder.model), torch_device=str(run.device))
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in tensors(path)}
     for name in sorted(wanted.keys() ^ found.keys()):
@@ -216,8 +219,9 @@ def main(argv: list[str]) -> int:
     """`dsrecipes verify RUN`."""
     parser = CommandParser("verify", "Check that the model a run saved is what it trained.")
     parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
+    add_device(parser)
     asked = parser.parse_args(argv)
-    result = verify(asked.run)
+    result = verify(asked.run, device=asked.device)
     from dsrecipes.runs.report import verified
 
     print(f"VERIFIED  {find_run(asked.run).verified}\n          {verified(result)}")
