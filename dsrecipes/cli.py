@@ -6,26 +6,24 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
 import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
 from dsrecipes.layers import accelerators, layer, parse_flags
+from dsrecipes.usage import asks_for_help, help_text, refuse_unknown
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
 
-  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
+  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train RECIPE --help` lists the flags
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
@@ -65,17 +63,19 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    if asks_for_help(argv):
+        print(help_text(argv))
+        return 0
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
         raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
     if not (restarts.isdecimal() and len(restarts) < 6):
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
-    if "--help" not in argv and "-h" not in argv:
-        layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
-        ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
-        if ranks > 1 or int(restarts):
-            return launch(ranks, argv, int(restarts))
+    layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
+    ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+    if ranks > 1 or int(restarts):
+        return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
 
     return main(argv)
@@ -103,7 +103,7 @@ def show(argv: list[str]) -> int:
     argv = _with_recipe([word for word in argv if word != "--all"])
     layers = layer(parse_flags(argv))
     merged = layers.merged()
-    _refuse_unknown(merged)
+    refuse_unknown(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
     if everything:
@@ -138,26 +138,6 @@ def _use(command: str, argv: list[str]) -> int:
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _refuse_unknown(keys: Iterable[str]) -> None:
-    """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.origin
-    sources = [Path(find.__file__).with_name("config.py"), Path(spec.origin).with_name("training_args.py")]
-    classes = [
-        node for path in sources for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)
-    ]
-    known = {
-        field.target.id
-        for each in classes
-        if each.name in ("ModelConfig", "DataConfig", "TrainConfig", "TrainingArguments")
-        for field in each.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    }
-    for key in keys:
-        if key not in known:
-            raise UserError(f"unknown key {key!r}{find.nearest(key, known)}; `dsrecipes train --help` lists all")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -214,7 +214,7 @@ def build_config(layers: Layers) -> Config:
     known = [f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init]
     for key, origin in given.items():
         if key not in known:
-            raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
+            raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help all` lists all")
     _latest_batch_key_wins(layers, merged)
     flags = parser()
     single = {action.dest for action in flags._actions if action.nargs in (None, "?")}

@@ -22,6 +22,7 @@ from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.watch import follow_launcher
+from dsrecipes.usage import asks_for_help, help_text
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -104,10 +105,12 @@ def _tell(message: str, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns 0, or 2 with one message on rank 0 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        from dsrecipes.config import parser
-
-        parser().print_help()
+    if asks_for_help(argv):
+        try:
+            print(help_text(argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_CODE
         return 0
     if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,

@@ -34,11 +34,10 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count and not use_cpu else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
         known = "cpu" + "".join(f", cuda:{index}" for index in range(count))
         raise UserError(f"--device {name}: torch finds no such GPU on this machine; the devices are {known}")
-    return device
+    return torch.device(name)
 
 
 def add_device(parser: argparse.ArgumentParser, default: str = "auto", why: str = "a GPU if there is one") -> None:
