@@ -21,7 +21,7 @@ from pathlib import Path
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.runs.console import Console
-from dsrecipes.runs.watch import follow_launcher
+from dsrecipes.runs.watch import follow_launcher, restore_child_signal
 from dsrecipes.usage import asks_for_help, help_text
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # until the training begins there is nothing to save
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUME_CODE))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        restore_child_signal()
     rank = int(os.environ.get("RANK", "0"))
     console, verbose, story = Console(main=rank == 0), False, None
     try:
