@@ -7,6 +7,7 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import textwrap
@@ -127,8 +128,10 @@ _USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "v
 
 
 def _use(command: str, argv: list[str]) -> int:
-    """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
+    """A command of dsrecipes.use, imported when it is called; stderr has our messages alone, not those of libraries."""
     warnings.filterwarnings("ignore")
+    if logging.lastResort:  # prints what loggers that nobody configured warn of
+        logging.lastResort.setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return importlib.import_module(f"dsrecipes.use.{command}").main(argv)

@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     try:
         rows = generate(
             flags.run, flags.prompts, out=flags.out, base=flags.base, batch_size=flags.batch_size,
-            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=True, device=flags.device, **settings_of(flags),
+            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=sys.stderr.isatty(), device=flags.device, **settings_of(flags),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped" + ("; the same command goes on from here" if flags.out else ""), file=sys.stderr)

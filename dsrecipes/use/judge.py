@@ -106,7 +106,7 @@ def judge(
     path = user_path(out) if out else tuned.folder.path / "judge.jsonl"
     about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
     with JudgeFile(path, job, about) as file:
-        console = Console(out=sys.stderr)
+        console = Console(main=sys.stderr.isatty(), out=sys.stderr)
         asked: Judge | None = server
         if server and len(file.answers) < 2 * len(items):  # a wrong key or address is told before minutes of writing
             file.append({"kind": "check", **cost_of([server.ask("Say OK.", 0, 1)])})

@@ -68,7 +68,9 @@ def test_cpu_is_the_cpu_where_a_gpu_is_listed(
     on_cpu = [] if command == "export" else ["--device", "cpu"]  # export's default
     done = warm.python(PRETEND + COMMAND.format(argv=[*argv, *on_cpu], code=0))
     assert done.code == 0, done.err
-    assert not done.err or command in ("chat", "judge", "generate"), done.err
+    assert not done.err.replace(
+        "[transformers] The modules are dequantized in torch.float32 and casted to torch.float32.\n", ""
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 8])
