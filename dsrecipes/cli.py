@@ -16,9 +16,10 @@ from collections.abc import Callable
 from functools import partial
 
 from dsrecipes import find
+from dsrecipes.batch import batch_of, ranks_of
 from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
-from dsrecipes.layers import accelerators, layer, parse_flags
+from dsrecipes.layers import layer, parse_flags
 from dsrecipes.usage import asks_for_help, help_text, refuse_unknown
 
 _USAGE = """\
@@ -69,12 +70,11 @@ def train(argv: list[str]) -> int:
         return 0
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
-    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
-        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
     if not (restarts.isdecimal() and len(restarts) < 6):
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
     layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
-    ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+    ranks = ranks_of(procs, layers)
+    batch_of(layers, ranks)  # refuses what these ranks cannot share
     if ranks > 1 or int(restarts):
         return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
@@ -102,6 +102,7 @@ def show(argv: list[str]) -> int:
     """The resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
     everything = "--all" in argv
     argv = _with_recipe([word for word in argv if word != "--all"])
+    procs = _take(argv, "procs")
     layers = layer(parse_flags(argv))
     merged = layers.merged()
     refuse_unknown(merged)
@@ -111,8 +112,14 @@ def show(argv: list[str]) -> int:
         from dsrecipes.config import build_config
 
         config = build_config(layers)
-        values = {**vars(config.model), **vars(config.data), **config.train}
+        values = {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
+    ranks = ranks_of(procs, layers)
+    for key, number in batch_of(layers, ranks).items():
+        if str(values.get(key)) != str(number):
+            values[key], origins[key] = number, f"derived for {ranks} rank" + ("s" if ranks > 1 else "")
     print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
+    for note in layers.notes():
+        print(f"# {note}")
     width = max(map(len, values), default=0)
     for key, value in values.items():
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dsrecipes.batch import batch_of, ranks_of
 from dsrecipes.errors import UserError, nearest, printable
 from dsrecipes.find import recipe_names
-from dsrecipes.layers import ALIASES, Layers, accelerators, layer, parse_flags
+from dsrecipes.layers import ALIASES, Layers, layer, parse_flags
 
 _WIDTH, _COLUMN = 100, 52
 _HEAD = """\
@@ -215,7 +216,8 @@ def _values(flags: dict[str, Any], layers: Layers | None) -> dict[str, Any]:
     own = {key: flags.get(key, default) for key, default in _OWN.items()}
     if layers:
         own["profile"] = layers.profile
-        own["procs"] = own["procs"] or max(1, 0 if layers.is_on("use_cpu") else accelerators())
+        own["procs"] = ranks_of(own["procs"], layers)
+        merged |= batch_of(layers, own["procs"])
     defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}  # the device decides
     return defaults | merged | own
 

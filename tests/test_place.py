@@ -49,8 +49,10 @@ def test_the_batch_is_the_same_on_more_ranks(monkeypatch):
         monkeypatch.setenv(key, value)
     here = place(per_device_train_batch_size=2)
     assert (here.ranks.rank, here.micro, here.accumulation) == (1, 2, 2)
-    with pytest.raises(UserError, match=r"global_batch_size 8 = per_device_train_batch_size 3 x accumulation \? x ranks 2"):
-        place(per_device_train_batch_size=3)
+    odd = place(per_device_train_batch_size=3)  # 8 is the profile's: it gives way
+    assert (odd.micro, odd.accumulation) == (3, 1) and odd.notes[0].startswith("global_batch_size 8 became 6")
+    with pytest.raises(UserError, match=r"global_batch_size 8 \(flag\) = per_device_train_batch_size 3 \(flag\)"):
+        place(per_device_train_batch_size=3, global_batch_size=8)
 
 
 def test_the_cores_are_divided(monkeypatch):
