@@ -35,7 +35,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, prepare
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, inflect
 from dsrecipes.find import RecipeFiles
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart
@@ -459,7 +459,7 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     missing = sorted(found[0].__abstractmethods__)
     if missing:
         raise UserError(
-            f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            f"{files.module}: {found[0].__name__} lacks the {inflect(len(missing), 'method')} {', '.join(missing)}"
         )
     if found[0].auto_class.endswith("ForCausalLM") and found[0].metrics is not RecipeBase.metrics:
         raise UserError(

@@ -17,7 +17,7 @@ from functools import partial
 
 from dsrecipes import find
 from dsrecipes.batch import batch_of, ranks_of
-from dsrecipes.errors import EXIT_CODE, UserError, printable
+from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
 from dsrecipes.launch import launch
 from dsrecipes.layers import layer, parse_flags
 from dsrecipes.usage import asks_for_help, help_text, refuse_unknown
@@ -116,7 +116,7 @@ def show(argv: list[str]) -> int:
     ranks = ranks_of(procs, layers)
     for key, number in batch_of(layers, ranks).items():
         if str(values.get(key)) != str(number):
-            values[key], origins[key] = number, f"derived for {ranks} rank" + ("s" if ranks > 1 else "")
+            values[key], origins[key] = number, f"derived for {plural(ranks, 'rank')}"
     print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
     for note in layers.notes():
         print(f"# {note}")

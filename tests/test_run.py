@@ -101,7 +101,7 @@ def test_a_prequantized_model_with_zero3(tmp_path, capfd):
 def test_skipped_rows_are_counted_for_the_person(tmp_path, capfd):
     rows = write_rows(tmp_path / "bad.jsonl", [*instructions(6), {"instruction": "x"}, {"output": 3}])
     assert main([*alpaca(tmp_path, dataset=rows), "--skip_bad_rows", "--dry_run"]) == 0
-    assert "dropped 2 bad row" in capfd.readouterr().out
+    assert "dropped 2 bad rows" in capfd.readouterr().out
 
 
 def test_an_existing_run_folder(tmp_path, capfd):

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
 from dsrecipes.runs.weights import indexed_files
@@ -252,7 +252,7 @@ def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_he
     holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
     if holes:
         raise UserError(
-            f"model {name}: {len(holes)} weights are missing from its files or have another shape ({holes[0]}, ...); they are damaged or incomplete"
+            f"model {name}: {plural(len(holes), 'weight')} missing from its files or of another shape ({holes[0]}, ...); they are damaged or incomplete"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.use.device import memory_errors
 from dsrecipes.use.evaluate import Evaluation, add_flags, shown, write_out
 from dsrecipes.use.finished import CommandParser, check_out, open_run
@@ -153,7 +153,7 @@ def overlap(evaluation: Evaluation) -> Json:
 def lines(result: Json, samples: int) -> Iterator[str]:
     """What a person reads of a comparison."""
     head = result["results"][0]
-    yield f"data      {head['rows']:,} rows of {head['split']} · {head['dataset']} · task {head['task']}"
+    yield f"data      {plural(head['rows'], 'row')} of {head['split']} · {head['dataset']} · task {head['task']}"
     for told in result["overlaps"]:
         yield from _overlap_lines(told)
     for told, second in zip(result["pairs"], result["results"][1:], strict=True):
@@ -174,7 +174,7 @@ def _overlap_lines(told: Json) -> Iterator[str]:
     if not met:
         yield f"overlap   none: no measured row stands in the training rows of {told['run']}"
         return
-    yield f"overlap   {len({each['item'] for each in met})} of {told['rows']} measured rows stand in the training rows of {told['run']}:"
+    yield f"overlap   {len({each['item'] for each in met})} of {plural(told['rows'], 'measured row')} in the training rows of {told['run']}:"
     yield from (f"          {each['item']}  =  {each['training row']}" for each in met[:5])
     if len(met) > 5:
         yield f"          and {len(met) - 5} more (--out lists all)"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
@@ -161,7 +161,7 @@ def lines(result: Json) -> Iterator[str]:
     """What a person reads of a result."""
     how = f" · form {result['form']}, {result['num_fewshot']}-shot" if "form" in result else ""
     yield f"run       {result['run']} · {result['weights']} model"
-    yield f"data      {result['rows']:,} rows of {result['split']} · {result['dataset']}"
+    yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
     yield f"task      {result['task']}{how}"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))

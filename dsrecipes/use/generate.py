@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import user_path
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
@@ -107,7 +107,7 @@ def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_ro
                 raise bad_row(where, error) from error
             bad += 1
     if bad:
-        print(f"{bad:,} bad rows left out", file=sys.stderr)
+        print(f"{plural(bad, 'bad row')} left out", file=sys.stderr)
     if not asked:
         raise UserError(f"--prompts {prompts}: no rows to answer")
     return asked
@@ -149,7 +149,7 @@ def _check_room(asked: list[Asked], model: PreTrainedModel, settings: Generation
     for where, _, prompt in asked:
         if room and len(prompt.ids) + settings.max_new_tokens > room:
             raise UserError(
-                f"{where}: {len(prompt.ids)} tokens, and with {settings.max_new_tokens} new ones they pass the model's "
+                f"{where}: {plural(len(prompt.ids), 'token')}, and with {settings.max_new_tokens} new ones they pass the model's "
                 f"{room} positions: shorten the row, or give a smaller --max_new_tokens"
             )
 
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
         print("\nstopped" + ("; the same command goes on from here" if flags.out else ""), file=sys.stderr)
         return 130
     if flags.out:
-        print(f"{len(rows):,} answers in {flags.out}", file=sys.stderr)
+        print(f"{plural(len(rows), 'answer')} in {flags.out}", file=sys.stderr)
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))

@@ -210,7 +210,7 @@ def _judge_all(
                 verdict = "TIE" if pair[0] == pair[1] else None
                 prompt = fill(rubric, item.question, *pair)
                 while verdict is None and len(replies) <= retries:
-                    replies.append(judge.ask(prompt + REMINDER * bool(replies), len(replies), judge_tokens))
+                    replies.append(judge.ask(prompt + REMINDER if replies else prompt, len(replies), judge_tokens))
                     verdict = read_verdict(replies[-1].text)
                 file.append({"kind": "judgement", "item": index, "order": order, "verdict": verdict, **cost_of(replies),
                             "replies": [each.text for each in replies]})  # fmt: skip

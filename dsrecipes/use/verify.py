@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dsrecipes
-from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.errors import EXIT_CODE, UserError, plural
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.use.device import add_device, memory_errors
@@ -80,9 +80,11 @@ def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
             if name not in known:
                 raise UserError(f"{where} was not saved by this run: the file is another model's")
             if fingerprint(tensor) != known.pop(name):
-                raise UserError(f"{where} was changed since training ended" + (" (it is all zero)" * (not tensor.any())))
+                raise UserError(f"{where} was changed since training ended" + ("" if tensor.any() else " (it is all zero)"))
     if known:
-        raise UserError(f"{model}: {len(known)} tensors are missing that this run saved: {', '.join(sorted(known)[:3])}")
+        raise UserError(
+            f"{model}: {plural(len(known), 'tensor')} that this run saved not found: {', '.join(sorted(known)[:3])}"
+        )
     if not facts["weights"]:
         raise UserError(f"{model} holds no tensors; {GATHER}")
     if zero and all(zero) and facts["learned"]:
@@ -131,9 +133,11 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
         use_safetensors=True, trust_remote_code=run.config.model.trust_remote_code,
     )  # fmt: skip
     path = run.folder.model
-    for key, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
+    for key, words in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
         if info[key]:
-            raise UserError(f"{path}: by config.json {len(info[key])} tensors {words}: {', '.join(sorted(info[key])[:3])}")
+            raise UserError(
+                f"{path}: by config.json {plural(len(info[key]), 'tensor')} {words}: {', '.join(sorted(info[key])[:3])}"
+            )
     for name, found, wanted in info["mismatched_keys"]:
         raise UserError(f"{path}: tensor {name} has shape {list(found)}, config.json asks for {list(wanted)}")
     output = model.get_output_embeddings()
