@@ -92,6 +92,24 @@ def train_for_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     return _facts(story, trainer, result) | {"values": _values_of_engine(story, trainer)}
 
 
+def try_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What `train_for_values` returns, or the message of a refusal and whether it came after weights were loaded."""
+    loaded = []
+    load = RecipeBase.load_model
+
+    def note(story: RecipeBase) -> Any:
+        loaded.append(True)
+        return load(story)
+
+    RecipeBase.load_model = note  # type: ignore[method-assign]
+    try:
+        return train_for_values(recipe, values)
+    except UserError as error:
+        return {"refused": str(error), "loaded": bool(loaded)}
+    finally:
+        RecipeBase.load_model = load  # type: ignore[method-assign]
+
+
 def train(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe: folder, log, metrics, engine and stage."""
     story, trainer, result = _run(recipe, values)
