@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from dsrecipes.config import ModelConfig
 from dsrecipes.data.prepare import cache_root
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
 from dsrecipes.runs.weights import indexed_files
@@ -194,6 +194,7 @@ def load_model(
     seed: int,
     deepspeed: bool,
     adapter: bool = True,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The weights, in 4 bits and with LoRA where asked, ready for Trainer.
 
@@ -204,6 +205,7 @@ def load_model(
         seed: for whatever starts at random: a new head, an adapter.
         deepspeed: whether DeepSpeed will hold the weights, and keep fp32 copies of those it trains.
         adapter: whether a LoRA run's model gets its new adapter; False for the base alone.
+        device: where 4-bit weights are quantized; transformers takes the current GPU where it is not given.
     """
     name, where = _source(options)
     if options.from_scratch:
@@ -213,6 +215,8 @@ def load_model(
         from dsrecipes.model.lora import four_bit
 
         quantization = {"quantization_config": four_bit(options, dtype)}
+        if device is not None:
+            quantization["device_map"] = {"": device}
     same_head = _TASKS.get(auto_class, ("", "", False))[2]
     _refuse_pickles(name, options)
     set_seed(seed)
@@ -248,7 +252,7 @@ def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_he
     holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
     if holes:
         raise UserError(
-            f"model {name}: {len(holes)} weights are missing from its files or have another shape ({holes[0]}, ...); they are damaged or incomplete"
+            f"model {name}: {plural(len(holes), 'weight')} missing from its files or of another shape ({holes[0]}, ...); they are damaged or incomplete"
         )
 
 
