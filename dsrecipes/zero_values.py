@@ -50,7 +50,9 @@ def read_zero_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object")
     for name in _OBJECTS:
-        if not isinstance(_at(config, name) or {}, dict):
+        *parent, key = name.split(".")
+        block = config.get(parent[0], {}) if parent else config
+        if key in block and not isinstance(block[key], dict):
             raise UserError(f"{path}: {name} must be an object")
     for name in ("optimizer", "scheduler"):
         if name in config and not isinstance(_at(config, f"{name}.type"), str):

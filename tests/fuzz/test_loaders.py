@@ -181,8 +181,10 @@ def files_of(rows: list[dict]) -> dict[str, bytes]:
     flat = [{key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows]
     parquet = io.BytesIO()
     pandas.DataFrame(flat).to_parquet(parquet)
+    table = pandas.DataFrame(flat)
     return {
-        ".json": text_of(rows), ".jsonl": b"\n".join(map(text_of, rows)), ".csv": pandas.DataFrame(flat).to_csv(index=False).encode(),
+        ".json": text_of(rows), ".jsonl": b"\n".join(map(text_of, rows)), ".csv": table.to_csv(index=False).encode(),
+        ".tsv": table.to_csv(index=False, sep="\t").encode(),
         ".parquet": parquet.getvalue(), ".txt": b" = Rain = \n\nRain falls.\n\n = Snow = \n\nSnow is cold.\n",
     }  # fmt: skip
 

@@ -88,6 +88,8 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         ({"optimizer": {"type": "AdamW", "param": {}}}, ["optimizer has no key 'param'", "params"]),
         ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, ["use gradient_clipping"]),
         ({"optimizer": {"params": {}}}, ["optimizer must have a type"]),
+        ({"fp16": None}, ["fp16 must be an object"]),
+        ({"optimizer": {"type": "AdamW", "params": None}}, ["optimizer.params must be an object"]),
         ({"wandb": {"enabled": "true"}}, ["needs the package wandb"]),
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine is not supported"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size 2 is not supported"]),
