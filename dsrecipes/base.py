@@ -198,6 +198,8 @@ class RecipeBase(ABC):
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         self.trainer = trainer
+        if trainer.router is not None:
+            self.place.notes.append(trainer.router.note())
         trainer.at_step_end = partial(check_step, self, trainer)
         trainer.remove_callback(PrinterCallback)
         if train["early_stopping_patience"]:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.model.router import router_loss_of, trained_tokens
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
 from dsrecipes.runs.watch import Watch
 
@@ -55,12 +56,23 @@ class RecipeTrainer(ResumableTrainer):
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
-        super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
+        self.router = router_loss_of(kwargs["model"]) if causal else None
+        loss_function = None if causal else row_loss
+        if self.router is not None:
+            loss_function = self._token_and_router_loss
+        super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
         self.add_callback(_Watched(watch))
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
+        self._inputs: dict[str, torch.Tensor] = {}
+        """The micro batch whose loss is computed."""
+        self._sequences_of_step = 1.0
+        """Sequences of this step that are trained on, over micro batches and ranks."""
+        self._router_losses: list[torch.Tensor] = []
+        self._logged_steps = 0
+        """Router losses since the last log line, and the steps that they come from."""
         self._rate = 0.0
         self._clock = _Clock()
         self.batches: list[dict[str, torch.Tensor]] = []
@@ -103,6 +115,10 @@ class RecipeTrainer(ResumableTrainer):
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         self.batches, self.losses, self.gradient_norm = batches, [], None
+        if self.router is not None:
+            sequences = sum(int(trained_tokens(batch).any(1).sum()) for batch in batches)
+            self._sequences_of_step = self._over_ranks([float(sequences)], torch.distributed.ReduceOp.SUM)[0]
+            self._logged_steps += 1
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -111,12 +127,32 @@ class RecipeTrainer(ResumableTrainer):
         self.losses.append(super().training_step(*args, **kwargs))
         return self.losses[-1]
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The loss; where the model trains, the backward pass comes next."""
-        loss = super().compute_loss(model, *args, **kwargs)
+        self._inputs = dict(inputs) if self.router is not None else {}
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             self.watch.at("backward")
         return loss
+
+    def _token_and_router_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """A mixture-of-experts model's loss, in training with the router's.
+
+        transformers adds the router loss whole to every micro batch, and to the evaluation loss.
+        """
+        assert self.router is not None
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        loss = base.loss_function(
+            logits=outputs.logits, labels=labels, vocab_size=base.config.get_text_config().vocab_size,
+            num_items_in_batch=num_items_in_batch, shift_labels=self._inputs.get("shift_labels"),
+        )  # fmt: skip
+        if not self.model.training or not self._sequences_of_step:
+            return loss
+        router_loss = self.router.of_micro_batch(outputs, trained_tokens(self._inputs)) / self._sequences_of_step
+        self._router_losses.append(router_loss.detach())
+        return loss + router_loss.to(loss.device)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
@@ -208,6 +244,10 @@ class RecipeTrainer(ResumableTrainer):
             logs |= {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
             logs["peak_memory_gb"] = self._over_ranks([peak_memory_gb(self.args.device)], torch.distributed.ReduceOp.MAX)[0]
             self._tally = [0, 0]
+            if self._router_losses:
+                total = self._over_ranks([float(torch.stack(self._router_losses).sum())], torch.distributed.ReduceOp.SUM)[0]
+                logs["router_loss"] = total / self._logged_steps
+                self._router_losses, self._logged_steps = [], 0
             # the rate of the step itself: with an optimizer block in the ZeRO JSON, Trainer reads the next step's
             logs["learning_rate"] = self._rate
         super().log(logs, start_time)
