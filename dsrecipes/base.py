@@ -42,6 +42,7 @@ from dsrecipes.model.attention import keep_apart
 from dsrecipes.model.load import (
     check_model,
     check_vocabulary,
+    disable_cpu_packing,
     load_config,
     load_model,
     load_tokenizer,
@@ -190,6 +191,7 @@ class RecipeBase(ABC):
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
+        disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),

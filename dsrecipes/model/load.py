@@ -238,6 +238,7 @@ def load_model(
 
         set_seed(seed)
         model = add_lora(model, options, heads=sorted({key.rpartition(".")[0] for key in missing}), keep_dtype=deepspeed)
+    disable_cpu_packing(model)
     return model
 
 
@@ -273,6 +274,24 @@ def _draw_new_weights(model: nn.Module, missing: list[str], config: PretrainedCo
                     parameter.data.copy_(fresh)
         else:
             parameter.data.copy_(fresh)
+
+
+def disable_cpu_packing(model: nn.Module) -> None:
+    """Keep 4-bit weights in the layout that was trained, on every CPU.
+
+    On a CPU with AVX-512 BF16, bitsandbytes (0.50.2, nn/modules.py, Linear4bit.forward) repacks a weight at its first
+    forward pass in evaluation mode and computes it in bf16 from then on. ZeRO-3 cannot shard the repacked weight, a
+    checkpoint cannot hold it, and the logits differ from those of training and of other CPUs.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Put a model on a device, in evaluation mode, computing as it does in training."""
+    disable_cpu_packing(model)
+    return model.to(device).eval()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -88,6 +88,7 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
     import torch
     import transformers
 
+    from dsrecipes.model.load import ready
     from dsrecipes.run import hidden
     from dsrecipes.runs.expected import allowed_difference
     from dsrecipes.use.card import model_card
@@ -107,10 +108,8 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
         model.to(getattr(torch, kept)).save_pretrained(folder, max_shard_size=max_shard_size)
     del model
     run.tokenizer.save_pretrained(folder)
-    exported = (
-        getattr(transformers, run.recipe.auto_class).from_pretrained(folder, dtype=torch.float32).to(run.device).eval()
-    )
-    found = _logits(exported, run)
+    exported = getattr(transformers, run.recipe.auto_class).from_pretrained(folder, dtype=torch.float32)
+    found = _logits(ready(exported, run.device), run)
     difference = (found - wanted).abs().max().item()
     allowed = allowed_difference(wanted, "fp32" if kept == "float32" else kept, four_bit)
     if not difference <= allowed:

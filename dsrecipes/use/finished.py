@@ -129,7 +129,7 @@ class FinishedRun:
         from transformers.utils.logging import disable_progress_bar
 
         from dsrecipes.model.hub import damaged, first_line
-        from dsrecipes.model.load import load_config, load_model
+        from dsrecipes.model.load import load_config, load_model, ready
         from dsrecipes.runs.weights import weight_files
 
         disable_progress_bar()
@@ -158,7 +158,7 @@ class FinishedRun:
                 )
         except damaged() as error:
             raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
-        return model.to(self.device).eval()
+        return ready(model, self.device)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -68,6 +68,7 @@ class LocalJudge:
         from transformers.utils.logging import disable_progress_bar
 
         from dsrecipes.model.hub import first_line, read_tokenizer
+        from dsrecipes.model.load import ready
         from dsrecipes.runs.weights import weight_files
         from dsrecipes.use.finished import best_dtype
 
@@ -86,7 +87,7 @@ class LocalJudge:
             raise
         except Exception as error:  # tokenizers raises no narrower one
             raise UserError(f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
-        self.model: PreTrainedModel = model.to(device).eval()
+        self.model: PreTrainedModel = ready(model, device)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
         """A reply.

@@ -48,7 +48,7 @@ def verify(run: str) -> dict[str, Any]:
     for name, known in facts["files"].items():
         if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
             raise UserError(f"{folder.model / name} is missing or was changed since training ended")
-    difference, allowed = _compare(_load(finished, facts), finished, facts, batches)
+    difference, allowed = _compare(load_saved(finished, facts), finished, facts, batches)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES if name.replace("-", "_") in sys.modules}
     result = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": facts["step"], "tensors": count,
@@ -100,12 +100,13 @@ def _check_tokenizer(run: FinishedRun, facts: dict[str, Any]) -> None:
             raise UserError(f"{run.folder.model}: the tokenizer is not that of the training: it gives {text!r} other ids")
 
 
-def _load(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
+def load_saved(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
     """The model by plain transformers or peft, with no tensor missing, left over or of another shape."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from dsrecipes.model.hub import damaged
+    from dsrecipes.model.load import ready
 
     disable_progress_bar()
     dtype = getattr(torch, facts["dtype"])
@@ -116,7 +117,7 @@ def _load(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
         model = _load_adapter(run, dtype) if adapter else _load_whole(run, facts["auto_class"], dtype)
     except (*damaged(), RuntimeError) as error:
         raise UserError(f"{run.folder.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return model.to(run.device).eval()
+    return ready(model, run.device)
 
 
 def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,15 +1,20 @@
 """LoRA on every kind of linear layer, alone and over a 4-bit base."""
 
+import logging
+
 import pytest
 import torch
 from peft import PeftModel
-from tiny import tiny_gpt2, tiny_llama
+from tiny import instructions, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
+from dsrecipes import load_recipe
 from dsrecipes.config import ModelConfig
 from dsrecipes.errors import UserError
 from dsrecipes.model.load import count_parameters, load_config, load_model
 from dsrecipes.trainer import is_causal_lm
+from dsrecipes.use.finished import open_run
+from dsrecipes.use.verify import load_saved
 
 CAUSAL = "AutoModelForCausalLM"
 
@@ -65,3 +70,34 @@ def test_a_4_bit_base_is_counted_whole_and_its_adapter_loads_again(tmp_path):
     again = PeftModel.from_pretrained(loaded(tiny_llama(), load_in_4bit=True).unload(), tmp_path)
     with torch.no_grad():
         assert torch.allclose(model.eval()(ids).logits, again.eval()(ids).logits, atol=1e-5)
+
+
+def packs(model):
+    """4-bit layers of a model, and those of them that would repack their weight for a CPU with AVX-512 BF16."""
+    layers = [
+        module for module in model.modules() if type(module).__name__ == "Linear4bit" and hasattr(module, "quant_state")
+    ]
+    return len(layers), [layer for layer in layers if getattr(layer, "support_avx512bf16_for_cpu", False)]
+
+
+def test_4_bit_weights_are_never_repacked_whatever_the_cpu_and_the_way_of_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    whole = loaded(tiny_llama(), load_in_4bit=True).unload()
+    whole.save_pretrained(tmp_path / "prequantized")
+    run = load_recipe(
+        "qlora_zero3", profile="starter", model_name_or_path=tiny_llama(), prompt_style="alpaca", max_length=128, max_steps=1,
+        dataset=write_rows(tmp_path / "rows.jsonl", instructions(8)), deepspeed="none", output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    run.run()
+    finished = open_run(str(tmp_path / "run"))
+    ways = {
+        "load_model": loaded(tiny_llama(), load_in_4bit=True), "trained": run.model, "finished": finished.load(),
+        "base": finished.load(base=True), "prequantized": loaded(str(tmp_path / "prequantized")),
+        "verified": load_saved(finished, {"dtype": "float32", "auto_class": CAUSAL}),
+    }  # fmt: skip
+    for way, model in ways.items():
+        layers, repacked = packs(model)
+        assert layers and not repacked, way
+        with torch.no_grad():  # what the attribute is about: on another CPU the kernel would be missing
+            model.eval()(torch.arange(12).view(1, 12))
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
