@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from dsrecipes.adapter import take_settings
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.layers import Layers, seconds_of
 
@@ -30,6 +32,33 @@ def _list(text: str) -> Any:
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+def lora_targets(values: list[str]) -> list[str] | str:
+    """--lora_target_modules as peft takes it: names of layers, one regular expression, or all-linear.
+
+    Raises:
+        ValueError: not a list, not a regular expression, or all-linear beside other values.
+    """
+    if len(values) == 1 and values[0].lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # a character class begins like a list
+            values = [str(name) for name in json.loads(values[0])]
+    names = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    if "all-linear" in names or not names:
+        _require(len(names) < 2, "lora_target_modules: all-linear means all of them; give it alone")
+        return "all-linear"
+    if all(map(_PLAIN_NAME.fullmatch, names)):
+        return names
+    for value in values:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"lora_target_modules {value}: not a regular expression ({error})") from None
+    ends = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
+    return values[0] if len(values) == 1 else "|".join(ends)
 
 
 @dataclass(kw_only=True)
@@ -48,11 +77,15 @@ class ModelConfig:
     lora_r: int = _help("Rank of the LoRA adapter; 0 trains all weights.", 0)
     lora_alpha: int = _help("LoRA scale; the update is multiplied by lora_alpha / lora_r.", 32)
     lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
-    lora_target_modules: list[str] = _list("Layers that get an adapter; default: all linear layers but the head.")
+    lora_target_modules: list[str] = _list(
+        "Layers that get an adapter: all-linear (the default: all but the head), names such as q_proj,v_proj (a layer whose "
+        "name ends so), or a regular expression for the whole name of a layer."
+    )
 
     def __post_init__(self) -> None:
         """Cross-field checks; ValueError names the flag to change."""
         _require(self.lora_r >= 0, f"lora_r is {self.lora_r}: give 0 (full fine-tuning) or a positive rank")
+        lora_targets(self.lora_target_modules)
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
         _require(
             not self.load_in_4bit or self.lora_r > 0,
@@ -175,6 +208,8 @@ class Config:
     layers: Layers
     given: dict[str, str]
     """Explicitly given key -> origin."""
+    notes: list[str] = field(default_factory=list)
+    """What gave way to something else, for the header."""
 
 
 class _Parser(HfArgumentParser):
@@ -210,6 +245,8 @@ def build_config(layers: Layers) -> Config:
         UserError: one message for the first key at fault, with where its value comes from.
     """
     merged = layers.merged()
+    notes: list[str] = []
+    take_settings(merged, notes)
     given = {key: origin for key, (_, origin) in merged.items()}
     known = [f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init]
     for key, origin in given.items():
@@ -240,7 +277,7 @@ def build_config(layers: Layers) -> Config:
     for key in ("model_name_or_path", "dataset"):
         if values[key] is None:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
-    return Config(model, data, train, layers, given)
+    return Config(model, data, train, layers, given, notes)
 
 
 def _latest_batch_key_wins(layers: Layers, merged: dict[str, tuple[Any, str]]) -> None:

@@ -16,20 +16,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model.router import router_loss_of, trained_tokens
+from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
 from dsrecipes.runs.watch import Watch
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the model, or the base of a LoRA model, is one of transformers' causal language models."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -58,8 +52,8 @@ class RecipeTrainer(ResumableTrainer):
             kwargs["compute_metrics"] = None
         self.router = router_loss_of(kwargs["model"]) if causal else None
         loss_function = None if causal else row_loss
-        if self.router is not None:
-            loss_function = self._token_and_router_loss
+        if self.router is not None or (causal and averages_by_itself(kwargs["model"])):
+            loss_function = self._own_loss
         super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
         self.add_callback(_Watched(watch))
@@ -129,26 +123,26 @@ class RecipeTrainer(ResumableTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The loss; where the model trains, the backward pass comes next."""
-        self._inputs = dict(inputs) if self.router is not None else {}
+        self._inputs = dict(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             self.watch.at("backward")
         return loss
 
-    def _token_and_router_loss(
+    def _own_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """A mixture-of-experts model's loss, in training with the router's.
+        """The token loss, and in training a mixture of experts' router loss.
 
-        transformers adds the router loss whole to every micro batch, and to the evaluation loss.
+        transformers adds the router loss whole to every micro batch and to the evaluation loss, and some of its
+        classes for images and text average over the micro batch.
         """
-        assert self.router is not None
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrapped(self.model)
         loss = base.loss_function(
             logits=outputs.logits, labels=labels, vocab_size=base.config.get_text_config().vocab_size,
             num_items_in_batch=num_items_in_batch, shift_labels=self._inputs.get("shift_labels"),
         )  # fmt: skip
-        if not self.model.training or not self._sequences_of_step:
+        if self.router is None or not self.model.training or not self._sequences_of_step:
             return loss
         router_loss = self.router.of_micro_batch(outputs, trained_tokens(self._inputs)) / self._sequences_of_step
         self._router_losses.append(router_loss.detach())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.model.task import unwrapped
 
 _SWITCH = ("gate_logits", "num_experts", "top_k", "attention_mask")
 """Arguments of transformers' load_balancing_loss_func, which has one body in all families that take these."""
@@ -25,7 +26,6 @@ class RouterLoss:
     top_k: int
     by_sequence: bool
     """False: a formula of the model's own, which is computed over the whole micro batch."""
-    family: str
 
     def note(self) -> str:
         """What the header says about it."""
@@ -97,7 +97,7 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def router_loss_of(model: nn.Module) -> RouterLoss | None:
     """The router loss that a model of transformers adds to its loss; None where its configuration asks for none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     config = base.config.get_text_config()
     if not (getattr(config, "output_router_logits", False) or getattr(base.config, "output_router_logits", False)):
         return None
@@ -112,4 +112,4 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
         return None
     top_k = setting("num_experts_per_tok")
     known = tuple(inspect.signature(function).parameters) == _SWITCH and isinstance(top_k, int)
-    return RouterLoss(float(coefficient), top_k if known else 0, known, type(base).__name__)
+    return RouterLoss(float(coefficient), top_k if known else 0, known)
