@@ -1,7 +1,8 @@
-"""A LoRA adapter folder given as a model: its base, and the settings that come with it."""
+"""LoRA settings: which layers get an adapter, and an adapter folder that is given as a model."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,34 @@ _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropou
 Given = dict[str, tuple[Any, str]]
 """Key -> (value, origin), as the layers of a configuration give them."""
 _DEFAULTS = ("recipe", "profile")
+
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+def lora_targets(values: list[str]) -> list[str] | str:
+    """--lora_target_modules as peft takes it: names of layers, one regular expression, or all-linear.
+
+    Raises:
+        ValueError: not a list, not a regular expression, or all-linear beside other values.
+    """
+    if len(values) == 1 and values[0].lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # a character class begins like a list
+            values = [str(name) for name in json.loads(values[0])]
+    names = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    if "all-linear" in names or not names:
+        if len(names) > 1:
+            raise ValueError("--lora_target_modules: all-linear means all of them; give it alone")
+        return "all-linear"
+    if all(map(_PLAIN_NAME.fullmatch, names)):
+        return names
+    for value in values:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"--lora_target_modules {value}: not a regular expression ({error})") from None
+    ends = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
+    return values[0] if len(values) == 1 else "|".join(ends)
 
 
 def adapter_folder(name: str | None) -> Path | None:
@@ -94,17 +123,18 @@ def take_settings(merged: Given, notes: list[str]) -> None:
 
 
 def _same(asked: Any, own: Any) -> bool:
-    if isinstance(own, (list, str)):
-        return _names(asked) == _names(own)
+    """Whether a value that was asked for is the adapter's own."""
     try:
+        if isinstance(own, (list, str)):
+            values = list(map(str, asked)) if isinstance(asked, (list, tuple)) else [str(asked)]
+            return _as_set(lora_targets(values)) == _as_set(own)
         return float(asked) == float(own)
     except (TypeError, ValueError):
         return False
 
 
-def _names(value: Any) -> set[str]:
-    values = value if isinstance(value, (list, tuple)) else re.split(r",\s*", str(value))
-    return {str(name) for name in values}
+def _as_set(targets: list[str] | str) -> set[str]:
+    return {targets} if isinstance(targets, str) else set(targets)
 
 
 def _words(value: Any) -> str:

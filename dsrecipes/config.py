@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from dsrecipes.adapter import take_settings
+from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.layers import Layers, seconds_of
 
@@ -32,33 +31,6 @@ def _list(text: str) -> Any:
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
-
-
-_PLAIN_NAME = re.compile(r"[\w.-]+")
-
-
-def lora_targets(values: list[str]) -> list[str] | str:
-    """--lora_target_modules as peft takes it: names of layers, one regular expression, or all-linear.
-
-    Raises:
-        ValueError: not a list, not a regular expression, or all-linear beside other values.
-    """
-    if len(values) == 1 and values[0].lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # a character class begins like a list
-            values = [str(name) for name in json.loads(values[0])]
-    names = [part.strip() for value in values for part in value.split(",") if part.strip()]
-    if "all-linear" in names or not names:
-        _require(len(names) < 2, "lora_target_modules: all-linear means all of them; give it alone")
-        return "all-linear"
-    if all(map(_PLAIN_NAME.fullmatch, names)):
-        return names
-    for value in values:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"lora_target_modules {value}: not a regular expression ({error})") from None
-    ends = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
-    return values[0] if len(values) == 1 else "|".join(ends)
 
 
 @dataclass(kw_only=True)

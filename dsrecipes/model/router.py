@@ -113,3 +113,9 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
     top_k = setting("num_experts_per_tok")
     known = tuple(inspect.signature(function).parameters) == _SWITCH and isinstance(top_k, int)
     return RouterLoss(float(coefficient), top_k if known else 0, known)
+
+
+def without_router_logits(model: nn.Module) -> dict[str, bool]:
+    """What to give generate(), where transformers computes the router loss with a mask of another length."""
+    asked = router_loss_of(model) is not None
+    return {"output_router_logits": False} if asked else {}

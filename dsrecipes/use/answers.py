@@ -94,6 +94,8 @@ def answers(
     """
     import torch
 
+    from dsrecipes.model.router import without_router_logits
+
     room = positions(model)
     longest = max(map(len, prompts), default=0)
     if room and longest + settings.max_new_tokens > room:
@@ -110,7 +112,9 @@ def answers(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device)
         with torch.no_grad():
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, **without_router_logits(model)
+            )
         for index, tokens in zip(chosen, written[:, width:].tolist(), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             yield index, text.strip() if strip else text
