@@ -69,6 +69,7 @@ from dsrecipes.runs.watch import Watch
 from dsrecipes.saving import Keeping, step_of
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
+from dsrecipes.zero.blocks import keep_fixed_steps
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
 
 
@@ -302,6 +303,8 @@ class RecipeBase(ABC):
             args = TrainConfig(**values)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if engine is not None:
+            keep_fixed_steps(args.hf_deepspeed_config, engine)
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
 

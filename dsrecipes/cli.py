@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from dsrecipes import find
+from dsrecipes.batch import BATCH_KEYS, divide_batch
 from dsrecipes.errors import EXIT_CODE, UserError, printable
 from dsrecipes.launch import launch
-from dsrecipes.layers import accelerators, layer, parse_flags
+from dsrecipes.layers import Layers, accelerators, layer, parse_flags
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -67,18 +68,34 @@ def train(argv: list[str]) -> int:
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
-    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
-        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
     if not (restarts.isdecimal() and len(restarts) < 6):
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
     if "--help" not in argv and "-h" not in argv:
         layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
-        ranks = int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+        ranks = _ranks(procs, layers)
+        _batch(layers, ranks)  # refuses what these ranks cannot share
         if ranks > 1 or int(restarts):
             return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
 
     return main(argv)
+
+
+def _ranks(procs: str | None, layers: Layers) -> int:
+    """The ranks that `dsrecipes train` starts: --procs, or one for each accelerator."""
+    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
+        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
+    return int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+
+
+def _batch(layers: Layers, ranks: int) -> dict[str, int]:
+    """The batch of a step by flag."""
+    merged = layers.merged()
+    try:
+        values = {key: int(str(merged[key][0])) for key in BATCH_KEYS if key in merged}
+    except ValueError:
+        return {}  # refused by the parser, which names the value
+    return divide_batch(values, {key: origin for key in values if (origin := layers.by_user(key))}, ranks).values()
 
 
 def list_recipes(argv: list[str]) -> int:
@@ -101,6 +118,7 @@ def show(argv: list[str]) -> int:
     """The resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
     everything = "--all" in argv
     argv = _with_recipe([word for word in argv if word != "--all"])
+    procs = _take(argv, "procs")
     layers = layer(parse_flags(argv))
     merged = layers.merged()
     _refuse_unknown(merged)
@@ -110,8 +128,14 @@ def show(argv: list[str]) -> int:
         from dsrecipes.config import build_config
 
         config = build_config(layers)
-        values = {**vars(config.model), **vars(config.data), **config.train}
+        values = {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
+    ranks = _ranks(procs, layers)
+    for key, number in _batch(layers, ranks).items():
+        if str(values.get(key)) != str(number):
+            values[key], origins[key] = number, f"derived for {ranks} rank" + ("s" if ranks > 1 else "")
     print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
+    for note in layers.notes():
+        print(f"# {note}")
     width = max(map(len, values), default=0)
     for key, value in values.items():
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

@@ -16,8 +16,10 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
+from dsrecipes.batch import BATCH_KEYS
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.layers import Layers, seconds_of
+from dsrecipes.zero_values import ENGINE_KEYS
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -183,6 +185,10 @@ class Config:
     notes: list[str] = field(default_factory=list)
     """What gave way to something else, for the header."""
 
+    def by_zero_json(self, key: str) -> Any:
+        """A value that the ZeRO JSON fixes, or None."""
+        return self.layers.zero_json().values.get(key)
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -224,7 +230,9 @@ def build_config(layers: Layers) -> Config:
     for key, origin in given.items():
         if key not in known:
             raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
-    _latest_batch_key_wins(layers, merged)
+    for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
+        if key in layers.zero_json().values:
+            merged.pop(key, None)
     flags = parser()
     single = {action.dest for action in flags._actions if action.nargs in (None, "?")}
     for key, (value, origin) in merged.items():
@@ -241,24 +249,18 @@ def build_config(layers: Layers) -> Config:
         model = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
         data = DataConfig(**{f.name: values[f.name] for f in dataclasses.fields(DataConfig)})
         train = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.init}
-        if train["global_batch_size"] and "gradient_accumulation_steps" not in merged:
-            train["gradient_accumulation_steps"] = None  # derived, once the number of ranks is known
+        for key in BATCH_KEYS:
+            if key not in merged:
+                train[key] = None  # derived, once the number of ranks is known
         _check_train(train, given)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        named = re.search(r"--(\w+)", str(error))
+        zero = layers.zero_json()
+        raise UserError(f"{zero.origin}: {error}" if named and named[1] in zero.values else str(error)) from None
     for key in ("model_name_or_path", "dataset"):
         if values[key] is None:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
     return Config(model, data, train, layers, given, notes)
-
-
-def _latest_batch_key_wins(layers: Layers, merged: dict[str, tuple[Any, str]]) -> None:
-    """A flag --gradient_accumulation_steps replaces a YAML's global_batch_size; in one layer both must agree."""
-    rivals = ("global_batch_size", "gradient_accumulation_steps")
-    asked = [key for key in rivals if key in merged]
-    last = {key: i for i, each in enumerate(layers.layers) for key in asked if each.values.get(key) is not None}
-    if len(last) == 2 and last[rivals[0]] != last[rivals[1]]:
-        merged.pop(min(last, key=lambda key: last[key]))
 
 
 def _with_origin(message: str, given: dict[str, str]) -> UserError:
@@ -322,26 +324,3 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         train["train_sampling_strategy"] in ("random", "sequential"),
         f"--train_sampling_strategy {train['train_sampling_strategy']}: rows are laid out by step here; choose random or sequential",
     )
-
-
-def accumulation(train: dict[str, Any], world_size: int) -> int:
-    """Gradient accumulation steps, from global_batch_size where it is given.
-
-    Raises:
-        UserError: global_batch_size = micro batch x accumulation x ranks has no whole solution, or contradicts
-            gradient_accumulation_steps.
-    """
-    total, micro = train["global_batch_size"], train["per_device_train_batch_size"]
-    if total is None:
-        return train["gradient_accumulation_steps"]
-    steps, rest = divmod(total, micro * world_size)
-    equation = f"global_batch_size {total} = per_device_train_batch_size {micro} x accumulation %s x ranks {world_size}"
-    if rest or not steps:
-        raise UserError(
-            f"the batch does not divide: {equation % '?'} asks for an accumulation of {total / (micro * world_size):.3g}. "
-            f"Change --global_batch_size to a multiple of {micro * world_size}, or --per_device_train_batch_size"
-        )
-    asked = train["gradient_accumulation_steps"]
-    if asked not in (None, steps):
-        raise UserError(f"gradient_accumulation_steps is {asked}, but {equation % steps}. Give one of the two")
-    return steps

@@ -138,6 +138,11 @@ def find_config(name: str) -> Path:
     )
 
 
+def is_shipped(config: Path) -> bool:
+    """Whether a YAML is one of the shipped variants."""
+    return config.parent.resolve() == _room("recipes").resolve()
+
+
 def find_zero(name: str) -> Path | None:
     """A ZeRO JSON by a short name or a path; None for `none`."""
     if name == "none":
@@ -235,10 +240,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return named
 
 
-def parse_json(text: str, where: str) -> Any:
-    """A JSON value; `where` begins the message of the UserError for what is none."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key!r} is written twice")
+        values[key] = value
+    return values
+
+
+def parse_json(text: str, where: str, unique_keys: bool = False) -> Any:
+    """A JSON value.
+
+    Args:
+        where: the beginning of the message of an error.
+        unique_keys: refuse an object with a key twice, of which Python would take the last.
+
+    Raises:
+        UserError: the text is not JSON.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{where}{line}, column {error.colno}: not JSON ({error.msg})") from None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.find import RecipeFiles, find_config, find_recipe, read_yaml, recipe_names
+from dsrecipes.find import RecipeFiles, find_config, find_recipe, find_zero, is_shipped, read_yaml, recipe_names
+from dsrecipes.zero_values import contradiction, zero_values
 
 PROFILES = ("auto", "full", "starter")
 ABOUT_KEYS = ("about", "machine", "starter")
@@ -25,8 +26,13 @@ BELONGS_TO = {
     "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
     "bf16": ("fp16",),
     "fp16": ("bf16",),
+    "global_batch_size": ("gradient_accumulation_steps",),
+    "gradient_accumulation_steps": ("global_batch_size",),
 }
-"""Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them."""
+"""Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them.
+
+What a ZeRO JSON says is not dropped: it holds, or the run is refused.
+"""
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -40,6 +46,12 @@ class Layer:
 
     origin: str
     values: Mapping[str, Any]
+    default: bool = False
+    """From a recipe, a profile or a shipped variant: gives way to whatever the user gives."""
+    zero: bool = False
+    """From a ZeRO JSON."""
+    note: str = ""
+    """What of it cannot be had on this machine."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,11 @@ class Layers:
         for layer in self.layers:
             for owner, belongings in BELONGS_TO.items():
                 if owner in layer.values and layer.values[owner] != result.get(owner, (None,))[0]:
-                    result = {key: each for key, each in result.items() if key not in belongings}
+                    result = {
+                        key: each
+                        for key, each in result.items()
+                        if key not in belongings or each[1] == self.zero_json().origin
+                    }
             for key, value in layer.values.items():
                 result.pop(key, None)
                 if value is not None:
@@ -66,7 +82,7 @@ class Layers:
 
     def is_on(self, key: str) -> bool:
         """Whether a true/false key is on; defaults are off."""
-        return str(self.merged().get(key, (False, ""))[0]).lower() in ("true", "1", "yes")
+        return _is_on(list(self.layers), key)
 
     def first_line(self) -> str:
         """Which recipe and profile, and how to get the other one."""
@@ -76,6 +92,30 @@ class Layers:
         }
         hint = "" if self.why_profile == "the only one" else other[self.profile]
         return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
+
+    def by_user(self, key: str) -> str | None:
+        """The origin of a value that the user gave (in a flag, a YAML, Python or a ZeRO JSON), or None."""
+        origin = self.merged().get(key, (None, None))[1]
+        return next((layer.origin for layer in self.layers if layer.origin == origin and not layer.default), None)
+
+    def zero_json(self) -> Layer:
+        """The layer of the run's ZeRO JSON, which holds nothing where the JSON leaves all to the run."""
+        return next((layer for layer in self.layers if layer.zero), Layer("", {}))
+
+    def replaced_by_zero_json(self) -> dict[str, tuple[Any, Any]]:
+        """key -> (default, value of the ZeRO JSON), where a default gave way to the JSON."""
+        below = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
+        ours = self.zero_json().values
+        return {key: (below[key][0], ours[key]) for key in ours if key in below and contradiction(below[key][0], ours[key])}
+
+    def notes(self) -> list[str]:
+        """What the run's ZeRO JSON changed of the defaults, and what of it cannot be had here."""
+        zero, replaced = self.zero_json(), self.replaced_by_zero_json()
+        notes = [zero.note] if zero.note else []
+        if replaced:
+            changes = ", ".join(f"{key} {after} (not {before})" for key, (before, after) in replaced.items())
+            notes.append(f"{zero.origin} sets {changes}")
+        return notes
 
     def removed(self) -> set[str]:
         """Keys that a lower layer sets and a higher one removes with null."""
@@ -179,13 +219,50 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
         return _named({key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
 
-    layers = [Layer("recipe", values(base))]
+    layers = [Layer("recipe", values(base), default=True)]
     if profile == "starter":
-        layers.append(Layer("profile", values(starter or {})))
+        layers.append(Layer("profile", values(starter or {}), default=True))
     if config_path:
-        layers.append(Layer(str(config_path), values(config)))
+        layers.append(Layer(str(config_path), values(config), default=is_shipped(config_path)))
     layers.append(Layer(origin, _named(flags)))
-    return Layers(recipe, profile, tuple(layers), why)
+    return Layers(recipe, profile, tuple(_with_zero_json(layers)), why)
+
+
+def _with_zero_json(layers: list[Layer]) -> list[Layer]:
+    """The layers with what the run's ZeRO JSON says, above the defaults and below what the user gives elsewhere.
+
+    Raises:
+        UserError: the user gives a value that contradicts the JSON's; both are shown with their origins.
+    """
+    name = next((layer.values["deepspeed"] for layer in reversed(layers) if "deepspeed" in layer.values), None)
+    path = find_zero(str(name or "none"))
+    values = zero_values(path) if path else {}
+    if not values:
+        return layers
+    given = [layer for layer in layers if not layer.default]
+    clashes = [
+        f"{key} is {values[key]} in {path}, but {layer.values[key]} ({layer.origin})"
+        for layer in given
+        for key in values
+        if layer.values.get(key) is not None and contradiction(layer.values[key], values[key])
+    ]
+    clashes += [
+        f"{other} is on in {path}, but {mine} is on ({layer.origin})"
+        for layer in given
+        for mine, other in (("bf16", "fp16"), ("fp16", "bf16"))
+        if values.get(other) is True and str(layer.values.get(mine)).lower() == "true"
+    ]
+    if clashes:
+        raise UserError("; ".join(clashes) + '. Set the JSON\'s value to "auto", or drop the other one')
+    note = ""
+    if values.get("fp16") is True and (_is_on(layers, "use_cpu") or not accelerators()):
+        values["fp16"], note = False, f"{path} asks for fp16, which needs a GPU: the CPU computes in fp32"
+    return [*(layer for layer in layers if layer.default), Layer(str(path), values, zero=True, note=note), *given]
+
+
+def _is_on(layers: list[Layer], key: str) -> bool:
+    value = next((layer.values[key] for layer in reversed(layers) if key in layer.values), False)
+    return str(value).lower() in ("true", "1", "yes")
 
 
 def seconds_of(text: str) -> float:

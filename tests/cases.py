@@ -58,6 +58,58 @@ def _facts(story: RecipeBase, trainer: RecipeTrainer, result: RunResult) -> dict
     }
 
 
+def _values_of_engine(story: RecipeBase, trainer: RecipeTrainer) -> dict[str, Any]:
+    """What a run really computed with, by the flag that sets it; the engine's own figures, not the configuration's."""
+    engine = trainer.deepspeed if story.place.zero else None
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    group = optimizer.param_groups[0]
+    found = {key: group[key] for key in ("eps", "weight_decay") if key in group} | {"optimizer": type(optimizer).__name__}
+    if "betas" in group:
+        found |= {"adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1]}
+    if engine is None:
+        batch = (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps)
+        total, clip, scheduler = (
+            batch[0] * batch[1] * trainer.args.world_size,
+            trainer.args.max_grad_norm,
+            trainer.lr_scheduler,
+        )
+        precision = {True: "bf16", False: "fp32"}[trainer.args.bf16]
+    else:
+        batch = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
+        total, clip, scheduler = engine.train_batch_size(), engine.gradient_clipping(), engine.lr_scheduler
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    return found | {
+        "per_device_train_batch_size": batch[0], "gradient_accumulation_steps": batch[1], "global_batch_size": total,
+        "max_grad_norm": clip, "precision": precision, "scheduler": type(scheduler).__name__,
+    }  # fmt: skip
+
+
+def train_for_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Run a recipe: what `train` returns, and the values that the engine really had."""
+    story, trainer, result = _run(recipe, values)
+    return _facts(story, trainer, result) | {"values": _values_of_engine(story, trainer)}
+
+
+def try_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What `train_for_values` returns, or the message of a refusal and whether it came after weights were loaded."""
+    loaded = []
+    load = RecipeBase.load_model
+
+    def note(story: RecipeBase) -> Any:
+        loaded.append(True)
+        return load(story)
+
+    RecipeBase.load_model = note  # type: ignore[method-assign]
+    try:
+        return train_for_values(recipe, values)
+    except UserError as error:
+        return {"refused": str(error), "loaded": bool(loaded)}
+    finally:
+        RecipeBase.load_model = load  # type: ignore[method-assign]
+
+
 def train(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe: folder, log, metrics, engine and stage."""
     story, trainer, result = _run(recipe, values)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dsrecipes.config import accumulation, build_config
+from dsrecipes.batch import BATCH_KEYS, divide_batch
+from dsrecipes.config import build_config
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_config, find_recipe, read_yaml, recipe_names, variant_names
 from dsrecipes.layers import ABOUT_KEYS, layer, parse_flags
@@ -17,6 +18,12 @@ def from_yaml(tmp_path, text: str):
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: gpt2_clm\nprofile: starter\n" + text)
     return build_config(layer({"config": str(path)}))
+
+
+def batch_of(config, ranks=1):
+    """The batch of a step, with the user's values fixed."""
+    values = {key: config.train[key] for key in BATCH_KEYS}
+    return divide_batch(values, {key: origin for key in values if (origin := config.layers.by_user(key))}, ranks)
 
 
 def from_flags(*argv: str):
@@ -35,7 +42,7 @@ def test_every_shipped_yaml_is_loaded(recipe, profile):
     for key in config.given:
         assert values[key] == wanted[key] and type(values[key]) in (type(wanted[key]), float), key
     for ranks in (1, 2) if profile == "starter" else (1, 2, 4):
-        assert accumulation(config.train, ranks) >= 1
+        assert batch_of(config, ranks).total >= 1
     assert written["about"] and written["machine"]
 
 
@@ -47,7 +54,7 @@ def test_every_shipped_variant_is_loaded(variant):
     values = {**vars(config.model), **vars(config.data), **config.train}
     for key in set(written) - {"about", "recipe", "profile"}:
         assert values[key] == written[key] and config.given[key].endswith(f"{variant}.yaml")
-    assert accumulation(config.train, 1) >= 1
+    assert batch_of(config).total >= 1
 
 
 def test_the_numbers_of_the_full_profiles():
@@ -62,7 +69,7 @@ def test_the_numbers_of_the_full_profiles():
     assert {key: alpaca[key] for key in expected} == expected and alpaca["deepspeed"] == "zero3"
     bert = build_config(layer({"recipe": "bert_tmmlu_qa", "profile": "full"}))
     assert (bert.train["num_train_epochs"], bert.train["save_steps"], bert.data.max_length) == (40, 20, 256)
-    assert accumulation(bert.train, 1) * bert.train["per_device_train_batch_size"] == 32
+    assert batch_of(bert).total == 32
     qlora = build_config(layer({"recipe": "qlora_zero3", "profile": "full"}))
     model = qlora.model
     assert (model.load_in_4bit, model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant) == (True, "nf4", True)
@@ -70,7 +77,7 @@ def test_the_numbers_of_the_full_profiles():
     assert (qlora.data.max_length, qlora.data.validation_split, qlora.train["learning_rate"]) == (512, 0.1, 2e-4)
     assert (qlora.train["num_train_epochs"], qlora.train["deepspeed"]) == (3, "zero3")
     medium = build_config(layer({"config": "gpt2_medium_32gb"}))
-    assert medium.train["per_device_train_batch_size"] * accumulation(medium.train, 1) == 8 and medium.train["fp16"]
+    assert batch_of(medium).total == 8 and medium.train["fp16"]
 
 
 def test_yaml_flags_and_python_give_the_same_values(tmp_path):
@@ -103,33 +110,10 @@ def test_null_removes_a_key_and_flags_win_over_yaml(tmp_path):
 
 
 def test_a_newer_batch_key_replaces_the_other():
-    assert accumulation(from_flags("--gradient_accumulation_steps", "3").train, 1) == 3
-    both = from_flags(
-        "--gradient_accumulation_steps", "3", "--global_batch_size", "12", "--per_device_train_batch_size", "4"
-    )
-    assert accumulation(both.train, 1) == 3
-    with pytest.raises(UserError, match=r"gradient_accumulation_steps is 3, but global_batch_size 12 .* ranks 2"):
-        accumulation({**both.train, "per_device_train_batch_size": 1}, 2)
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "ranks", "steps"), [(32, 4, 1, 8), (32, 4, 4, 2), (32, 8, 4, 1), (None, 4, 2, 5)]
-)
-def test_the_accumulation_is_derived(total, micro, ranks, steps):
-    train = {
-        "global_batch_size": total,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": None if total else 5,
-    }
-    assert accumulation(train, ranks) == steps
-
-
-@pytest.mark.parametrize(("total", "micro", "ranks"), [(30, 4, 2), (4, 4, 2), (33, 4, 1)])
-def test_a_batch_that_does_not_divide_prints_the_equation(total, micro, ranks):
-    train = {"global_batch_size": total, "per_device_train_batch_size": micro, "gradient_accumulation_steps": 1}
-    equation = f"global_batch_size {total} = per_device_train_batch_size {micro} x accumulation \\? x ranks {ranks}"
-    with pytest.raises(UserError, match=equation + rf".*multiple of {micro * ranks}"):
-        accumulation(train, ranks)
+    newer = from_flags("--gradient_accumulation_steps", "3")
+    assert (newer.train["gradient_accumulation_steps"], newer.train["global_batch_size"]) == (3, None)
+    both = from_flags("--gradient_accumulation_steps", "3", "--global_batch_size", "12")
+    assert (both.train["gradient_accumulation_steps"], both.train["global_batch_size"]) == (3, 12)
 
 
 WRONG = [

@@ -10,6 +10,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
 from dsrecipes.place import find_place
 from dsrecipes.runs.checkpoint import seal
+from dsrecipes.zero.runtime import hardware
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -18,6 +19,7 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 def _environment(monkeypatch):
     """Settling a place completes the environment; give it back as it was."""
     threads = torch.get_num_threads()
+    monkeypatch.setattr("dsrecipes.place.computes_bf16", lambda: False)
     for key in (*RANKS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
@@ -39,6 +41,7 @@ def test_one_process_on_a_cpu():
         "zero": 2,
         "sequences": 8,
         "layout": [None, False, False],
+        "hardware": hardware("cpu"),
     }
     plain = place(deepspeed="none")
     assert plain.zero is None and plain.name() == "plain PyTorch" and "RANK" not in os.environ
@@ -49,8 +52,10 @@ def test_the_batch_is_the_same_on_more_ranks(monkeypatch):
         monkeypatch.setenv(key, value)
     here = place(per_device_train_batch_size=2)
     assert (here.ranks.rank, here.micro, here.accumulation) == (1, 2, 2)
-    with pytest.raises(UserError, match=r"global_batch_size 8 = per_device_train_batch_size 3 x accumulation \? x ranks 2"):
-        place(per_device_train_batch_size=3)
+    odd = place(per_device_train_batch_size=3)  # 8 is the profile's: it gives way
+    assert (odd.micro, odd.accumulation) == (3, 1) and odd.notes[0].startswith("global_batch_size 8 became 6")
+    with pytest.raises(UserError, match=r"global_batch_size 8 \(flag\) = per_device_train_batch_size 3 \(flag\)"):
+        place(per_device_train_batch_size=3, global_batch_size=8)
 
 
 def test_the_cores_are_divided(monkeypatch):
@@ -157,3 +162,16 @@ def test_the_same_place_and_undivided_states_are_loaded_as_they_are(tmp_path, mo
     assert not resumed(tmp_path, {"ranks": 1, "zero": 2, "sequences": 8}, 1, monkeypatch).notes
     elsewhere = {"ranks": 1, "zero": 2, "sequences": 8, "layout": [None, True, False]}
     assert resumed(tmp_path, elsewhere, 1, monkeypatch).notes  # DeepSpeed would load it, each state into a wrong place
+
+
+def test_a_checkpoint_of_another_cpu_is_resumed_with_a_note(tmp_path, monkeypatch):
+    made = {"ranks": 1, "zero": 2, "sequences": 8, "layout": [None, False, False]}
+    elsewhere = resumed(tmp_path, made | {"hardware": "a CPU (AVX2, 96 threads)"}, 1, monkeypatch)
+    assert len(elsewhere.notes) == 1
+    assert elsewhere.notes[0].startswith("checkpoint written on a CPU (AVX2, 96 threads), resumed on a CPU (")
+
+
+def test_a_cpu_that_computes_bf16_says_so_unless_a_precision_is_given(monkeypatch):
+    monkeypatch.setattr("dsrecipes.place.computes_bf16", lambda: True)
+    assert [note for note in place().notes if "--bf16 true" in note]
+    assert place().precision == "fp32" and not place(bf16=True).notes and not place(bf16=False).notes

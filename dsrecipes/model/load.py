@@ -312,6 +312,7 @@ def load_model(
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
+    _forget_unused_renames(model)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _refuse_holes(missing, model, name, same_head)
     _draw_new_weights(model, missing, config, seed)
@@ -329,6 +330,17 @@ def load_model(
             model = load_lora(model, options, folder, keep_dtype=deepspeed)
     disable_cpu_packing(model)
     return model
+
+
+def _forget_unused_renames(model: PreTrainedModel) -> None:
+    """Let a model that was loaded under ZeRO-3 be saved under the names of its checkpoint.
+
+    transformers 5.23 keeps every prefix rule there, also those that matched nothing, and saving would apply them
+    backwards (`language_model.model.model.layers`); without ZeRO-3 it drops them itself.
+    """
+    rules = getattr(model, "_weight_conversions", None)
+    if rules:
+        model._weight_conversions = [rule for rule in rules if type(rule).__name__ != "PrefixChange" or rule.was_used()]
 
 
 def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_head: bool) -> None:

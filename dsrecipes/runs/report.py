@@ -23,6 +23,7 @@ from dsrecipes.data.encode import IGNORE
 from dsrecipes.model.hub import must_convert
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.zero_values import ENGINE_KEYS
 
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
@@ -89,6 +90,7 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
         _line(
             "engine", place.name(), f"{place.ranks.world} rank{'s' * (place.ranks.world > 1)} on {place.device}", place.precision,
             place.optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim))),
+            place.engine.get("scheduler", {}).get("type", ""),
         ),
     ]  # fmt: skip
     if place.fallback:
@@ -178,9 +180,10 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         values["recipe"] = str(config.layers.recipe.module)
     values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
     typed = {**vars(config.model), **vars(config.data), **config.train}
+    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the JSON gives them again
     for key in config.given:
         value = typed.get(key, True)
-        if key not in _NOT_REPEATED and not any(secret in key.split("_") for secret in _SECRETS):
+        if key not in (*_NOT_REPEATED, *by_json) and not any(secret in key.split("_") for secret in _SECRETS):
             local = isinstance(value, str) and key in ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
             values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
     values |= dict.fromkeys(config.layers.removed() - set(_NOT_REPEATED))

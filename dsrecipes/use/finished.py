@@ -6,11 +6,11 @@ import argparse
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
-from dsrecipes.layers import layer
+from dsrecipes.layers import Layers, layer
 from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ class FinishedRun:
         """The configuration that the run recorded, checked again."""
         from dsrecipes.config import build_config
 
-        return build_config(layer({"config": str(self.folder.config)}))
+        return build_config(self.layers())
+
+    def layers(self, **changed: Any) -> Layers:
+        """The run's values in layers, some of them changed; its ZeRO JSON concerns training alone and may be gone."""
+        return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
 
     @cached_property
     def recipe(self) -> type[RecipeBase]:

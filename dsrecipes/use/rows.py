@@ -11,7 +11,6 @@ from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, content_of, hold_out
 from dsrecipes.errors import UserError
-from dsrecipes.layers import layer
 
 if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
@@ -45,7 +44,7 @@ class Rows:
             # all rows of a file, in the file's own splits: what the run kept aside concerns its own data alone
             changed = {"dataset": self.dataset, "dataset_config": None, "eval_dataset": None, "subjects": None}
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
-            layers = layer({"config": str(self.run.folder.config)} | changed)
+            layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
         self.raw: dict[str, Iterable[Row]] = self.story.load_rows()
 

@@ -1,34 +1,23 @@
-"""A ZeRO JSON with every `auto` filled in, or one message that shows both values where it contradicts the run."""
+"""A ZeRO JSON, read, checked, and filled in with the run's values."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from dsrecipes.data.prepare import cache_root
-from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import parse_json, read_text
+from dsrecipes.errors import UserError
+from dsrecipes.zero.blocks import fill_optimizer, fill_scheduler, fixed_steps
+from dsrecipes.zero.lint import lint
+from dsrecipes.zero_values import read_zero_json
 
 Json = dict[str, Any]
-
-_KNOWN = frozenset(
-    "activation_checkpointing aio allgather_bucket_size amp autotuning bf16 bfloat16 checkpoint comms_logger "
-    "communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency data_types "
-    "dataloader_drop_last disable_allgather dump_state elasticity eigenvalue flops_profiler fp16 fp32_allreduce gradient_accumulation_dtype "
-    "gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine memory_breakdown "
-    "monitor_config nebula optimizer pipeline pld prescale_gradients progressive_layer_drop scheduler seq_parallel_communication_data_type "
-    "sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size "
-    "train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb "
-    "weight_quantization zero_allow_comm_data_type_fp32 zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
-)
-"""Top-level keys (https://www.deepspeed.ai/docs/config-json/ and deepspeed 0.19.8, runtime/constants.py)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +26,8 @@ class Zero:
 
     path: Path
     json: Json
+    notes: list[str] = field(default_factory=list)
+    """What of the JSON was renamed, or has no effect."""
 
     @property
     def stage(self) -> int:
@@ -67,17 +58,6 @@ class Zero:
     def _device(self, part: str) -> str:
         return (self.json.get("zero_optimization", {}).get(part) or {}).get("device", "none")
 
-    def precision(self) -> str | None:
-        """bf16 or fp16 where the JSON turns one on, else None."""
-        on = [name for name in ("bf16", "fp16") if _flag(self.json.get(name, {}).get("enabled")) is True]
-        if len(on) > 1:
-            raise UserError(f"{self.path}: bf16.enabled and fp16.enabled are both true; keep one")
-        return on[0] if on else None
-
-
-def _flag(value: Any) -> Any:
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
 
 def read_zero(path: Path) -> Zero:
     """Read and check a ZeRO JSON on its own.
@@ -86,21 +66,10 @@ def read_zero(path: Path) -> Zero:
         UserError: malformed (line and column), an unknown key (with the nearest known one), a stage that is none,
             or a part that its stage does not have.
     """
-    config = parse_json(read_text(path), str(path))
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    for key in config:
-        if key not in _KNOWN:
-            raise UserError(f"{path}: DeepSpeed has no key {key!r}{nearest(key, _KNOWN)}")
-    for key in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(f"{path}: {key} must be an object")
-    for key in ("optimizer", "scheduler"):
-        part = config.get(key, {})
-        if not isinstance(part.get("params", {}), dict) or not isinstance(part.get("type", ""), str):
-            raise UserError(f"{path}: {key} must have a type (text) and params (an object)")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    config = read_zero_json(path)
+    notes = lint(config, path)
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    stage = zero.setdefault("stage", 0)
     if isinstance(stage, bool) or str(stage) not in ("0", "1", "2", "3"):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
     zero["stage"] = int(stage)
@@ -108,7 +77,12 @@ def read_zero(path: Path) -> Zero:
         part_config = zero.get(part) or {}
         if not isinstance(part_config, dict):
             raise UserError(f"{path}: zero_optimization.{part} must be an object with a device")
-        if part_config.get("device", "none") != "none" and zero["stage"] not in stages:
+        device = part_config.get("device", "none")
+        if device == "auto":  # DeepSpeed would drop it, and offload nothing
+            raise UserError(f"{path}: zero_optimization.{part}.device is 'auto'; choose cpu, nvme or none")
+        if device == "nvme" and not part_config.get("nvme_path"):
+            raise UserError(f'{path}: zero_optimization.{part} has no nvme_path; name a folder of a fast disk, or "auto"')
+        if device != "none" and zero["stage"] not in stages:
             raise UserError(
                 f"{path}: zero_optimization.{part} needs stage {' or '.join(map(str, stages))}, and the stage is {stage}: "
                 + (
@@ -117,28 +91,36 @@ def read_zero(path: Path) -> Zero:
                     else "set another stage"
                 )
             )
-    result = Zero(path, config)
-    result.precision()
-    return result
+    return Zero(path, config, notes)
 
 
-def check_zero_keys(zero: Zero) -> None:
-    """Check zero_optimization against the installed DeepSpeed; raises UserError for a typo or a wrong type."""
+def check_with_deepspeed(config: Json, path: Path) -> None:
+    """Let the installed DeepSpeed read a resolved JSON, before any weights are loaded (UserError: it refuses it)."""
+    import deepspeed
     import pydantic
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
 
-    fields = DeepSpeedZeroConfig.model_fields
-    known = set(fields) | {field.alias for field in fields.values() if field.alias}
-    section = zero.json.get("zero_optimization", {})
-    for key in section:
-        if key not in known:
-            raise UserError(f"{zero.path}: zero_optimization has no key {key!r}{nearest(key, known)}")
+    config = _without_auto(json.loads(json.dumps(config)))
+    if not deepspeed.comm.is_initialized():  # it counts one rank then
+        config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     try:
-        DeepSpeedZeroConfig(**_without_auto(section))
+        DeepSpeedConfig(config)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{zero.path}: zero_optimization.{where}: {first['msg']} (found {first['input']!r})") from None
+        where = ".".join([_section_of(config, first), *map(str, first["loc"])]).lstrip(".")
+        raise UserError(f"{path}: {where}: {first['msg']} (found {first['input']!r})") from None
+    except Exception as error:  # assertions, KeyError, TypeError and errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: DeepSpeed refuses it: {reason}") from error
+
+
+def _section_of(config: Json, error: dict[str, Any]) -> str:
+    """The block that an error of pydantic's is about: the first that holds its key with its value."""
+    if not error["loc"]:
+        return ""
+    key = error["loc"][0]
+    blocks = {name: block for name, block in config.items() if isinstance(block, dict) and key in block}
+    return next((name for name, block in blocks.items() if len(error["loc"]) > 1 or block[key] == error["input"]), "")
 
 
 def _without_auto(section: Json) -> Json:
@@ -156,93 +138,47 @@ class Numbers:
     world: int
     precision: str
     train: Json
-    given: dict[str, str]
-
-    def pairs(self) -> Iterator[tuple[str, str, Any]]:
-        """(key in the JSON, flag, value of the run)."""
-        train = self.train
-        yield "train_micro_batch_size_per_gpu", "per_device_train_batch_size", self.micro
-        yield "gradient_accumulation_steps", "gradient_accumulation_steps", self.accumulation
-        yield "train_batch_size", "global_batch_size", self.micro * self.accumulation * self.world
-        yield "gradient_clipping", "max_grad_norm", train["max_grad_norm"]
-        yield "optimizer.params.lr", "learning_rate", train["learning_rate"]
-        yield "optimizer.params.betas", "adam_beta1", [train["adam_beta1"], train["adam_beta2"]]
-        yield "optimizer.params.eps", "adam_epsilon", train["adam_epsilon"]
-        yield "optimizer.params.weight_decay", "weight_decay", train["weight_decay"]
-        yield "scheduler.params.warmup_max_lr", "learning_rate", train["learning_rate"]
-        yield "fp16.enabled", "fp16", self.precision == "fp16"
-        yield "bf16.enabled", "bf16", self.precision == "bf16"
+    """The run's configuration, which has taken up what the JSON fixes."""
 
 
 def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: bool, notes: list[str]) -> Json:
-    """The JSON with its `auto` values filled in; the scheduler's step counts stay for Trainer, which knows them.
+    """The JSON with the run's values in it; a scheduler's step counts that it leaves open stay for Trainer.
 
-    What had to be changed for a run that leaves a model is told in `notes`.
-
-    Raises:
-        UserError: values that contradict the run, each with both numbers and where they come from.
+    What had to be changed for a run that leaves a model, and a schedule of fixed length, is said in `notes`.
     """
     config = json.loads(json.dumps(zero.json))
-    _add_what_trainer_knows(config)
-    clashes = []
-    for key, flag, value in numbers.pairs():
-        node, name = _node(config, key)
-        if node is None or name not in node:
-            continue
-        if node[name] == "auto":
-            node[name] = value
-        elif not _same(node[name], value):
-            clashes.append(
-                f"{key} is {node[name]} in {zero.path}, but {flag} is {value} ({numbers.given.get(flag, 'default or derived')})"
-            )
-        else:
-            node[name] = value
-    if clashes:
-        batch = ""
-        if any("batch" in clash or "accumulation" in clash for clash in clashes):
-            total = numbers.micro * numbers.accumulation * numbers.world
-            batch = f" The run's batch: {total} = micro {numbers.micro} x accumulation {numbers.accumulation} x ranks {numbers.world}."
-        raise UserError("; ".join(clashes) + f'.{batch} Set the JSON\'s value to "auto", or change the flag')
-    section = config.get("zero_optimization", {})
+    config |= {
+        "train_micro_batch_size_per_gpu": numbers.micro,
+        "gradient_accumulation_steps": numbers.accumulation,
+        "train_batch_size": numbers.micro * numbers.accumulation * numbers.world,
+        "gradient_clipping": numbers.train["max_grad_norm"],
+    }
+    for precision in ("fp16", "bf16"):
+        config.setdefault(precision, {})["enabled"] = numbers.precision == precision
+    section = config["zero_optimization"]
     _fill_zero(section, model)
     if zero.stage == 3 and section.get("stage3_gather_16bit_weights_on_model_save") is not True:
         section["stage3_gather_16bit_weights_on_model_save"] = True
         notes.append(f"{zero.path} does not gather the weights on saving; turned on, else no loadable model would be left")
-    ds_adam = accelerator and has_compiler()
+    ds_adam = accelerator and has_compiler() and zero.offloads_optimizer
     if zero.offloads_optimizer and not ds_adam:
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    optimizer = config.get("optimizer", {})
-    if optimizer.get("type", "").lower() in ("adam", "adamw") and not (zero.offloads_optimizer and ds_adam):
-        # DeepSpeed's own Adam compiles for a minute or more at first use, torch's does not
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    if "optimizer" in config:
+        fill_optimizer(config["optimizer"], numbers.train, ds_adam)
+    if "scheduler" in config:
+        fill_scheduler(config["scheduler"], numbers.train["learning_rate"])
+        notes += _fixed_schedule(config, zero)
     return config
 
 
-def _add_what_trainer_knows(config: Json) -> None:
-    """Keys left out mean `auto`: without them DeepSpeed does not start, clips nothing and computes in fp32."""
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        config.setdefault(key, "auto")
-    for precision in ("fp16", "bf16"):
-        config.setdefault(precision, {}).setdefault("enabled", "auto")
-
-
-def _node(config: Json, key: str) -> tuple[Json | None, str]:
-    *parents, name = key.split(".")
-    node: Any = config
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else None), name
-
-
-def _same(theirs: Any, ours: Any) -> bool:
-    if isinstance(ours, bool):
-        return _flag(theirs) is ours
-    if isinstance(ours, list):
-        return isinstance(theirs, list) and len(theirs) == len(ours) and all(map(_same, theirs, ours))
-    try:
-        return float(theirs) == float(ours)
-    except (TypeError, ValueError, OverflowError):
-        return False
+def _fixed_schedule(config: Json, zero: Zero) -> list[str]:
+    """In words how long a schedule is whose length the JSON fixes."""
+    steps = fixed_steps(config)
+    if "total_num_steps" in steps:
+        return [f"{zero.path} fixes the schedule: it ends at step {steps['total_num_steps']}, however long the run is"]
+    if "warmup_num_steps" in steps:
+        return [f"{zero.path} fixes the warm-up: {steps['warmup_num_steps']} steps, however long the run is"]
+    return []
 
 
 def hidden_size(model: PretrainedConfig) -> int:

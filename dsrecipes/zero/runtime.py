@@ -168,6 +168,22 @@ def set_threads(ranks: Ranks, env: MutableMapping[str, str]) -> None:
     torch.set_num_threads(max(1, cores // ranks.local_world))
 
 
+def computes_bf16() -> bool:
+    """Whether this CPU multiplies bf16 numbers in hardware (AVX-512 BF16)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private in torch 2.13, and its only way to ask
+    return bool(supported and supported())
+
+
+def hardware(device: str) -> str:
+    """What decides how sums are rounded: the card, or the CPU's instruction set and the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device != "cpu":
+        return device
+    kind = torch.backends.cpu.get_cpu_capability() + (" BF16" if computes_bf16() else "")
+    return f"a CPU ({kind}, {torch.get_num_threads()} threads)"
+
+
 def keep_memory() -> None:
     """Let this process keep the memory that a step gives back: glibc's, which returns large blocks at once otherwise.
 

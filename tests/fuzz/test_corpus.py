@@ -27,7 +27,8 @@ from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.weights import weight_files
 from dsrecipes.use.finished import FinishedRun
 from dsrecipes.use.recorded import RecordedRun, is_number
-from dsrecipes.zero.resolve import Numbers, check_zero_keys, read_zero, resolve
+from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, read_zero, resolve
 
 from made import made_run  # isort: skip
 
@@ -53,8 +54,8 @@ YAMLS = {
 ZEROS = {
     "deep-zero.json": "deep-zero.json: nested too deeply",
     "many-digits-zero.json": "many-digits-zero.json: not JSON that can be read (Exceeds the limit",
-    "huge-zero.json": "train_batch_size is 999999",
-    "optimizer-zero.json": "optimizer must have a type (text) and params (an object)",
+    "huge-zero.json": "global_batch_size is 999999",
+    "optimizer-zero.json": "optimizer.params must be an object",
 }
 DATA = {
     "many-digits.jsonl": "many-digits.jsonl, line 2: not JSON that can be read (Exceeds the limit",
@@ -90,14 +91,15 @@ def test_yaml(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZEROS)
 def test_zero_json(name: str) -> None:
-    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter"}))
-    numbers = Numbers(4, 2, 1, "fp32", config.train, config.given)
+    path = CORPUS / name
     model = load_config(ModelConfig(model_name_or_path="starter:gpt2"), "AutoModelForCausalLM")
 
     def read() -> None:
-        zero = read_zero(CORPUS / name)
-        check_zero_keys(zero)
-        resolve(zero, model, numbers, False, [])
+        config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
+        zero = read_zero(path)
+        engine = resolve(zero, model, Numbers(4, 2, 1, "fp32", config.train), False, [])
+        check_with_deepspeed(engine, path)
+        check_blocks(engine, path, False)
 
     assert ZEROS[name] in told(read)
 

@@ -39,7 +39,8 @@ from dsrecipes.use.report import report
 from dsrecipes.use.rows import Rows
 from dsrecipes.use.verdict import read_rubric
 from dsrecipes.use.verify import verify
-from dsrecipes.zero.resolve import Numbers, check_zero_keys, read_zero, resolve
+from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, read_zero, resolve
 
 from made import made_run  # isort: skip
 
@@ -147,14 +148,15 @@ ZERO = {
 @fuzz(250)
 @given(json_file(ZERO, ("zero_force_ds_cpu_optimizer", "steps_per_print", "zero_optimisation")))
 def test_zero(folder: Path, raw: bytes) -> None:
-    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter"}))
     path = write(folder / "zero.json", raw)
 
     def read() -> None:
+        config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
         zero = read_zero(path)
-        _ = zero.stage, zero.uses_nvme, zero.uses_muon, zero.offloads_optimizer, zero.precision()
-        check_zero_keys(zero)
-        resolve(zero, _gpt2_config(), Numbers(4, 2, 1, "fp32", config.train, config.given), False, [])
+        _ = zero.stage, zero.uses_nvme, zero.uses_muon, zero.offloads_optimizer
+        engine = resolve(zero, _gpt2_config(), Numbers(4, 2, 1, "fp32", config.train), False, [])
+        check_with_deepspeed(engine, path)
+        check_blocks(engine, path, False)
 
     holds(read)
 

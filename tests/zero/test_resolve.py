@@ -7,15 +7,18 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero, zero_names
-from dsrecipes.zero.resolve import Numbers, check_zero_keys, hidden_size, read_zero, resolve
+from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.lint import key_table
+from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, hidden_size, read_zero, resolve
+from dsrecipes.zero_values import zero_values
 
 TRAIN = {
     "max_grad_norm": 1.0, "learning_rate": 2e-5, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0
 }  # fmt: skip
 
 
-def numbers(precision="fp32", given=None, **train):
-    return Numbers(2, 4, 2, precision, TRAIN | train, given or {})
+def numbers(precision="fp32", **train):
+    return Numbers(2, 4, 2, precision, TRAIN | train)
 
 
 def zero_of(tmp_path, config):
@@ -34,8 +37,7 @@ def refused(call, *parts):
 def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DSRECIPES_NVME", str(tmp_path / "nvme"))
     zero = read_zero(find_zero(name))
-    check_zero_keys(zero)
-    assert zero.stage == int(name[4]) and zero.precision() is None
+    assert zero.stage == int(name[4]) and not zero_values(zero.path) and not zero.notes
     assert zero.offloads_optimizer == ("_" in name) and zero.uses_nvme == name.endswith("nvme")
     assert not {"optimizer", "scheduler"} & set(zero.json) and not zero.json["zero_optimization"].get("overlap_comm")
     if zero.stage == 3:
@@ -46,6 +48,7 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         assert '"auto"' not in json.dumps(engine) and notes == []
         assert (engine["train_batch_size"], engine["train_micro_batch_size_per_gpu"]) == (16, 2)
         assert (engine["gradient_accumulation_steps"], engine["gradient_clipping"]) == (4, 1.0)
+        check_with_deepspeed(engine, zero.path)
         assert [engine[each]["enabled"] for each in ("bf16", "fp16")] == [precision == "bf16", precision == "fp16"]
     assert (tmp_path / "nvme").is_dir() == zero.uses_nvme
 
@@ -65,47 +68,150 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         ),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage is 0"]),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, ["offload_param must be an object"]),
-        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["bf16.enabled and fp16.enabled", "keep one"]),
-        ({"fp16": {"enabled": "true"}, "bf16": {"enabled": "True"}}, ["keep one"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, ["device is 'auto'", "cpu, nvme or none"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param has no nvme_path"]),
+        ('{"fp16": {}, "fp16": {}}', ["key 'fp16' is written twice"]),
+        ({"ZeRO_optimization": {}}, ["'ZeRO_optimization'", "did you mean zero_optimization?"]),
+        ({"allgather_bucket_size": 1}, ["it belongs to zero_optimization.allgather_bucket_size"]),
+        ({"offload_optimizer": {"device": "cpu"}}, ["it belongs to zero_optimization.offload_optimizer"]),
+        ({"monitor_config": {}}, ["use tensorboard, wandb"]),
+        ({"gradient_accumulation_dtype": "fp32"}, ["use data_types.grad_accum_dtype"]),
+        ({"compression_training": {}}, ["removed compression_training"]),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["removed zero_optimization.mics_shard_size"]),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, ["'overlap_com'", "did you mean overlap_comm?"]),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_params": True}}, ["use zero_optimization.offload_param"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, ["'devise'", "did you mean device?"]),
+        ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {}}}, ["are both given; keep zero_optimization.offload"]),
+        ({"bf16": {"enabled": True}, "bfloat16": {"enabled": True}}, ["bfloat16 and bf16 are both given; keep bf16"]),
+        ({"fp16": {"enable": True}}, ["'enable'", "did you mean enabled?"]),
+        ({"flops_profiler": {"enable": True}}, ["'enable'", "did you mean enabled?"]),
+        ({"optimizer": {"type": "AdamW", "param": {}}}, ["optimizer has no key 'param'", "params"]),
+        ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, ["use gradient_clipping"]),
+        ({"optimizer": {"params": {}}}, ["optimizer must have a type"]),
+        ({"wandb": {"enabled": "true"}}, ["needs the package wandb"]),
+        ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine is not supported"]),
+        ({"sequence_parallel_size": 2}, ["sequence_parallel_size 2 is not supported"]),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_json_says_what_is_wrong(tmp_path, config, parts):
     refused(lambda: zero_of(tmp_path, config), str(tmp_path / "mine.json"), *parts)
 
 
 @pytest.mark.parametrize(
-    ("section", "parts"),
-    [
-        ({"stage": 2, "overlap_com": True}, ["'overlap_com'", "did you mean overlap_comm?"]),
-        ({"stage": 2, "reduce_bucket_size": "big"}, ["reduce_bucket_size", "'big'"]),
-        ({"stage": 3, "offload_param": {"device": "gpu"}}, ["offload_param.device", "'gpu'"]),
-    ],
+    "config",
+    [{"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {"fp16": {"enabled": "true"}, "bf16": {"enabled": "True"}}],
 )
-def test_keys_of_zero_are_those_of_deepspeed(tmp_path, section, parts):
-    zero = zero_of(tmp_path, {"zero_optimization": section})
-    refused(lambda: check_zero_keys(zero), str(zero.path), *parts)
+def test_two_precisions_are_refused(tmp_path, config):
+    refused(lambda: zero_values(zero_of(tmp_path, config).path), "mine.json", "keep one")
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ({"fp16": {"enabled": False}}, {"fp16": False}),
+        ({"fp16": {"enabled": False}, "bf16": {"enabled": "auto"}}, {}),
+        ({"bf16": {"enabled": "true"}, "fp16": {"enabled": False}}, {"bf16": True}),
+        ({"bfloat16": {"enabled": True}}, {"bf16": True}),
+        ({"train_batch_size": "auto", "gradient_clipping": 0}, {"max_grad_norm": 0}),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}, {"optim": "SGD", "learning_rate": 0.1, "optim_args": "momentum=0.9"}),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": [0.8, 0.9]}}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2, "warmup_num_steps": 5}}},
+         {"optim": "Adam", "learning_rate": 2, "adam_beta1": 0.8, "adam_beta2": 0.9, "lr_scheduler_type": "WarmupLR", "warmup_steps": 5}),
+    ],
+)  # fmt: skip
+def test_what_a_json_fixes_of_the_run(tmp_path, config, values):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(config))
+    assert zero_values(path) == values
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'cpu_offload is an old name, read as zero_optimization.offload_optimizer {"device": "cpu"}'),
+        ({"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}}, "read as zero_optimization.stage3_gather_16bit_weights"),
+        ({"activation_checkpointing": {"profile": True}}, "activation_checkpointing has no effect"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, "zero_quantized_weights has no effect at stage 2"),
+        ({"_comment": "mine", "zero_optimization": {"stage": 1}}, None),
+    ],
+)  # fmt: skip
+def test_old_names_are_read_and_dead_keys_are_named(tmp_path, config, note):
+    zero = zero_of(tmp_path, config)
+    assert [note in each for each in zero.notes] == [True] if note else not zero.notes
+    assert "cpu_offload" not in zero.json["zero_optimization"]
+
+
+def test_the_key_table_is_what_the_installed_deepspeed_reads():
+    import deepspeed
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime import config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    table = key_table(deepspeed.__version__)
+    assert table["deepspeed"] == "0.19.8" == deepspeed.__version__, "make a table of this version"
+    strict = {
+        "zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config, "wandb": WandbConfig,
+        "csv_monitor": CSVConfig, "comet": CometConfig, "tensorboard": TensorBoardConfig, "compile": config.CompileConfig,
+    }  # fmt: skip
+    for name, model in strict.items():
+        fields = model.model_fields
+        known = set(fields) | {field.alias for field in fields.values() if field.alias}
+        assert set(table["sections"][name]) == known, name
+        assert name in table["strict"]
+    removed = {key for key in table["removed"] if "." not in key} - {"pld"}
+    assert removed == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert {key for key in table["removed"] if "." in key} == {
+        f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS
+    }
 
 
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        ({"train_micro_batch_size_per_gpu": 3}, ["train_micro_batch_size_per_gpu is 3", "per_device_train_batch_size is 2", "16 = micro 2 x accumulation 4 x ranks 2"]),
-        ({"train_batch_size": 32}, ["train_batch_size is 32", "global_batch_size is 16", "micro 2 x accumulation 4 x ranks 2"]),
-        ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps is 1", "is 4"]),
-        ({"gradient_clipping": 0.5}, ["gradient_clipping is 0.5", "max_grad_norm is 1.0 (recipe)"]),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, ["optimizer.params.lr is 0.001", "learning_rate is 2e-05"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "fp16 is False"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, ["zero_optimization.reduce_bucket_size", "'big'"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, ["offload_param.device", "'gpu'"]),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 0.5}}, ["sub_group_size", "0.5"]),
+        ({"communication_data_type": "float16"}, ["communication_data_type", "fp16"]),
+        ({"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, ["gradient_allreduce_op", "stage 3"]),
+        ({"fp16": {"loss_scale": "big"}}, ["fp16.loss_scale", "'big'"]),
+        ({"comms_logger": {"enabled": "maybe"}}, ["enabled", "'maybe'"]),
     ],
 )  # fmt: skip
-def test_a_json_that_contradicts_the_run_shows_both_values(tmp_path, config, parts):
+def test_what_deepspeed_refuses_is_one_message(tmp_path, config, parts):
     zero = zero_of(tmp_path, config)
-    given = {"max_grad_norm": "recipe"}
-    refused(lambda: resolve(zero, GPT2Config(), numbers(given=given), False, []), "mine.json", *parts)
+    engine = resolve(zero, GPT2Config(), numbers(), False, [])
+    refused(lambda: check_with_deepspeed(engine, zero.path), str(zero.path), *parts)
 
 
-def test_a_json_that_repeats_the_run_is_taken(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"optimizer": {"type": "AdmW"}}, ["optimizer AdmW", "did you mean AdamW?"]),
+        ({"optimizer": {"type": "Lion"}}, ["Lion needs a GPU"]),
+        ({"optimizer": {"type": "FusedLamb"}}, ["no such optimizer"]),
+        ({"optimizer": {"type": "lamb"}}, ["lamb needs a GPU"]),
+        ({"optimizer": {"type": "MuAdam"}}, ["needs the package mup"]),
+        ({"optimizer": {"type": "zerooneadam"}}, ["was removed from DeepSpeed"]),
+        ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 1}}, ["zero_allow_untested_optimizer"]),
+        ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, ["cannot be built", "momentum"]),
+        ({"optimizer": {"type": "AdamW", "params": {"foreach": True, "fused": True}}}, ["cannot be built"]),
+        ({"scheduler": {"type": "WarmupRL"}}, ["no such scheduler", "did you mean WarmupLR?"]),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 1}}}, ["one of torch's", "--lr_scheduler_type"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, ["cannot be built", "warmup_steps"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}, ["cannot be built", "warmup_num_steps"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, ["warmup_type is 'cubic'"]),
+        ({"scheduler": {"type": "OneCycle"}}, ["cannot be built", "cycle_min_lr"]),
+    ],
+)  # fmt: skip
+def test_blocks_that_cannot_be_built_are_refused_before_weights_are_loaded(tmp_path, config, parts):
+    zero = zero_of(tmp_path, config)
+    engine = resolve(zero, GPT2Config(), numbers(), False, [])
+    refused(lambda: check_blocks(engine, zero.path, False), str(zero.path), *parts)
+
+
+def test_the_runs_values_are_filled_in(tmp_path):
     config = {
-        "train_batch_size": 16, "gradient_clipping": "1.0", "fp16": {"enabled": "false"},
+        "train_batch_size": 16, "gradient_clipping": 1.0, "fp16": {"enabled": "false"},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"}},
         "zero_optimization": {"stage": "2"},
     }  # fmt: skip
@@ -116,7 +222,7 @@ def test_a_json_that_repeats_the_run_is_taken(tmp_path):
     assert engine["zero_optimization"]["stage"] == 2 and engine["fp16"]["enabled"] is False
 
 
-def test_zero3_that_would_leave_no_model_is_mended_and_told(tmp_path):
+def test_zero3_that_would_leave_no_model_is_changed_with_a_note(tmp_path):
     zero, notes = zero_of(tmp_path, {"zero_optimization": {"stage": 3}}), []
     engine = resolve(zero, GPT2Config(), numbers(), False, notes)
     assert engine["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True

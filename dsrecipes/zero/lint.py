@@ -1,0 +1,144 @@
+"""Keys of a ZeRO JSON against what a version of DeepSpeed reads: known, renamed, removed, or without effect here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from dsrecipes.errors import UserError, nearest
+
+Json = dict[str, Any]
+
+_PACKAGES = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+"""Monitors of DeepSpeed -> the package that each needs."""
+_STAGE_3 = ("stage3_", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "sub_group_size")
+"""Beginnings of keys that DeepSpeed reads at stage 3 alone."""
+
+
+@functools.cache
+def key_table(version: str | None) -> Json:
+    """What DeepSpeed reads: the newest table that is not newer than `version`, else the oldest; None: the newest of all.
+
+    keys/VERSION.json holds `sections` (path of a block -> its keys), `strict` (blocks whose unknown keys DeepSpeed refuses;
+    it ignores those of all others), `removed` (key -> what to do), `renamed` (old key -> new key), `elsewhere` (a key that
+    nothing reads -> the one that is meant) and `unused` (key -> why it has no effect under Trainer).
+    """
+    tables = sorted(Path(__file__).with_name("keys").glob("*.json"), key=lambda path: Version(path.stem))
+    fitting = [path for path in tables if version is None or Version(path.stem) <= Version(version)]
+    return json.loads((fitting[-1] if fitting else tables[0]).read_text(encoding="utf-8"))
+
+
+def _installed() -> str | None:
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def lint(config: Json, path: Path) -> list[str]:
+    """Give old keys their new names, in place, and say which keys have no effect.
+
+    Returns:
+        a note for each renamed key and each key without effect.
+
+    Raises:
+        UserError: a key that no block has, that DeepSpeed has removed, or that the recipes do not support.
+    """
+    table = key_table(_installed())
+    notes = [_rename(config, old, new, table, path) for old, new in table["renamed"].items() if _has(config, old)]
+    _refuse_unknown(config, "", table, path)
+    _refuse_unsupported(config, path)
+    notes += [f"{path}: {key} has no effect: {why}" for key, why in table["unused"].items() if _has(config, key)]
+    return notes + _dead_at_stage(config, path)
+
+
+def _block(config: Json, key: str) -> tuple[Json, str]:
+    """The block that a dotted key lies in (empty where it is not there), and the key's last name."""
+    *parents, name = key.split(".")
+    block: Any = config
+    for parent in parents:
+        block = block.get(parent) if isinstance(block, dict) else None
+    return (block if isinstance(block, dict) else {}), name
+
+
+def _has(config: Json, key: str) -> bool:
+    block, name = _block(config, key)
+    return name in block
+
+
+def _rename(config: Json, old: str, new: str, table: Json, path: Path) -> str:
+    block, name = _block(config, old)
+    value, target = block.pop(name), new.rpartition(".")[2]
+    if target in block:
+        raise UserError(f"{path}: {old} and {new} are both given; keep {new}")
+    if new in table["sections"] and isinstance(value, bool):  # cpu_offload: true
+        value = {"device": "cpu"} if value else None
+    if value is not None:
+        block[target] = value
+    return f"{path}: {old} is an old name, read as {new}" + (f" {json.dumps(value)}" if isinstance(value, dict) else "")
+
+
+def _refuse_unknown(config: Json, section: str, table: Json, path: Path) -> None:
+    """Refuse keys that no table has; DeepSpeed ignores most of them. `_comment` and `//` are comments."""
+    sections = table["sections"]
+    for key, value in config.items():
+        name = f"{section}.{key}" if section else key
+        if section in sections and key not in sections[section] and not key.startswith(("_", "//", "#")):
+            raise UserError(f"{path}: {_unknown(name, table)}")
+        if isinstance(value, dict):
+            _refuse_unknown(value, name, table, path)
+    max_norm = "optimizer.params.max_grad_norm"
+    if not section and _has(config, max_norm):
+        raise UserError(f"{path}: {_unknown(max_norm, table)}")
+
+
+def _unknown(name: str, table: Json) -> str:
+    section, _, key = name.rpartition(".")
+    where = section or "DeepSpeed"
+    if name in table["removed"]:
+        return f"DeepSpeed has removed {name} ({table['removed'][name]})"
+    if name in table["elsewhere"]:
+        return f"{where} has no key {key!r}: use {table['elsewhere'][name]}"
+    homes = [f"{block}.{key}" if block else key for block, keys in table["sections"].items() if key in keys]
+    if len(homes) == 1:
+        return f"{where} has no key {key!r}: it belongs to {homes[0]}"
+    known = {each.lower(): each for each in table["sections"][section]}
+    if key.lower() in known:
+        return f"{where} has no key {key!r} (did you mean {known[key.lower()]}?)"
+    return f"{where} has no key {key!r}{nearest(key, known.values())}"
+
+
+def _is_on(config: Json, key: str) -> bool:
+    block, name = _block(config, key)
+    return str(block.get(name)).lower() == "true"
+
+
+def _refuse_unsupported(config: Json, path: Path) -> None:
+    """Refuse what needs a package that is missing, or an engine that the recipes do not drive."""
+    for key, package in _PACKAGES.items():
+        if _is_on(config, f"{key}.enabled") and find_spec(package) is None:
+            raise UserError(f"{path}: {key}.enabled needs the package {package}: pip install {package}, or set it to false")
+    for key in ("expert_parallel", "hybrid_engine"):
+        if _is_on(config, f"{key}.enabled"):
+            raise UserError(f"{path}: {key} is not supported by the recipes; take the block out")
+    for key in ("tensor_parallel.autotp_size", "sequence_parallel_size"):
+        block, name = _block(config, key)
+        if block.get(name) not in (None, 0, 1):
+            raise UserError(
+                f"{path}: {key} {block[name]} is not supported by the recipes, whose ranks each take rows of their own; "
+                "remove it. ZeRO-3 shards the model over the ranks too"
+            )
+
+
+def _dead_at_stage(config: Json, path: Path) -> list[str]:
+    zero = config.get("zero_optimization") or {}
+    dead = [key for key in zero if key.startswith(_STAGE_3) and zero[key] not in (None, False, "auto")]
+    if str(zero.get("stage", 0)) == "3" or not dead:
+        return []
+    return [f"{path}: {', '.join(dead)} {'has' if len(dead) == 1 else 'have'} no effect at stage {zero.get('stage', 0)}"]

@@ -1,0 +1,119 @@
+"""What a ZeRO JSON of the user's own says about the run, under the names of our flags.
+
+Like layers.py this imports neither torch nor transformers: `dsrecipes show` reads a JSON in under a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsrecipes.errors import UserError
+from dsrecipes.find import parse_json, read_text
+
+_FLAGS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "global_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.type": "optim",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.type": "lr_scheduler_type",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    # behind optimizer.params.lr, for the scheduler overwrites what the optimizer starts with
+    "scheduler.params.warmup_max_lr": "learning_rate",
+}
+"""Key of a ZeRO JSON, by its path -> our flag."""
+ENGINE_KEYS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+"""Flags that name an optimizer or scheduler of DeepSpeed's where a ZeRO JSON gives them: Trainer builds neither then."""
+_OBJECTS = (
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+    "fp16",
+    "bf16",
+    "bfloat16",
+    "zero_optimization",
+)
+
+
+def read_zero_json(path: Path) -> dict[str, Any]:
+    """A ZeRO JSON's content.
+
+    Raises:
+        UserError: it is not JSON (with line and column), not an object, has a key twice, or a block that is no object.
+    """
+    config = parse_json(read_text(path), str(path), unique_keys=True)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    for name in _OBJECTS:
+        if not isinstance(_at(config, name) or {}, dict):
+            raise UserError(f"{path}: {name} must be an object")
+    for name in ("optimizer", "scheduler"):
+        if name in config and not isinstance(_at(config, f"{name}.type"), str):
+            raise UserError(f"{path}: {name} must have a type (text) and params (an object)")
+    return config
+
+
+def zero_values(path: Path) -> dict[str, Any]:
+    """The run's values that a ZeRO JSON fixes; what it leaves out or sets to "auto" is not among them.
+
+    Raises:
+        UserError: the file cannot be read as a ZeRO JSON.
+    """
+    config = read_zero_json(path)
+    values = {flag: value for key, flag in _FLAGS.items() if _fixed(value := _at(config, key))}
+    betas = _at(config, "optimizer.params.betas")
+    if _fixed(betas):
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise UserError(f"{path}: optimizer.params.betas is {betas!r}; give two numbers, such as [0.9, 0.999]")
+        values |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    for block, flag in (("optimizer", "optim_args"), ("scheduler", "lr_scheduler_kwargs")):
+        rest = _rest(config, block)
+        if rest:
+            values[flag] = rest if flag == "lr_scheduler_kwargs" else ",".join(f"{key}={rest[key]}" for key in rest)
+    return values | _precision(config, path)
+
+
+def contradiction(theirs: Any, ours: Any) -> bool:
+    """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "True"."""
+    if isinstance(theirs, dict) or isinstance(ours, dict):
+        return theirs != ours
+    try:
+        return float(theirs) != float(ours)
+    except (TypeError, ValueError, OverflowError):
+        return str(theirs).lower() != str(ours).lower()
+
+
+def _fixed(value: Any) -> bool:
+    return value is not None and value != "auto"
+
+
+def _at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
+
+
+def _rest(config: dict[str, Any], block: str) -> dict[str, Any]:
+    """Fixed parameters of a block for which there is no flag."""
+    known = {key.rpartition(".")[2] for key in _FLAGS if key.startswith(f"{block}.params.")} | {"betas"}
+    params = _at(config, f"{block}.params") or {}
+    return {key: value for key, value in params.items() if key not in known and _fixed(value)}
+
+
+def _precision(config: dict[str, Any], path: Path) -> dict[str, bool]:
+    """bf16 or fp16 where the JSON turns it on; both off (fp32) where it turns one off and leaves the other out."""
+    switches = {"fp16": _at(config, "fp16.enabled"), "bf16": _at(config, "bf16.enabled")}
+    if switches["bf16"] is None:
+        switches["bf16"] = _at(config, "bfloat16.enabled")  # the old name, which DeepSpeed still reads
+    switches = {name: str(value).lower() for name, value in switches.items() if value is not None}
+    on = {name: True for name, value in switches.items() if value == "true"}
+    if len(on) > 1:
+        raise UserError(f"{path}: bf16.enabled and fp16.enabled are both true; keep one")
+    if on or "auto" in switches.values():
+        return on
+    return {name: False for name, value in switches.items() if value == "false"}
