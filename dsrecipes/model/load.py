@@ -335,12 +335,14 @@ def load_model(
 def _forget_unused_renames(model: PreTrainedModel) -> None:
     """Let a model that was loaded under ZeRO-3 be saved under the names of its checkpoint.
 
-    transformers 5.23 keeps every prefix rule there, also those that matched nothing, and saving would apply them
+    transformers 5.23 keeps every renaming rule there, also those that matched nothing, and saving would apply them
     backwards (`language_model.model.model.layers`); without ZeRO-3 it drops them itself.
     """
+    from transformers.core_model_loading import WeightRenaming
+
     rules = getattr(model, "_weight_conversions", None)
     if rules:
-        model._weight_conversions = [rule for rule in rules if type(rule).__name__ != "PrefixChange" or rule.was_used()]
+        model._weight_conversions = [rule for rule in rules if not isinstance(rule, WeightRenaming) or rule.was_used()]
 
 
 def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_head: bool) -> None:
