@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
-from tiny import instructions, tiny_gpt2, tiny_llama, write_rows
+from tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
 from dsrecipes import load_recipe
