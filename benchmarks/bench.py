@@ -34,9 +34,11 @@ DATA = HERE.parent.parent / "shared" / "data" / "alpaca"
 PYTHONS = {"trl": WORK / "trl/bin/python", "lf": WORK / "lf/bin/python", "": Path(sys.executable)}
 SCRIPTS = {"trl": "trl_sft.py", "lf": "llama_factory.py", "": "naive.py"}
 NAMES = [
-    "ours", "packed-by-example", "packed-selected", "packed", "pad-to-longest", "pad-to-max",
+    "ours", "ours-bf16", "packed-by-example", "packed-selected", "packed", "pad-to-longest", "pad-to-max",
     "trl-plain", "trl-packing", "trl-best", "lf-default", "lf-neat-packing",
 ]  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {"ours-bf16": {"bf16": True}}
+"""Flags of a contestant that is another one with something changed."""
 QUICK = ["ours", "packed-selected", "pad-to-longest"]
 STARTS = {
     "ours": {}, "ours-no-deepspeed": {"deepspeed": "none"}, "trl-best": {},
@@ -158,7 +160,7 @@ def contestant(
 ) -> Json:
     """Run one, and return its result with the time its process started."""
     if name.startswith("ours"):
-        values = our_values(data, steps, out / "run", model=model) | (changes or {})
+        values = our_values(data, steps, out / "run", model=model) | CHANGES.get(name, {}) | (changes or {})
         command = [sys.executable, "-m", "dsrecipes.run", "--recipe", "alpaca_llama_sft", *flags(values)]
         began = run(command, out, {})
         return our_result(out / "run", data, values) | {"began": began, "model": str(out / "run" / "model")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -14,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,18 +30,19 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from dsrecipes.config import Config, TrainConfig, build_config
+from dsrecipes.config import JUDGED_SCHEDULES, Config, TrainConfig, best_metric, build_config
 from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, prepare
-from dsrecipes.errors import UserError
+from dsrecipes.data.prepare import Split, cache_root, prepare
+from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import RecipeFiles
+from dsrecipes.flags import without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
-from dsrecipes.model.attention import keep_apart
+from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_model,
     check_splits,
@@ -51,8 +55,10 @@ from dsrecipes.model.load import (
     pad_id,
     random_weights,
 )
-from dsrecipes.model.parts import unreached_note
+from dsrecipes.model.modalities import unreached_note
+from dsrecipes.parts import check_parts
 from dsrecipes.place import Place, find_place
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs import report
 from dsrecipes.runs.checkpoint import choose, damage
 from dsrecipes.runs.console import Console
@@ -129,7 +135,7 @@ class RecipeBase(ABC):
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(self.tokenizer))
-        return CausalCollator(pad_id(self.tokenizer), select_logits=is_causal_lm(self.model))
+        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), takes_segments(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
         """Figures beside the loss for a split: a function of all logits and labels, in row order.
@@ -153,7 +159,11 @@ class RecipeBase(ABC):
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
+        check_docstrings()
+        redirect_caches()  # for a script of the user's; dsrecipes.run has done so
         self.place: Place = find_place(self.config)
+        values = {**vars(self.config.model), **vars(data), **train}
+        self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
             self.console.say(self.config.layers.first_line())
@@ -191,6 +201,10 @@ class RecipeBase(ABC):
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
+        self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
+        self._check_best_metric()
+        if train["neftune_noise_alpha"] and packs:
+            self.place.notes.append("neftune scales its noise by the length of a packed sequence; --packing false: of a row")
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         self.orders = Orders(limit, self.args.ddp_timeout_delta)
         self.folder, self._lock = take_folder(named, self.config, self.orders, self.console.main)
@@ -243,6 +257,11 @@ class RecipeBase(ABC):
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
                 self.watch.leave_if_lost(error)
+            if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
+                raise UserError(
+                    f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). DSRECIPES_CACHE names "
+                    "another folder"
+                ) from error
             if is_out_of_memory(error) and hasattr(self, "place"):
                 raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error
             if hasattr(self, "folder") and is_disk_full(error, self.folder.path):
@@ -285,10 +304,7 @@ class RecipeBase(ABC):
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
         values = dict(self.config.train)
         if "validation" not in self.splits:
-            if values["load_best_model_at_end"]:
-                raise UserError(
-                    "--load_best_model_at_end: there are no validation rows; give --eval_dataset or --validation_split"
-                )
+            self._refuse_wishes_for_evaluations()
             values["eval_strategy"] = "no"
         values |= {
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
@@ -297,16 +313,46 @@ class RecipeBase(ABC):
             "resume_from_checkpoint": None, "disable_tqdm": True, "remove_unused_columns": False,
             "restore_callback_states_from_checkpoint": True,
         }  # fmt: skip
-        if values["early_stopping_patience"]:
-            values["metric_for_best_model"] = values["metric_for_best_model"] or "loss"
+        values |= best_metric(values)
         try:
             args = TrainConfig(**values)
         except ValueError as error:
             raise UserError(str(error)) from error
+        args.report_to = [name for name in args.report_to if name != "tensorboard"]  # RUN/tensorboard has the curves
         if engine is not None:
             keep_fixed_steps(args.hf_deepspeed_config, engine)
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
+
+    def _refuse_wishes_for_evaluations(self) -> None:
+        train = self.config.train
+        wishes = {
+            "load_best_model_at_end": train["load_best_model_at_end"],
+            "early_stopping_patience": train["early_stopping_patience"],
+            "save_strategy best": train["save_strategy"] == "best",
+            f"lr_scheduler_type {train['lr_scheduler_type']}": train["lr_scheduler_type"] in JUDGED_SCHEDULES,
+        }
+        for flag, wished in wishes.items():
+            if wished:
+                raise UserError(f"--{flag}: there are no validation rows; give --eval_dataset or --validation_split")
+
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        train, place = self.config.train, self.place
+        per_epoch = math.ceil(len(self.sequences["train"]) / (place.micro * place.accumulation * place.ranks.world))
+        return train["max_steps"] if train["max_steps"] > 0 else math.ceil(train["num_train_epochs"] * per_epoch)
+
+    def _check_best_metric(self) -> None:
+        """Refuse a --metric_for_best_model that no evaluation has, before the first step."""
+        name = self.args.metric_for_best_model
+        if name is None or "validation" not in self.splits:
+            return
+        figures = evaluated_figures(self)
+        if figures is not None and name.removeprefix("eval_") not in figures:
+            raise UserError(
+                f"--metric_for_best_model {name}: an evaluation has no such figure{nearest(name, figures)}; "
+                f"choose from {', '.join(figures)}"
+            )
 
     def _open_folder(self) -> None:
         """Send the log to the run folder, and write what the run is."""
@@ -407,6 +453,22 @@ class RecipeBase(ABC):
             self.console.say(f"{'report':<10}not written: {error}")
 
 
+def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
+    """Names of the figures of an evaluation; None where the recipe's metrics do not take a prediction of zeros."""
+    figures = ["loss"]
+    if recipe.auto_class.endswith("ForCausalLM"):
+        figures.append("perplexity")
+    elif (metrics := recipe.metrics(recipe.splits["validation"])) is not None:
+        labels = np.asarray(recipe.splits["validation"].data["labels"][:])
+        classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
+        try:
+            answer = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
+        except Exception:
+            return None
+        figures += [name for name, figure in answer.items() if not isinstance(figure, dict)]
+    return [*figures, "runtime", "samples_per_second", "steps_per_second"]
+
+
 class _DryRunEnds(Exception):
     """Raised before the first step of a dry run."""
 
@@ -428,9 +490,11 @@ class _FirstAndLastStep(TrainerCallback):
         data = recipe.sequences["train"]
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
+        largest = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         sample = packed_sample(
-            data, collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32"
-        )
+            data, largest, collate=trainer.data_collator, forward=trainer.loss_and_logits,
+            exact=recipe.place.precision == "fp32",
+        )  # fmt: skip
         if sample is not None:
             keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:

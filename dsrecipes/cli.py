@@ -13,15 +13,18 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from dsrecipes import find
 from dsrecipes.batch import BATCH_KEYS, divide_batch
 from dsrecipes.errors import EXIT_CODE, UserError, printable
+from dsrecipes.flags import Merged, refuse_unknown, refuse_unsuited
 from dsrecipes.launch import launch
 from dsrecipes.layers import Layers, accelerators, layer, parse_flags
+from dsrecipes.process import check_docstrings, redirect_caches
+from dsrecipes.tasks import refuse_tasks
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -66,6 +69,7 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    refuse_tasks(os.environ)
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if not (restarts.isdecimal() and len(restarts) < 6):
@@ -122,6 +126,7 @@ def show(argv: list[str]) -> int:
     layers = layer(parse_flags(argv))
     merged = layers.merged()
     _refuse_unknown(merged)
+    refuse_unsuited(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
     if everything:
@@ -154,6 +159,10 @@ def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_docstrings()
+    cache_note = redirect_caches()
+    if cache_note:
+        print(cache_note, file=sys.stderr)
     try:
         return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
     except KeyboardInterrupt:
@@ -164,7 +173,7 @@ def _use(command: str, argv: list[str]) -> int:
         return 1
 
 
-def _refuse_unknown(keys: Iterable[str]) -> None:
+def _refuse_unknown(merged: Merged) -> None:
     """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin
@@ -179,9 +188,7 @@ def _refuse_unknown(keys: Iterable[str]) -> None:
         for field in each.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
-    for key in keys:
-        if key not in known:
-            raise UserError(f"unknown key {key!r}{find.nearest(key, known)}; `dsrecipes train --help` lists all")
+    refuse_unknown(merged, known)
 
 
 def main(argv: list[str] | None = None) -> int:

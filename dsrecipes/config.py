@@ -9,7 +9,7 @@ import re
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.flags import FIXED, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
 from dsrecipes.zero_values import ENGINE_KEYS
 
@@ -75,7 +76,9 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become batches."""
 
-    dataset: str | None = _help("Hub id, file (.json .jsonl .csv .parquet .txt, each also .gz) or folder; `starter:NAME`.")
+    dataset: str | None = _help(
+        "Hub id, file (.json .jsonl .csv .tsv .parquet .txt, each also .gz) or folder; `starter:NAME`."
+    )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
     eval_dataset: str | None = _help("Validation rows, in the forms of dataset.")
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
@@ -116,7 +119,7 @@ class TrainConfig(TrainingArguments):
     verbose: bool = _help("Show everything: library output, tracebacks, distributed debugging, a log per rank.", False)
     logging_nan_inf_filter: bool = _help("Hide NaN and infinite losses from the log.", False)
     logging_steps: float = _help("Optimizer steps between log lines (below 1: share of all steps).", 1)
-    report_to: None | str | list[str] = _help("Trackers beside TensorBoard, which is always written.", "none")
+    report_to: list[str] = _list("Trackers besides TensorBoard, which is always written: wandb, mlflow, ... or all.")
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -126,7 +129,9 @@ class TrainConfig(TrainingArguments):
         use_cpu), so two ranks would train two models in silence.
         """
         if self._on_accelerator():
-            return super()._setup_devices
+            device = super()._setup_devices
+            self._n_gpu = min(self._n_gpu, 1)  # no DataParallel, which would divide the rows of a micro batch
+            return device
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType
 
@@ -158,18 +163,9 @@ _POSITIVE = (
     "eval_steps",
 )
 
-_UNSUITED = {
-    "label_smoothing_factor": "the loss is computed where the labels are, which Trainer's label smoothing does not know",
-    "auto_find_batch_size": "the rows of a step are laid out beforehand; give --per_device_train_batch_size",
-    "dataloader_drop_last": "a short step is filled with empty rows, so nothing need be dropped",
-    "prediction_loss_only": "evaluation gathers what the recipe's metrics need, no more",
-    "batch_eval_metrics": "a recipe's metrics see all rows at once",
-    "include_for_metrics": "a recipe's metrics see logits and labels",
-    "fp16_full_eval": "evaluation runs in the precision of the training",
-    "bf16_full_eval": "evaluation runs in the precision of the training",
-    "fsdp": "ZeRO divides the model here; see --deepspeed",
-}
-"""Trainer's flags that would not do what they say -> why."""
+JUDGED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow a figure of the evaluations."""
+_SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "ter", "mae", "mse", "rmse", "runtime")
 
 
 @dataclass
@@ -184,6 +180,12 @@ class Config:
     """Explicitly given key -> origin."""
     notes: list[str] = field(default_factory=list)
     """What gave way to something else, for the header."""
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The part of `given` that the user gave by flag, YAML or Python, not a recipe and not a ZeRO JSON."""
+        origins = {layer.origin for layer in self.layers.layers if not (layer.default or layer.zero)}
+        return {key: origin for key, origin in self.given.items() if origin in origins}
 
     def by_zero_json(self, key: str) -> Any:
         """A value that the ZeRO JSON fixes, or None."""
@@ -223,13 +225,14 @@ def build_config(layers: Layers) -> Config:
         UserError: one message for the first key at fault, with where its value comes from.
     """
     merged = layers.merged()
+    refuse_unknown(merged, {f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init})
+    refuse_unsuited(merged)
+    merged = {key: (_spelled(key, value), origin) for key, (value, origin) in merged.items()}
+    # a flag with one value has that value, whatever its type can express
+    merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
     take_settings(merged, notes)
     given = {key: origin for key, (_, origin) in merged.items()}
-    known = [f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init]
-    for key, origin in given.items():
-        if key not in known:
-            raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
     for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
         if key in layers.zero_json().values:
             merged.pop(key, None)
@@ -263,6 +266,40 @@ def build_config(layers: Layers) -> Config:
     return Config(model, data, train, layers, given, notes)
 
 
+_OFF_WORD = {"deepspeed": "none", "report_to": "none", "debug": None, "time_limit": None, "resume_from_checkpoint": None}
+"""What `no`, `off` and false mean for a flag that takes words, where it is not `no`; None: as if it were not given."""
+
+
+def _spelled(key: str, value: Any) -> Any:
+    """`on` and `off` as true and false for a switch, and a false as the word that a flag with words has for it."""
+    text = str(value).lower()
+    if text not in ("on", "off", "no", "false"):
+        return None if text == "" and _OFF_WORD.get(key, "none") is None else value
+    if key in _switches():
+        return str(text == "on").lower()
+    if key in _OFF_WORD or "no" in _choices().get(key, ()):
+        return _OFF_WORD.get(key, "no")
+    return value
+
+
+@cache
+def _switches() -> set[str]:
+    """Fields that are true or false."""
+    hints = {name: hint for each in CONFIG_CLASSES for name, hint in typing.get_type_hints(each).items()}
+    return {name for name, hint in hints.items() if hint is bool or set(typing.get_args(hint)) == {bool, type(None)}}
+
+
+@cache
+def _choices() -> dict[str, list[str]]:
+    """Fields of TrainConfig that take one of some words -> the words."""
+    return {
+        name: [str(choice.value) for choice in option]
+        for name, hint in typing.get_type_hints(TrainConfig).items()
+        for option in typing.get_args(hint)
+        if isinstance(option, type) and issubclass(option, Enum)
+    }
+
+
 def _with_origin(message: str, given: dict[str, str]) -> UserError:
     match = re.match(r"argument --(\w+)[^:]*: (.*)", message, flags=re.DOTALL)
     if not match:
@@ -273,20 +310,19 @@ def _with_origin(message: str, given: dict[str, str]) -> UserError:
 
 def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
     """What TrainingArguments would refuse only after the data are prepared; ValueError names the flag."""
-    for name, hint in typing.get_type_hints(TrainConfig).items():
-        for option in typing.get_args(hint):
-            if isinstance(option, type) and issubclass(option, Enum) and isinstance(train.get(name), str):
-                choices = [str(each.value) for each in option]
-                _require(
-                    train[name] in choices,
-                    f"--{name} {train[name]}{nearest(train[name], choices)}: choose from {', '.join(choices)}",
-                )
+    for name, choices in _choices().items():
+        _require(
+            train[name] in choices,
+            f"--{name} {train[name]}{nearest(str(train[name]), choices)}: choose from {', '.join(choices)}",
+        )
     for name in TrainConfig._VALID_DICT_FIELDS:
-        if str(train[name]).startswith("{"):
-            try:
-                json.loads(train[name])
-            except ValueError as error:
-                raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
+        if name == "deepspeed" or train[name] is None:
+            continue
+        try:
+            is_object = isinstance(json.loads(train[name]), dict)
+        except ValueError as error:
+            raise ValueError(f"--{name} {train[name]}: not JSON ({error}); {given.get(name, 'flag')}") from None
+        _require(is_object, f"--{name} {train[name]}: give a JSON object, such as '{{\"key\": 1}}'")
     for name, value in train.items():
         if isinstance(value, (int, float)):
             _require(abs(value) < 2**63, f"--{name} is {value}: give a number that is finite and below 2**63")
@@ -294,6 +330,12 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         _require(train[name] is None or 0 <= train[name] < 2**32, f"--{name} is {train[name]}: give 0 up to 2**32 - 1")
     for name in _POSITIVE:
         _require(train[name] is None or train[name] > 0, f"--{name} is {train[name]}: give a number above 0")
+    steps = train["max_steps"]
+    _require(steps == -1 or steps > 0, f"--max_steps is {steps}: give 1 or more, or -1 for --num_train_epochs")
+    _require(
+        "tpu_metrics_debug" not in (train["debug"] or ()),
+        "--debug tpu_metrics_debug: no TPU trains here; choose underflow_overflow",
+    )
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
     if train["time_limit"]:
@@ -304,12 +346,15 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         patience is None or train["eval_strategy"] != "no",
         "--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch",
     )
-    for name, why in _UNSUITED.items():
-        _require(not train[name], f"--{name}: {why}")
-    _require(
-        train["average_tokens_across_devices"],
-        "--average_tokens_across_devices false would weigh the ranks' tokens unequally: leave it on",
-    )
+    for name, value in (
+        ("save_strategy", "best"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau"),
+        ("lr_scheduler_type", "greedy"),
+    ):
+        _require(
+            train[name] != value or train["eval_strategy"] != "no",
+            f"--{name} {value} needs evaluations: give --eval_strategy steps or epoch",
+        )
     _require(not (train["fp16"] and train["bf16"]), "--fp16 and --bf16 are both on: choose one")
     _require(train["global_batch_size"] is None or train["global_batch_size"] > 0, "--global_batch_size must be above 0")
     _require(
@@ -324,3 +369,24 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         train["train_sampling_strategy"] in ("random", "sequential"),
         f"--train_sampling_strategy {train['train_sampling_strategy']}: rows are laid out by step here; choose random or sequential",
     )
+
+
+def best_metric(train: dict[str, Any]) -> dict[str, Any]:
+    """The values that say which evaluation is the best, with the defaults that transformers leaves to the user.
+
+    It takes every figure but a loss for one that should grow, and lets a schedule that follows it wait for less.
+    """
+    name, greater = train["metric_for_best_model"], train["greater_is_better"]
+    judged = train["lr_scheduler_type"] in JUDGED_SCHEDULES
+    if name is None and (judged or train["early_stopping_patience"] or train["save_strategy"] == "best"):
+        name = "loss"
+    if name is not None and greater is None:
+        greater = name.lower().rsplit("_", 1)[-1] not in _SMALLER_IS_BETTER
+    options = json.loads(train["lr_scheduler_kwargs"] or "{}")
+    if judged and greater:
+        options = {"mode": "max"} | options
+    return {
+        "metric_for_best_model": name,
+        "greater_is_better": greater,
+        "lr_scheduler_kwargs": json.dumps(options) if options else None,
+    }

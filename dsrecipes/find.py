@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +145,8 @@ def is_shipped(config: Path) -> bool:
 
 
 def find_zero(name: str) -> Path | None:
-    """A ZeRO JSON by a short name or a path; None for `none`."""
-    if name == "none":
+    """A ZeRO JSON by a short name or a path; None for `none`, and for what YAML calls false."""
+    if name.lower() in ("none", "no", "off", "false"):
         return None
     path = user_path(name)
     if path.is_file():
@@ -181,6 +182,7 @@ class _UniqueKeys(yaml.SafeLoader):
         """Build the document (yaml.constructor.ConstructorError: its aliases stand for too much)."""
         if _size(node, {}) > _MOST_NODES:
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) stand for too much here", node.start_mark)
+        _keep_text(node)
         return super().construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -203,6 +205,31 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-5 as text, 010 as 8 and 3:50:00 as 13800 in a nested mapping, such as lr_scheduler_kwargs; nobody
+# means that there.
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in (("int", r"[-+]?[0-9]+"), ("float", r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")):
+    _UniqueKeys.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_UniqueKeys.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def _keep_text(node: yaml.Node) -> None:
+    """Let the values of flags be the text that was written: the one parser knows which of them are numbers.
+
+    YAML would make `eval_strategy: no` false, `model_revision: 1.10` 1.1 and `time_limit: 3:50:00` 13800.
+    """
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in ("starter", "<<") and isinstance(value, yaml.MappingNode):
+            _keep_text(value)
+        for scalar in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(scalar, yaml.ScalarNode) and scalar.tag.rpartition(":")[2] in ("bool", "int", "float"):
+                scalar.tag = "tag:yaml.org,2002:str"
+
+
 def read_text(path: Path) -> str:
     """The file's text; a UserError names the byte that is not UTF-8."""
     try:
@@ -217,7 +244,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping.
+    """A flat YAML mapping: values as the text that was written, null as None, nested mappings typed.
 
     Raises:
         UserError: malformed (with the line), not a mapping, a key twice, a key that is not text, or aliases without end.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE
+from dsrecipes.runs.console import leave_unread
 from dsrecipes.runs.host_memory import HostMemory
 from dsrecipes.runs.standing import read, read_fault
 from dsrecipes.runs.watch import BEGAN, LAUNCHER, go_on
@@ -207,6 +208,7 @@ def _describe(start: _Start, rank: int, code: int) -> str:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        leave_unread(2)
         print(text, file=sys.stderr, flush=True)
 
 

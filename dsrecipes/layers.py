@@ -33,6 +33,8 @@ BELONGS_TO = {
 
 What a ZeRO JSON says is not dropped: it holds, or the run is refused.
 """
+LENGTHS = (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs"))
+"""How long a run is, said in two ways: the one in the higher layer drops the other."""
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -74,6 +76,9 @@ class Layers:
                         for key, each in result.items()
                         if key not in belongings or each[1] == self.zero_json().origin
                     }
+            for key, rival in LENGTHS:
+                if str(layer.values.get(key, "-1")) not in ("-1", "None") and rival not in layer.values:
+                    result.pop(rival, None)
             for key, value in layer.values.items():
                 result.pop(key, None)
                 if value is not None:
@@ -155,18 +160,25 @@ def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
 
 def accelerators() -> int:
     """Number of visible accelerators; asks torch where it is loaded, else the drivers (NVIDIA, AMD)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return listed_accelerators()
+
+
+def listed_accelerators() -> int:
+    """Number of GPUs that the drivers list (NVIDIA, AMD), less those that a variable hides; torch may see fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
         count = len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
+        if re.search(r"^\s+MIG ", listing, flags=re.MULTILINE):
+            count = 1  # CUDA gives a process one MIG instance, however many there are
     except (OSError, subprocess.TimeoutExpired):
         count = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
-    if not count and Path("/dev/kfd").exists():
+    if not count and Path("/dev/kfd").exists() and os.environ.get("HIP_VISIBLE_DEVICES", "all").strip() not in ("", "-1"):
         count = len(list(Path("/dev/dri").glob("renderD*")))
     return min(count, len(visible.split(","))) if visible else count
 
@@ -213,7 +225,12 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     if starter is not None and not isinstance(starter, dict):
         raise UserError(f"{recipe.yaml}: `starter:` must hold `key: value` lines")
     asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
-    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in ("true", "1", "yes")
+    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in (
+        "true",
+        "1",
+        "yes",
+        "on",
+    )
     profile, why = _profile(asked, starter is not None, use_cpu)
 
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +279,7 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
 
 def _is_on(layers: list[Layer], key: str) -> bool:
     value = next((layer.values[key] for layer in reversed(layers) if key in layer.values), False)
-    return str(value).lower() in ("true", "1", "yes")
+    return str(value).lower() in ("true", "1", "yes", "on")
 
 
 def seconds_of(text: str) -> float:

@@ -14,10 +14,11 @@ from dsrecipes.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_b
 from dsrecipes.config import Config, ModelConfig
 from dsrecipes.errors import UserError
 from dsrecipes.find import find_zero
+from dsrecipes.tasks import idle_tasks
 from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.limits import check_accelerators, check_precision, check_zeropp
 from dsrecipes.zero.resolve import Numbers, Zero, check_with_deepspeed, read_zero, resolve
 from dsrecipes.zero.runtime import (
-    RANK_KEYS,
     Launch,
     Ranks,
     complete_ranks,
@@ -29,6 +30,7 @@ from dsrecipes.zero.runtime import (
     probe_deepspeed,
     read_launch,
     set_threads,
+    train_alone,
 )
 from dsrecipes.zero.saved import fits, made_by
 
@@ -155,27 +157,35 @@ def find_place(config: Config) -> Place:
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
+    idle = idle_tasks(os.environ)
     ranks = complete_ranks(os.environ)
     device = "cpu" if config.train["use_cpu"] or launch.use_cpu else _accelerator()
-    zero, fallback, notes = _engine(config, launch)
+    if device == "cpu" and not (config.train["use_cpu"] or launch.use_cpu):
+        check_accelerators()
+    zero, fallback, zero_notes = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
         keep_memory()
-        if zero is None and ranks.world == 1:
-            for key in RANK_KEYS:  # a single plain process needs no process group
-                os.environ.pop(key, None)
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
             f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
         )
+    if zero is None and ranks.world == 1:
+        train_alone(device)
     batch, changed = _batch(config, ranks.world)
-    notes = [*config.layers.notes(), *([changed] if changed else []), *notes]
     precision = _precision(config, launch, device)
-    if precision == "fp32" and not {"bf16", "fp16"} & set(config.given) and device == "cpu" and computes_bf16():
-        notes.append(
-            "this CPU has AVX-512 BF16: --bf16 true trained 1.7 times as fast in a run of ours; fp32 is the default"
-        )
+    if zero is not None:
+        asked = config.train["fp16"] or launch.precision
+        check_precision(zero.stage, precision, chosen=bool(asked))
+        check_zeropp(zero.path, zero.json.get("zero_optimization", {}), ranks.world, device)
+    notes = [*config.layers.notes(), *filter(None, [idle, changed]), *zero_notes, *_bf16_hint(config, device, precision)]
     return Place(ranks, device, precision, zero, fallback, batch.micro, batch.accumulation, notes=notes)
+
+
+def _bf16_hint(config: Config, device: str, precision: str) -> list[str]:
+    if device != "cpu" or precision != "fp32" or {"bf16", "fp16"} & set(config.given) or not computes_bf16():
+        return []
+    return ["this CPU has AVX-512 BF16: --bf16 true trained 1.7 times as fast in a run of ours; fp32 is the default"]
 
 
 def _batch(config: Config, world: int) -> tuple[Batch, str | None]:

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, IntervalStrategy, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
-from dsrecipes.errors import RunStopped, UserError
+from dsrecipes.errors import RunStopped, UserError, nearest
 from dsrecipes.runs.checkpoint import damage, fault, is_whole
 from dsrecipes.saving import PROGRESS, SavingTrainer
 from dsrecipes.zero import reshape
@@ -166,7 +166,8 @@ class ResumableTrainer(SavingTrainer):
             orders.step_ended()
             self.at_step_end()
             ends = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
-            self._owes_evaluation = ends and self.args.eval_strategy == IntervalStrategy.EPOCH
+            due = self.args.eval_delay <= self.state.epoch
+            self._owes_evaluation = ends and due and self.args.eval_strategy == IntervalStrategy.EPOCH
             self.control.should_save |= orders.saving or self._owes_save
             orders.saving = False
         elif self.control.should_evaluate:
@@ -219,6 +220,10 @@ class ResumableTrainer(SavingTrainer):
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
+            if self.control.should_save:
+                self._save_checkpoint(self.model_wrapped, trial)  # the run can be resumed with another figure
+            name = self.args.metric_for_best_model
             raise UserError(
-                f"--metric_for_best_model {self.args.metric_for_best_model}: the evaluation has {', '.join(metrics)}"
+                f"--metric_for_best_model {name}: the evaluation has no such figure{nearest(name, metrics)}, but "
+                f"{', '.join(metrics)}. {self.last_whole()}"
             ) from error

@@ -1,6 +1,6 @@
 """What every rank runs: python -m dsrecipes.run --recipe gpt2_clm [flags].
 
-Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt2_clm
+Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt2_clm, or srun python -m dsrecipes.run ...
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
+from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs.console import Console
 from dsrecipes.runs.watch import follow_launcher
+from dsrecipes.tasks import adopt_ranks
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -109,6 +111,13 @@ def main(argv: list[str] | None = None) -> int:
 
         parser().print_help()
         return 0
+    try:
+        check_docstrings()
+        adopt_ranks(os.environ)
+        cache_note = redirect_caches()  # before the libraries read where theirs are
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
     if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
@@ -130,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
         console.say(layers.first_line())  # before the imports, which take ten seconds
+        if cache_note:
+            console.say(f"{'cache':<10}{cache_note}")
         with _quick_imports(_unneeded(layers)):
             from dsrecipes.base import recipe_class
 

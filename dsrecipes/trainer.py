@@ -86,6 +86,7 @@ class RecipeTrainer(ResumableTrainer):
             data, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
@@ -311,7 +312,7 @@ class _Clock:
 def peak_memory_gb(device: torch.device) -> float:
     """Greatest memory so far in GB (1e9 bytes): allocated on the accelerator, or resident on a CPU run."""
     if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device) / 1e9
+        return getattr(torch, device.type).max_memory_allocated(device) / 1e9  # torch.accelerator's came with 2.9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

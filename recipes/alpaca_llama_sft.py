@@ -22,8 +22,8 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The same source's template for rows with an empty input."""
-_NO_INPUT = re.compile(r"\s*|\W*no ?input\W*", flags=re.IGNORECASE)
-"""What Alpaca rows write for an input that is not there: nothing, noinput, <noinput>, "<noinput", (noinput), ..."""
+_NO_INPUT = re.compile(r"\s*|\W*no ?input\W*|<?NA>?|N/A|nan|null|none", flags=re.IGNORECASE)
+"""What rows write for an input that is not there: nothing, noinput, <noinput>, and pandas' or R's nan, None, NA, <NA>."""
 
 
 class AlpacaLlamaSft(RecipeBase):

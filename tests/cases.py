@@ -13,6 +13,7 @@ from typing import Any
 import disturbances
 import numpy as np
 import torch
+from flash import flash_attention
 from transformers import TrainerCallback
 
 from dsrecipes import UserError, load_recipe
@@ -130,6 +131,17 @@ def train_and_probe(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     story, trainer, result = _run(recipe, values)
     logits = probe(trainer.model_wrapped, trainer.causal, story.model_config.vocab_size)
     return _facts(story, trainer, result) | {"logits": logits}
+
+
+def train_with_flash(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Run a recipe whose model computes flash attention."""
+    with flash_attention() as switch_on:
+        load = RecipeBase.load_model
+        RecipeBase.load_model = lambda story: switch_on(load(story))  # type: ignore[method-assign]
+        try:
+            return train(recipe, values)
+        finally:
+            RecipeBase.load_model = load  # type: ignore[method-assign]
 
 
 def train_without_gathering(recipe: str, values: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """YAML, flags and Python keywords through one parser: types, choices, unknown keys, origins, the batch equation."""
 
 import pytest
+import yaml
 
 from dsrecipes.batch import BATCH_KEYS, divide_batch
 from dsrecipes.config import build_config
 from dsrecipes.errors import UserError
-from dsrecipes.find import find_config, find_recipe, read_yaml, recipe_names, variant_names
+from dsrecipes.find import find_config, find_recipe, recipe_names, variant_names
 from dsrecipes.layers import ABOUT_KEYS, layer, parse_flags
 from dsrecipes.run import main
 
@@ -34,7 +35,7 @@ def from_flags(*argv: str):
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_shipped_yaml_is_loaded(recipe, profile):
     config = build_config(layer({"recipe": recipe, "profile": profile}))
-    written = read_yaml(find_recipe(recipe).yaml)
+    written = yaml.safe_load(find_recipe(recipe).yaml.read_text())
     wanted = {key: value for key, value in written.items() if key not in ABOUT_KEYS}
     wanted |= written["starter"] if profile == "starter" else {}
     values = {**vars(config.model), **vars(config.data), **config.train}
@@ -49,7 +50,7 @@ def test_every_shipped_yaml_is_loaded(recipe, profile):
 @pytest.mark.parametrize("variant", variant_names())
 def test_every_shipped_variant_is_loaded(variant):
     config = build_config(layer({"config": variant}))
-    written = read_yaml(find_config(variant))
+    written = yaml.safe_load(find_config(variant).read_text())
     assert config.layers.recipe.name == written["recipe"] and config.layers.profile == "full"
     values = {**vars(config.model), **vars(config.data), **config.train}
     for key in set(written) - {"about", "recipe", "profile"}:
@@ -114,6 +115,69 @@ def test_a_newer_batch_key_replaces_the_other():
     assert (newer.train["gradient_accumulation_steps"], newer.train["global_batch_size"]) == (3, None)
     both = from_flags("--gradient_accumulation_steps", "3", "--global_batch_size", "12")
     assert (both.train["gradient_accumulation_steps"], both.train["global_batch_size"]) == (3, 12)
+
+
+YAML = [
+    ("eval_strategy: no", "eval_strategy", "no"), ("eval_strategy: off", "eval_strategy", "no"),
+    ("eval_strategy: false", "eval_strategy", "no"), ("eval_strategy: 'no'", "eval_strategy", "no"),
+    ("save_strategy: No", "save_strategy", "no"), ("logging_strategy: Off", "logging_strategy", "no"),
+    ("deepspeed: no", "deepspeed", "none"), ("deepspeed: off", "deepspeed", "none"), ("report_to: no", "report_to", ["none"]),
+    ("report_to: none", "report_to", ["none"]), ("debug: no", "debug", None), ("debug: ''", "debug", None),
+    ("time_limit: no", "time_limit", None), ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
+    ("bf16: no", "bf16", False), ("bf16: yes", "bf16", True), ("save_only_model: on", "save_only_model", True),
+    ("load_best_model_at_end: off", "load_best_model_at_end", False), ("load_best_model_at_end: FALSE", "load_best_model_at_end", False),
+    ("greater_is_better: off", "greater_is_better", False), ("packing: off", "packing", False),
+    ("learning_rate: 1e-5", "learning_rate", 1e-5), ("learning_rate: 1.e-5", "learning_rate", 1e-5),
+    ("max_steps: 1_000", "max_steps", 1000), ("max_steps: 010", "max_steps", 10), ("seed: +3", "seed", 3),
+    ("time_limit: 3:50:00", "time_limit", "3:50:00"), ("time_limit: 5400", "time_limit", "5400"),
+    ("model_revision: 1.10", "model_revision", "1.10"), ("model_revision: 0123456", "model_revision", "0123456"),
+    ("model_revision: 1e10", "model_revision", "1e10"), ("model_revision: on", "model_revision", "on"),
+    ("dataset: 2024-01-01", "dataset", "2024-01-01"), ("dataset_config: no", "dataset_config", "no"),
+    ("run_name: ~", "run_name", None), ("run_name:", "run_name", None), ("run_name: 'null'", "run_name", "null"),
+    ("subjects: [no, 1.10, on]", "subjects", ["no", "1.10", "on"]), ("prompt_style: chat", "prompt_style", "chat"),
+    ("lr_scheduler_kwargs: {num_cycles: 1e-1}", "lr_scheduler_kwargs", '{"num_cycles": 0.1}'),
+    ("activation_checkpointing_kwargs: {use_reentrant: no}", "activation_checkpointing_kwargs", '{"use_reentrant": false}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "key", "value"), YAML, ids=[each[0] for each in YAML])
+def test_yaml_is_read_as_the_person_wrote_it(tmp_path, text, key, value):
+    config = from_yaml(tmp_path, text + "\n")
+    read = {**vars(config.model), **vars(config.data), **config.train}[key]
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("max_steps: 1:30", ["--max_steps", "'1:30'", "mine.yaml"]),
+        ("learning_rate: .inf", ["--learning_rate", "'.inf'"]),
+        ("learning_rate: inf", ["--learning_rate", "finite"]),
+        ("time_limit: 1:30", ["--time_limit 1:30", "3:50:00"]),
+        ("max_steps: 0", ["--max_steps is 0", "-1"]),
+        ("lr_scheduler_kwargs: 3", ["--lr_scheduler_kwargs 3", "JSON object"]),
+        ("debug: tpu_metrics_debug", ["--debug", "underflow_overflow"]),
+        ("save_strategy: best\neval_strategy: no", ["--save_strategy best", "--eval_strategy"]),
+    ],
+)
+def test_yaml_that_means_nothing_is_refused(tmp_path, text, parts):
+    with pytest.raises(UserError) as error:
+        from_yaml(tmp_path, text + "\n")
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_python_values_are_read_alike():
+    values = {"eval_strategy": False, "deepspeed": False, "report_to": ["none"], "bf16": "off", "model_revision": 1.5}
+    config = build_config(layer({**BASE, **values}, origin="python"))
+    assert (config.train["eval_strategy"], config.train["deepspeed"], config.train["bf16"]) == ("no", "none", False)
+    assert config.model.model_revision == "1.5"
+
+
+def test_a_newer_length_of_the_run_replaces_the_other(tmp_path):
+    sft = {"recipe": "alpaca_llama_sft", "profile": "starter"}  # which says max_steps 10
+    assert build_config(layer({**sft, "num_train_epochs": "2"})).train["max_steps"] == -1
+    assert build_config(layer({**sft, "max_steps": "3"})).train["max_steps"] == 3
+    assert build_config(layer({**sft, "max_steps": "3", "num_train_epochs": "2"})).train["max_steps"] == 3
 
 
 WRONG = [

@@ -103,6 +103,6 @@ def test_a_malformed_yaml_says_where(tmp_path, raw, parts):
 def test_yaml_edges(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbfmax-steps: 3\nname: null\n")
-    assert read_yaml(path) == {"max_steps": 3, "name": None}
+    assert read_yaml(path) == {"max_steps": "3", "name": None}
     path.write_text("# nothing but a comment\n")
     assert read_yaml(path) == {}

@@ -25,10 +25,10 @@ def test_later_layers_win_and_null_removes(tmp_path):
     config.write_text(f"recipe: {recipe}\nsave_steps: 4\neval_steps: null\n")
     layers = layer({"config": str(config), "max_length": 5, "profile": "starter"})
     assert layers.merged() == {
-        "seed": (3, "profile"), "save_steps": (4, str(config)), "max_length": (5, "flag"),
+        "seed": ("3", "profile"), "save_steps": ("4", str(config)), "max_length": (5, "flag"),
     }  # fmt: skip
     assert layers.removed() == {"eval_steps"}
-    assert layer({"recipe": str(recipe), "profile": "full"}).merged()["seed"] == (1, "recipe")
+    assert layer({"recipe": str(recipe), "profile": "full"}).merged()["seed"] == ("1", "recipe")
 
 
 def test_profiles(monkeypatch):
@@ -58,6 +58,10 @@ def test_accelerators_are_counted_without_torch(tmp_path, monkeypatch):
     assert accelerators() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert accelerators() == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with fake.open("a") as file:
+        file.write("echo '  MIG 1g.10gb     Device  0: (UUID: MIG-c)'\necho '  MIG 1g.10gb     Device  1: (UUID: MIG-d)'\n")
+    assert accelerators() == 1  # CUDA gives a process one instance
 
 
 def test_another_model_or_data_set_forgets_what_was_said_of_the_first():

@@ -1,15 +1,19 @@
 """Ranks, device, engine, precision and batch, settled from environment and configuration."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import SHARED, needs_shared
 
-from dsrecipes.config import build_config
+from dsrecipes.config import TrainConfig, build_config
 from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
 from dsrecipes.place import find_place
 from dsrecipes.runs.checkpoint import seal
+from dsrecipes.zero.limits import check_zeropp
 from dsrecipes.zero.runtime import hardware
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -92,6 +96,81 @@ def test_precision_and_dtype(values, precision, plain):
 def test_wishes_that_cannot_be_had(values, problem):
     with pytest.raises(UserError, match=problem):
         place(**values)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs without bf16, as far as settling a place asks."""
+    monkeypatch.setattr("dsrecipes.place._accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            {},
+            "stage 0 of DeepSpeed in fp16, which is the default on this GPU, as it has no bf16: .*--deepspeed zero1.*--fp16 false",
+        ),
+        ({"fp16": True}, "stage 0 of DeepSpeed in fp16: .*--deepspeed zero1"),
+    ],
+)
+def test_stage_0_in_fp16_is_refused(gpus, values, problem):
+    with pytest.raises(UserError, match=problem):
+        place(use_cpu=False, deepspeed="zero0", **values)
+
+
+def test_stage_0_in_other_precisions_and_other_stages_in_fp16_are_not(gpus):
+    assert place(use_cpu=False, deepspeed="zero0", bf16=True).precision == "bf16"
+    assert place(use_cpu=False, deepspeed="zero0", fp16=False).precision == "fp32"
+    assert place(use_cpu=False, deepspeed="zero1").precision == "fp16"
+    assert place(use_cpu=False, deepspeed="none").precision == "fp16"
+
+
+@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("3,1", "3"), ("GPU-a,GPU-b", "GPU-a")])
+def test_one_plain_process_has_one_gpu_and_no_rank(gpus, monkeypatch, visible, left):
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    here = place(use_cpu=False, deepspeed="none")
+    assert (here.device, here.ranks.world, here.zero) == ("cuda", 1, None)
+    assert not set(RANKS) & set(os.environ) and os.environ["CUDA_VISIBLE_DEVICES"] == left
+    place(use_cpu=False)  # DeepSpeed needs a process group
+    assert os.environ["RANK"] == "0"
+
+
+def test_several_gpus_in_one_process_are_no_data_parallel(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = TrainConfig(output_dir=str(tmp_path), deepspeed=None)
+    assert (args.n_gpu, args.parallel_mode.value, args.train_batch_size) == (1, "not_parallel", 8)
+
+
+ZEROPP = {"zero_quantized_weights": True, "zero_hpz_partition_size": 8, "zero_quantized_gradients": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "world", "device", "problem"),
+    [
+        ({"stage": 3, **ZEROPP}, 1, "cpu", r"z\.json: zero_quantized_weights, zero_quantized_gradients: .*on a GPU alone.*; zero_hpz_partition_size is 8, which does not divide the 1 rank: set 1$"),
+        ({"stage": 3, **ZEROPP}, 4, "cuda", "zero_hpz_partition_size is 8, which does not divide the 4 ranks: set 1 or 2 or 4$"),
+        ({"stage": 3, **ZEROPP}, 16, "cuda", None),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, 2, "cpu", None),
+        ({"stage": 2, "zero_hpz_partition_size": 8}, 2, "cpu", None),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, 2, "cuda", "zero_hpz_partition_size is 0"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, 2, "cpu", "zero_quantized_nontrainable_weights: .*GPU alone"),
+        ({"stage": 3, "zero_quantized_weights": False, "zero_hpz_partition_size": 1}, 3, "cpu", None),
+    ],
+)  # fmt: skip
+def test_zeropp_where_it_cannot_run(section, world, device, problem):
+    with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+        check_zeropp(Path("z.json"), section, world, device)
+
+
+@needs_shared
+def test_zeropp_json_of_others():
+    with pytest.raises(UserError, match=r"zeropp\.json: .*on a GPU alone; .*8, which does not divide"):
+        place(deepspeed=str(SHARED / "cases" / "zero" / "zeropp.json"))
 
 
 def test_without_deepspeed_the_place_is_plain_and_says_why(monkeypatch):

@@ -29,7 +29,7 @@ FILES = {
     "malformed.jsonl": (b'{"instruction": "a", "output": "b"}\n{"instruction": \n', ["malformed.jsonl, line 2, column", "not JSON"]),
     "malformed.json": (b'[{"instruction": "a",\n "output" "b"}]', ["malformed.json, line 2, column 11", "not JSON"]),
     "malformed.csv": (b'instruction,output\na,b\na,"b\n', ["malformed.csv, line 3", "not CSV"]),
-    "short.csv": (b"instruction,output\na,b\na\n", ["short.csv, line 3: 1 fields"]),
+    "short.csv": (b"instruction,output\na,b\na\n", ["short.csv, line 3: 1 field where"]),
     "broken.jsonl.gz": (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 999)[:-20], ["broken.jsonl.gz", "damaged gzip"]),
     "broken.parquet": (b"PAR1", ["broken.parquet", "not a Parquet file"]),
     "latin.jsonl": ('{"instruction": "a", "output": "é"}'.encode("latin-1"), ["latin.jsonl", "not UTF-8", "line 1"]),

@@ -156,8 +156,8 @@ def sequences(capacity: int | None = 14, end: int = 2):
     return Sequences(arrow_file({"input_ids": ids, "labels": [[-100] * 3 + row[3:] for row in ids]}), capacity)
 
 
-def sample_of(model, collate: Callable, exact: bool = True):
-    """Two examples together and apart, with the forward pass that a trainer would give."""
+def sample_of(model, collate: Callable, exact: bool = True, batch: int = 1):
+    """Examples together and apart, with the forward pass that a trainer would give."""
     import torch
 
     from dsrecipes.data.audit import packed_sample
@@ -170,7 +170,7 @@ def sample_of(model, collate: Callable, exact: bool = True):
             out = model(**counted, use_cache=False, num_items_in_batch=torch.ones(()))
         return out.loss, out.logits
 
-    return packed_sample(sequences(), collate=collate, forward=forward, exact=exact)
+    return packed_sample(sequences(), batch, collate=collate, forward=forward, exact=exact)
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

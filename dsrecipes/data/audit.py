@@ -25,9 +25,9 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PackedSample:
-    """Two examples of one packed sequence, as a batch where they stand behind each other and one where they do not."""
+    """A micro batch of packed sequences: examples behind each other, and the same examples in rows of their own."""
 
-    rows: list[Features]
+    sequences: list[list[Features]]
     collate: Callable[[list], Batch]
     forward: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
     """A batch's loss and logits, as in training but without dropout; all ranks must call it together, for under ZeRO-3
@@ -37,20 +37,30 @@ class PackedSample:
 
     def answer(self, packed: bool) -> tuple[float, torch.Tensor]:
         """Loss, and logits (labels, vocabulary) where there is a label, example by example."""
-        batch = self.collate([self.rows] if packed else [[row] for row in self.rows])
+        batch = self.collate(self.sequences if packed else [[row] for row in sum(self.sequences, [])])
         trained = batch.get("shift_labels", batch["labels"]) != IGNORE
         loss, logits = self.forward(batch)
         return loss.item(), logits[trained.to(logits.device)].float()
 
 
-def packed_sample(data: Sequences, **how: Any) -> PackedSample | None:
-    """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two."""
+def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | None:
+    """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two.
+
+    Args:
+        batch: rows of the largest micro batch. Above one a second sequence of another length stands in the batch, for
+            some backends tell examples apart in a batch of one alone.
+    """
     lengths = data.columns["input_ids"].lengths()
     pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
     if not pairs:
         return None
-    pair = min(pairs, key=lambda each: lengths[each].sum())
-    return PackedSample(data.examples(pair.tolist()), **how)
+    pairs.sort(key=lambda pair: lengths[pair].sum())
+    chosen = [pairs[0].tolist()]
+    if batch > 1:
+        total = lengths[pairs[0]].sum()
+        others = [pair.tolist() for pair in pairs[1:] if lengths[pair].sum() != total]
+        chosen.append(others[0] if others else chosen[0][:1])
+    return PackedSample([data.examples(rows) for rows in chosen], **how)
 
 
 def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: tuple[float, torch.Tensor]) -> str:
@@ -58,7 +68,7 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: 
     (loss, logits), (expected, wanted) = packed, apart
     if logits.shape != wanted.shape:
         raise UserError(
-            f"the collator gives two packed examples {len(logits)} labels, and the same two apart {len(wanted)}: mend the "
+            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(wanted)}: mend the "
             "recipe's collator"
         )
     if not wanted.isfinite().all():
@@ -74,16 +84,20 @@ def check_isolation(model: PreTrainedModel, sample: PackedSample) -> None:
     """Refuse packing where an example's loss or logits change with the one before it.
 
     Models with ALiBi, learned positions of their own, or a recurrent state look across examples whatever the position
-    ids say; so does any model where a collator does not restart them.
+    ids say; so does any model where a collator does not restart them, and flash attention in a model that does not pass
+    it the segments of a micro batch.
 
     Raises:
         UserError: they change; names the flag that turns packing off.
     """
     apart = difference(sample, sample.answer(packed=True), sample.answer(packed=False))
     if apart:
+        attention = model.config.get_text_config()._attn_implementation
+        other = ", or --attn_implementation sdpa" if "flash" in str(attention) else ""
         raise UserError(
-            f"packing leaks in a {type(model).__name__}: behind another one, an example has {apart}. Give --packing false"
-            ", or mend the recipe's collator if it has one: position_ids begin at 0 in each example"
+            f"packing leaks in a {type(model).__name__}: behind another one, an example has {apart}. Give --packing "
+            f"false{other}, or fix the recipe's collator if it has one: position_ids begin at 0 in each example"
+            f"{' and flash attention needs cu_seq_lens_q (dsrecipes.data.collate.segments)' if other else ''}"
         )
 
 

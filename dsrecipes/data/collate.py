@@ -158,13 +158,20 @@ class CausalCollator:
     """Sequences to a causal LM's batch, with logits asked for only where a label is.
 
     No attention_mask: padding stands behind the text, where no text position looks, and position ids that restart
-    keep packed examples apart on every attention backend. Shapes: input_ids, position_ids and logits_to_keep
-    (batch, length), shift_labels and labels (number of labels,), counts (2,).
+    keep packed examples apart on every attention backend but flash attention, which reads them for a batch of one
+    alone. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels and labels (number of
+    labels,), counts (2,).
     """
 
-    def __init__(self, pad_id: int, select_logits: bool) -> None:
-        """`select_logits` False keeps all positions, for a model without logits_to_keep."""
-        self.pad_id, self.select_logits = pad_id, select_logits
+    def __init__(self, pad_id: int, select_logits: bool, flash: bool = False) -> None:
+        """Set what a batch holds.
+
+        Args:
+            pad_id: fills the end of a shorter sequence.
+            select_logits: False keeps all positions, for a model without logits_to_keep.
+            flash: whether flash attention is told where examples begin; other backends have no use for it.
+        """
+        self.pad_id, self.select_logits, self.flash = pad_id, select_logits, flash
 
     def __call__(self, items: list[list[Features]]) -> dict[str, torch.Tensor]:
         width = max(sum(len(row["input_ids"]) for row in item) for item in items)
@@ -194,7 +201,20 @@ class CausalCollator:
             "shift_labels": shift_labels,
             COUNTS: torch.tensor([tokens, rows]),
         }
-        return batch | {"logits_to_keep": keep} if self.select_logits else batch
+        if self.select_logits:
+            batch["logits_to_keep"] = keep
+        return batch | segments(batch["position_ids"]) if self.flash else batch
+
+
+def segments(position_ids: torch.Tensor) -> dict[str, Any]:
+    """What transformers gives flash attention (FlashAttentionKwargs): the examples of the whole micro batch in one line.
+
+    Without it, flash attention takes each row of a micro batch above one for a single example, whatever its positions.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 class PaddingCollator:

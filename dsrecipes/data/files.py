@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -16,14 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
 
 Row = dict[str, Any]
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _PIECE = 4096
 _MOST_TIMES, _MOST_UNPACKED = 200, 64 << 20
 """A gzip file may unpack to so many times its size, and so many bytes: text packs to a tenth, zeros to a thousandth."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+"""Byte order marks; UTF-32's first, since its little-endian one begins with UTF-16's."""
 _TITLE = re.compile(r" = [^=].*[^=] = \n?")
 
 
@@ -123,30 +129,64 @@ def _bytes(path: Path) -> io.BufferedReader:
 
 
 def _open(path: Path) -> TextIO:
-    return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline="")
+    """The file's text: UTF-8, or UTF-16 and UTF-32 where a byte order mark says so (Excel's "Unicode text")."""
+    file = _bytes(path)
+    start = file.peek(_PIECE)[:_PIECE]
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in start:
+        file.close()
+        raise UserError(
+            f"{path}: holds zero bytes, so it is not text, or UTF-16 without a byte order mark; save it as UTF-8"
+        )
+    return io.TextIOWrapper(file, encoding=encoding, newline="")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Row]]:
-    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}[suffix(path)]
+    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text}[
+        suffix(path)
+    ]
     try:
         try:
             yield from reader(path)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 ({_bad_byte(path)}); save it as UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: {_bad_byte(path, error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _bad_byte(path: Path) -> str:
+def _bad_byte(path: Path, error: UnicodeError) -> str:
+    """What is not UTF-8, where, and how to convert the file."""
+    if isinstance(error, UnicodeDecodeError) and error.encoding != "utf-8":
+        return f"damaged {error.encoding} text ({error.reason}); save it as UTF-8"
+    line = 0
     with _bytes(path) as file:
-        for number, line in enumerate(file, 1):
+        for block in file:
             try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"byte {line[error.start]:#04x} in line {number}"
-    return "it changes while it is read"
+                block.decode("utf-8")
+            except UnicodeDecodeError as wrong:
+                before = block[: wrong.start]
+                line += before.count(b"\r") + 1  # in a file of old Macs all lines are one block
+                encoding = _likely_encoding(block + file.read(_PIECE * 16))
+                return (
+                    f"not UTF-8 (byte {block[wrong.start]:#04x} in line {line}), perhaps {encoding}; save it as UTF-8: "
+                    f"iconv -f {encoding} -t UTF-8, or Excel's file type CSV UTF-8"
+                )
+            line += block.count(b"\r") + (not block.rstrip(b"\n").endswith(b"\r"))
+    return "not UTF-8, and it changes while it is read"
+
+
+def _likely_encoding(sample: bytes) -> str:
+    """A guess for a message: Chinese double bytes come in runs, accented letters of one byte stand alone."""
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    if sum(len(run) == 1 for run in runs) <= len(runs) / 2:
+        # GB2312, the common part of GB18030, first: GB18030 itself decodes most of Big5 too
+        for codec, encoding in (("gb2312", "GB18030"), ("cp950", "BIG5"), ("gb18030", "GB18030")):
+            with contextlib.suppress(UnicodeDecodeError):
+                codecs.getincrementaldecoder(codec)().decode(sample)  # not final: it may end inside a character
+                return encoding
+    return "CP1252"
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -177,25 +217,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(1 << 30)
     with _open(path) as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
-                return
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}, line 1: a column name stands twice in the header")
-            start = reader.line_num + 1
-            for fields in reader:
-                where, start = f"{path}, line {start}", reader.line_num + 1
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise UserError(f"{where}: {len(fields)} fields where the header has {len(header)} columns")
-                yield where, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        yield from table_rows(file, path, tabs=suffix(path) == ".tsv")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

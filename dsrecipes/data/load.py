@@ -88,7 +88,7 @@ def _explained(error: Exception, dataset: str) -> Exception:
 
     from dsrecipes.model.hub import hub_error
 
-    message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .parquet .txt) or FOLDER")
+    message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .tsv .parquet .txt) or FOLDER")
     if message is None and isinstance(error, (ValueError, DatasetGenerationError)):
         message = (
             f"data set {dataset} cannot be read: {str(error).splitlines()[0]}; see --dataset_config, or download its files"

@@ -1,7 +1,8 @@
-"""Attention of packed sequences on a CPU: each example by itself, so that no masked block is computed."""
+"""Attention of packed sequences: on a CPU each example by itself, so that no masked block is computed."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from dsrecipes.data.audit import PackedSample, check_isolation, difference
 
@@ -80,6 +82,14 @@ def attend_by_example(model: PreTrainedModel, on: bool) -> bool:
         return False
     base.set_attn_implementation(after)
     return text._attn_implementation == after
+
+
+def takes_segments(model: PreTrainedModel) -> bool:
+    """Whether the model computes flash attention and passes on what it is given beside its own arguments."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(base.forward).parameters
+    passes = "cu_seq_lens_q" in names or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    return passes and is_flash_attention_requested(base.config.get_text_config())
 
 
 def keep_apart(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:

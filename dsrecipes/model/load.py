@@ -26,7 +26,7 @@ from dsrecipes.data.prepare import Split, cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
-from dsrecipes.model.parts import parameters_below, unreached_by_text
+from dsrecipes.model.modalities import parameters_below, unreached_by_text
 from dsrecipes.model.task import class_names, loading_class, takes_text
 from dsrecipes.runs.weights import indexed_files
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from dsrecipes.adapter import lora_targets
 from dsrecipes.config import ModelConfig
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.model.parts import unreached_by_text
+from dsrecipes.model.modalities import unreached_by_text
 from dsrecipes.model.task import is_causal_lm, loading_class
 
 

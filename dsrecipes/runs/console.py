@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +30,58 @@ class _Lenient(io.TextIOWrapper):
             super().flush()
 
 
+class _Steady:
+    """A stream that outlives its reader: once nobody reads it (`| head`, a closed terminal), what is written is logged."""
+
+    def __init__(self, stream: IO[str], log_fd: int | None) -> None:
+        """`log_fd` is written to instead from then on; None: nothing is."""
+        self._stream, self._log_fd = stream, log_fd
+        self.lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError:
+            self.lost = True
+            self.follow_log()
+            self._stream.flush()  # what the stream still holds
+
+    def follow_log(self) -> None:
+        """Write to the log, where it is now, if the reader is gone."""
+        if self.lost:
+            _replace(self._stream.fileno(), self._log_fd)
+
+
+def _replace(fd: int, log_fd: int | None) -> None:
+    """Let a descriptor write to another one, or to nothing."""
+    if log_fd is not None:
+        os.dup2(log_fd, fd)
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, fd)
+    os.close(nothing)
+
+
+def leave_unread(*fds: int) -> None:
+    """Let descriptors that nobody reads any more write to nothing: Python would end with exit code 120."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, 0)
+    for fd, event in poll.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            _replace(fd, None)
+
+
 class Console:
     """Prints for rank 0 alone; `capture` sends everything else that a process prints to a log file.
 
@@ -39,7 +93,8 @@ class Console:
         self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None, out: IO[str] | None = None
     ) -> None:
         self.main, self.captured, self.rank_logs = main, capture, rank_logs
-        self.out = out or sys.stdout
+        person = out or sys.stdout
+        self._streams: tuple[Any, Any] | None = None
         self.bars = True
         self._open: tqdm | None = None
         self._saved: list[int] = []
@@ -47,11 +102,13 @@ class Console:
             sys.stdout.flush()
             sys.stderr.flush()
             self._saved = [os.dup(1), os.dup(2)]
-            self.out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            person = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
             self._spool = tempfile.TemporaryFile()
             self._redirect(self._spool.fileno())
+        if capture or rank_logs is not None:
             self._streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (_Lenient(open(fd, "wb", 0, closefd=False), write_through=True) for fd in (1, 2))
+        self.out = _Steady(person, 1 if capture else None)
 
     def _redirect(self, fd: int) -> None:
         sys.stdout.flush()
@@ -72,13 +129,17 @@ class Console:
             return
         with path.open("ab") as log:
             self._redirect(log.fileno())
+            self.out.follow_log()
             self._spool.seek(0)
             shutil.copyfileobj(self._spool, log)
 
     def _tee(self, path: Path) -> None:
         """Copy stdout and stderr to `path` through a process of its own, which writes on when this one crashes."""
         path.parent.mkdir(exist_ok=True)
-        tee = subprocess.Popen(["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True)
+        # SIGPIPE stays ignored: tee would end with the reader of stdout, and the log with it
+        tee = subprocess.Popen(
+            ["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True, restore_signals=False
+        )
         assert tee.stdin is not None
         self._redirect(tee.stdin.fileno())
         tee.stdin.close()
@@ -87,12 +148,14 @@ class Console:
         """Close an open progress bar, and give the process its own stdout and stderr back."""
         if self._open is not None:
             self._open.close()
-        if self.captured:
+        if self._streams:
             sys.stdout, sys.stderr = self._streams
+        if self.captured:
             for fd, saved in zip((1, 2), self._saved, strict=True):
                 os.dup2(saved, fd)
                 os.close(saved)
             self.captured = False
+        leave_unread(1, 2)
 
     def say(self, text: str = "") -> None:
         """A line for the person, on rank 0."""

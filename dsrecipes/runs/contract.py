@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,6 @@ def contract(story: RecipeBase) -> dict[str, Any]:
     """
     config, place = story.config, story.place
     batch = place.micro * place.accumulation * place.ranks.world
-    per_epoch = math.ceil(len(story.sequences["train"]) / batch)
-    asked = config.train["max_steps"]
     terms = {
         "recipe": config.layers.recipe.name,
         "code": _code(type(story)),
@@ -53,7 +50,7 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "packing": config.data.packing,
         "global_batch_size": batch,
-        "max_steps": asked if asked > 0 else math.ceil(config.train["num_train_epochs"] * per_epoch),
+        "max_steps": story.steps(),
         "precision": place.precision,
         **{key: place.engine[key] for key in ("optimizer", "scheduler") if key in place.engine},
         **{key: config.train[key] for key in _TRAIN},

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
@@ -181,8 +183,11 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
     values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
     typed = {**vars(config.model), **vars(config.data), **config.train}
     by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the JSON gives them again
+    idle = idle_values(typed, place.zero is not None)
     for key in config.given:
-        value = typed.get(key, True)
+        value = _plain(typed.get(key, True))
+        if key in idle and key not in config.own:
+            continue  # the recipe says it again, and from a file of the user's own it would be remarked upon
         if key not in (*_NOT_REPEATED, *by_json) and not any(secret in key.split("_") for secret in _SECRETS):
             local = isinstance(value, str) and key in ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
             values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
@@ -202,6 +207,13 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         "origins": {key: origin for key, (_, origin) in config.layers.merged().items()},
     }  # fmt: skip
     write_whole(folder.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Enumerations as their words, which YAML knows."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences]) -> None:

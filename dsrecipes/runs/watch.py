@@ -196,7 +196,8 @@ class Watch:
         except OSError:
             pass  # no folder any more: then everyone tells
         if not self.launched:
-            os.write(self.error_fd, f"\n{text}\n".encode())
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                os.write(self.error_fd, f"\n{text}\n".encode())
         if fault.what != "died":
             with contextlib.suppress(OSError):
                 os.kill(records[fault.rank].pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dsrecipes.errors import UserError
+from dsrecipes.tasks import adopt_ranks
 
 _MINIMUM = (0, 19, 4)
 _LAUNCH_LINES = (
@@ -57,9 +58,11 @@ def read_launch(env: MutableMapping[str, str], zero: Path | None = None) -> Laun
         zero: the ZeRO JSON of the run, for the message when accelerate's configuration sets ZeRO too.
 
     Raises:
-        UserError: accelerate's configuration sets ZeRO too, or FSDP, or it started one process of several.
+        UserError: accelerate's configuration sets ZeRO too, or FSDP, or it started one process of several; or srun or
+            mpirun started several that cannot find each other.
     """
-    if "MASTER_PORT" in env and "RANK" not in env and "OMPI_COMM_WORLD_RANK" not in env:
+    adopt_ranks(env)
+    if "MASTER_PORT" in env and "RANK" not in env:
         raise UserError(
             "MASTER_PORT is set but RANK is not: `accelerate launch` was asked for several processes and started one "
             f"(it does so with --cpu), or MASTER_PORT was left over (unset it). Start the ranks with {_LAUNCH_LINES}"
@@ -142,10 +145,7 @@ def _accelerate_config(words: list[str]) -> str:
 
 def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
     """Fill in what a launcher left out (no launcher: one rank and a free port), so that nobody looks for MPI."""
-    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["OMPI_COMM_WORLD_RANK"], env["OMPI_COMM_WORLD_SIZE"]
-        env.setdefault("LOCAL_RANK", env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    adopt_ranks(env)
     if "RANK" not in env:
         for key in RANK_KEYS:
             env.pop(key, None)
@@ -243,6 +243,15 @@ def hide_accelerators() -> None:
     """Make `--use_cpu` hold for DeepSpeed too; must come before the first CUDA call."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def train_alone(device: str) -> None:
+    """Let Trainer train a single rank of plain PyTorch without a process group or DDP, and on one device of several."""
+    for key in RANK_KEYS:
+        os.environ.pop(key, None)
+    if device == "cuda":
+        # or Trainer would split each batch among all devices (DataParallel)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def keep_gradient_norm(engine: Any) -> None:

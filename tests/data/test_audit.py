@@ -29,10 +29,13 @@ def test_positions_that_restart_keep_examples_apart(dtype, select):
     ]
     for model in models:
         sample = sample_of(model.to(dtype), CausalCollator(0, select), dtype == torch.float32)
-        assert [len(row["input_ids"]) for row in sample.rows] == [6, 8]
+        assert [[len(row["input_ids"]) for row in rows] for rows in sample.sequences] == [[6, 8]]
         assert check_isolation(model, sample) is None
         packed, apart = sample.answer(packed=True), sample.answer(packed=False)
         assert packed[1].shape == apart[1].shape == (3 + 5, 64)
+        two = sample_of(model, CausalCollator(0, select), dtype == torch.float32, batch=4)
+        assert [[len(row["input_ids"]) for row in rows] for rows in two.sequences] == [[6, 8], [6]]
+        assert check_isolation(model, two) is None and two.answer(packed=True)[1].shape == (3 + 5 + 3, 64)
 
 
 def test_alibi_does_not_and_the_flag_is_named():
@@ -51,8 +54,8 @@ def test_alibi_does_not_and_the_flag_is_named():
 
 def test_a_sample_needs_two_examples_in_a_sequence():
     alone = Sequences(arrow_file({"input_ids": [[1] * 9, [1] * 8], "labels": [[1] * 9, [1] * 8]}), 16)
-    assert packed_sample(alone, collate=None, forward=None, exact=True) is None
-    assert packed_sample(sequences(capacity=None), collate=None, forward=None, exact=True) is None
+    assert packed_sample(alone, 1, collate=None, forward=None, exact=True) is None
+    assert packed_sample(sequences(capacity=None), 1, collate=None, forward=None, exact=True) is None
 
 
 def test_rows_that_never_end_are_refused():

@@ -7,6 +7,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from tiny import SHARED, needs_shared
 
 from dsrecipes.data.files import FileRows, fingerprint, located
@@ -21,9 +22,9 @@ def write(path, rows):
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif kind == "csv":
+    elif kind in ("csv", "tsv"):
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     else:
@@ -35,7 +36,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
-@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "parquet"])
 def test_rows_of_each_kind_of_file(tmp_path, kind, packed):
     path = write(tmp_path / f"rows.{kind}{packed}", ROWS)
     rows = load_splits(str(path))["train"]
@@ -103,7 +104,16 @@ DAMAGED = [
     ("x.csv", b"a,b\n1,2\n1,2,3\n", ["x.csv, line 3", "3 fields", "2 columns"]),
     ("x.csv", b'a,b\n1,2\n"1,2\n', ["x.csv, line 3", "not CSV"]),
     ("x.csv", b"a,a\n1,2\n", ["x.csv, line 1", "twice"]),
-    ("x.csv", "a,b\n1,2\n\u6c34,2\n".encode("big5"), ["x.csv", "not UTF-8", "line 3"]),
+    ("x.csv", "a,b\n1,2\n請問台灣的首都在哪裡,2\n".encode("big5"), ["x.csv", "not UTF-8", "line 3", "iconv -f BIG5"]),
+    ("x.csv", "a,b\n请问中国的首都在哪里,2\n".encode("gbk"), ["x.csv", "not UTF-8", "line 2", "iconv -f GB18030"]),
+    ("x.csv", "a,b\r\n1,2\r\ncafé,2\r\n".encode("latin-1"), ["not UTF-8", "0xe9 in line 3", "iconv -f CP1252"]),
+    ("x.csv", "a,b\r1,2\rcafé,2\r".encode("latin-1"), ["not UTF-8", "0xe9 in line 3"]),
+    ("x.csv", "a,b\n1,2\n".encode("utf-16-le"), ["x.csv", "zero bytes", "save it as UTF-8"]),
+    ("x.tsv", "a\tb\n1\t2\n".encode("utf-16")[:-1], ["x.tsv", "damaged utf-16", "save it as UTF-8"]),
+    ("x.csv", b"sep=;\r\na;b\r\n1;2\r\n3\r\n", ["x.csv, line 4: 1 field where", "2 columns", "semicolons"]),
+    ("x.csv", b"a,b\r1,2\r3,4,5\r", ["x.csv, line 3: 3 fields", "2 columns"]),
+    ("x.csv", b'a,b\n"1\n1",2\n,,\n3,4,5\n', ["x.csv, line 5: 3 fields"]),
+    ("x.csv", b"a, b,b\n1,2,3\n", ["x.csv, line 1", "'b' appears twice"]),
     ("x.parquet", b"PAR1 this is none PAR1", ["x.parquet", "not a Parquet file"]),
     ("x.parquet", b"", ["x.parquet", "not a Parquet file"]),
     ("x.txt", b"one\ntwo \xff\n", ["x.txt", "not UTF-8", "0xff", "line 2"]),
@@ -113,6 +123,51 @@ DAMAGED = [
     ("x.csv.gz", gzip.compress(b"a,b\n1,\xe9\n"), ["x.csv.gz", "not UTF-8", "line 2"]),
     ("x.xml", b"<a/>", ["x.xml", "unknown kind", ".jsonl"]),
 ]
+
+
+PAIR = [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+TABLES = {
+    "semicolons": ("x.csv", b"\xef\xbb\xbfa;b\r\n1;2\r\n3;4\r\n", PAIR, [2, 3]),
+    "semicolons, commas inside": ("x.csv", b"a;b\n1,5;2\n3,5;4\n", [{"a": "1,5", "b": "2"}, {"a": "3,5", "b": "4"}], [2, 3]),
+    "commas, semicolons inside": ("x.csv", b"a,b\n1;5,2;\n3;5,4\n", [{"a": "1;5", "b": "2;"}, {"a": "3;5", "b": "4"}], [2, 3]),
+    "a semicolon in a column name": ("x.csv", b"a,b;c\n1,2\n", [{"a": "1", "b;c": "2"}], [2]),
+    "tabs": ("x.csv", b"a\tb\n1\t2\n3\t4\n", PAIR, [2, 3]),
+    "bars": ("x.csv", b"a|b\n1|2\n3|4\n", PAIR, [2, 3]),
+    "tsv with commas": ("x.tsv", b"a\tb\n1, one\t2\n", [{"a": "1, one", "b": "2"}], [2]),
+    "tsv that is csv": ("x.tsv", b"a,b\n1,2\n3,4\n", PAIR, [2, 3]),
+    "packed tsv": ("x.tsv.gz", gzip.compress(b"a\tb\n1\t2\n3\t4\n"), PAIR, [2, 3]),
+    "sep=": ("x.csv", b"sep=,\r\na,b\r\n1,2\r\n3,4\r\n", PAIR, [3, 4]),
+    "sep=^": ("x.csv", b'"SEP=^"\na^b\n1^2\n3^4\n', PAIR, [3, 4]),
+    "empty rows": ("x.csv", b"\n,\na,b\n1,2\n,\n3,4\n , \n,,,\n", PAIR, [4, 6]),
+    "padded rows": ("x.csv", b"a,b,,\n1,2,,\n3,4,,,,\n", PAIR, [2, 3]),
+    "the index of pandas": ("x.csv", b",a,b\n0,1,2\n1,3,4\n", PAIR, [2, 3]),
+    "spaces in the header": ("x.csv", b"a, b\n1,2\n3,4\n", PAIR, [2, 3]),
+    "old Macs": ("x.csv", b"a,b\r1,2\r3,4\r", PAIR, [2, 3]),
+    "quoted line ends": ("x.csv", b'a;b\r\n"1;\r\n1";2\r\n3;4\r\n', [{"a": "1;\r\n1", "b": "2"}, PAIR[1]], [2, 4]),
+    "missing values": ("x.csv", b"a,b\nnan,NaN\nnull,N/A\nNA,\n", [{"a": "nan", "b": "NaN"}, {"a": "null", "b": "N/A"}, {"a": "NA", "b": ""}], [2, 3, 4]),
+    "Unicode text of Excel": ("x.csv", "\ufeffa\tb\r\n1\t2\r\n3\t4\r\n".encode("utf-16-le"), PAIR, [2, 3]),
+    "UTF-32": ("x.csv", "a,b\n1,2\n3,4\n".encode("utf-32"), PAIR, [2, 3]),
+    "JSON lines in UTF-16": ("x.jsonl", '{"a": "1", "b": "2"}\n{"a": "3", "b": "4"}'.encode("utf-16"), PAIR, [1, 2]),
+    "one column": ("x.csv", b'a\n"1, 2; 3"\n4\n', [{"a": "1, 2; 3"}, {"a": "4"}], [2, 3]),
+    "a header alone": ("x.csv", b"a;b\n", [], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_as_spreadsheets_of_all_countries_write_them(tmp_path, name):
+    file, raw, rows, lines = TABLES[name]
+    (tmp_path / file).write_bytes(raw)
+    found = list(located(load_splits(str(tmp_path / file))["train"]))
+    assert [row for _, row in found] == rows
+    assert [where for where, _ in found] == [f"{tmp_path / file}, line {line}" for line in lines]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["semi", "sep", "excel", "unnamed2", "nan_row"])
+def test_the_tables_of_others_train(name):
+    rows = load_splits(str(SHARED / "cases" / "rows" / f"{name}.csv"))["train"]
+    records = [AlpacaLlamaSft.format_row(row) for row in rows]
+    assert records and all(record["input"] == "" and record["output"] for record in records)
 
 
 @pytest.mark.parametrize(("name", "raw", "parts"), DAMAGED, ids=[f"{each[0]}-{i}" for i, each in enumerate(DAMAGED)])

@@ -94,7 +94,7 @@ def drawn_case(draw: random.Random, folder: Path) -> dict[str, Any]:
 
 def shown(values: dict[str, Any], ranks: int, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """What `dsrecipes show` says of a run."""
-    words = [f"--{key}={value}" for key, value in values.items()]
+    words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
     assert cli.show(["gpt2_clm", "--procs", str(ranks), *words]) == 0, shlex.join(words)
     lines = [
         line.rpartition(" # ")[0].partition(":") for line in capsys.readouterr().out.splitlines() if not line.startswith("#")

@@ -1,12 +1,20 @@
 """Attention by example: what packed rows, padding, a cache and several plain rows get is what sdpa gives."""
 
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import pytest
 import torch
+from flash import flash_attention
+from ranks import Ranks
+from small import Small
 from tiny import sample_of, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dsrecipes.data.collate import CausalCollator
-from dsrecipes.model.attention import NAME, attend_by_example, keep_apart
+from dsrecipes.data.audit import check_isolation
+from dsrecipes.data.collate import COUNTS, CausalCollator
+from dsrecipes.errors import UserError
+from dsrecipes.model.attention import NAME, attend_by_example, keep_apart, takes_segments
 
 
 def pair(folder):
@@ -46,3 +54,65 @@ def test_an_attention_that_the_user_named_is_kept():
     assert attend_by_example(model, False) and model.config._attn_implementation == "sdpa"
     model.config.sliding_window = 8
     assert not attend_by_example(model, True)
+
+
+@pytest.fixture
+def flash() -> Iterator[Callable[[str], PreTrainedModel]]:
+    """Loads a model whose attention is flash attention, as transformers calls it."""
+    with flash_attention() as switch_on:
+        yield lambda folder: switch_on(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
+
+
+def _items(lengths):
+    """Sequences of examples of these lengths."""
+    draw = np.random.default_rng(0)
+    texts = [[draw.integers(3, 500, length) for length in each] for each in lengths]
+    return [[{"input_ids": ids, "labels": ids} for ids in each] for each in texts]
+
+
+def _logits(model, batch):
+    with torch.no_grad():
+        return model(**{name: each for name, each in batch.items() if name != COUNTS}, use_cache=False).logits
+
+
+@pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
+def test_flash_attention_keeps_the_examples_of_a_micro_batch_apart(tiny, flash):
+    sdpa = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation="sdpa").eval()
+    model = flash(tiny())
+    assert takes_segments(model) and not takes_segments(sdpa)
+    plain, told = CausalCollator(0, True), CausalCollator(0, True, flash=True)
+    for lengths in ([(5, 9, 2)], [(5, 9), (3, 4)], [(4, 4), (4, 4)], [(5, 6), (16,), (2, 3, 4), (7,)], [(9,), (4,)]):
+        items = _items(lengths)
+        expected = _logits(sdpa, plain(items))
+        assert torch.allclose(_logits(model, told(items)), expected, atol=1e-5), lengths
+        leaks = len(lengths) > 1 and any(len(each) > 1 for each in lengths)
+        assert (_logits(model, plain(items)) - expected).abs().max().gt(1e-3) == leaks, lengths
+
+
+def test_the_check_refuses_flash_attention_that_is_not_told_where_examples_begin(flash):
+    model = flash(tiny_llama())
+    plain, told = CausalCollator(0, True), CausalCollator(0, True, flash=True)
+    check_isolation(model, sample_of(model, told, batch=4))
+    check_isolation(model, sample_of(model, plain, batch=1))  # transformers reads the position ids of a single row
+    with pytest.raises(UserError, match=r"packing leaks.*--attn_implementation sdpa.*cu_seq_lens_q"):
+        check_isolation(model, sample_of(model, plain, batch=2))
+    forward = model.forward
+    model.forward = lambda input_ids, position_ids, labels=None: forward(input_ids, position_ids=position_ids)
+    assert not takes_segments(model)  # a model with code of its own that knows no further arguments
+
+
+def test_what_the_check_compares_is_a_batch_with_padding(flash):
+    sample = sample_of(flash(tiny_llama()), CausalCollator(0, True, flash=True), batch=2)
+    assert [[len(row["input_ids"]) for row in rows] for rows in sample.sequences] == [[6, 8], [6]]
+    assert sample.collate(sample.sequences)["cu_seq_lens_q"].tolist() == [0, 6, 14, 28]
+
+
+@pytest.mark.ranks
+def test_a_run_with_flash_attention_has_the_losses_of_sdpa(one_rank: Ranks, small: Small, tmp_path):
+    changed = {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 4, "lora_dropout": 0.0}
+    losses = []
+    for case, attention in (("train", "sdpa"), ("train_with_flash", None)):
+        asked = small.values("lora", **changed, attn_implementation=attention, output_dir=str(tmp_path / case))
+        log = one_rank.run(case, **asked)[0]["log"]
+        losses.append([line[key] for line in log for key in ("loss", "grad_norm", "eval_loss") if key in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 5

@@ -1,7 +1,9 @@
 """Rank 0 speaks, others are silent, and library noise goes to the log."""
 
 import os
+import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -53,8 +55,6 @@ def test_an_error_stands_below_an_open_bar(capfd):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
-    import subprocess
-
     code = (
         "import os, sys; from pathlib import Path; from dsrecipes.runs.console import Console\n"
         f"c = Console(main={rank} == 0, rank_logs={rank}); c.log_to(Path(sys.argv[1]) / 'log.txt')\n"
@@ -65,8 +65,36 @@ def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
     for _ in range(100):  # tee is a process of its own
         if log.is_file() and "from Python" in log.read_text():
             break
-        import time
-
         time.sleep(0.05)
     assert done.returncode == 0 and "from C" in log.read_text() and "from Python" in log.read_text()
     assert ("words" in done.stdout) == (rank == 0)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_run_goes_on_when_its_reader_ends(tmp_path, capture, early):
+    code = (
+        "import os, sys, time; from pathlib import Path; from dsrecipes.runs.console import Console\n"
+        f"capture = {capture}; c = Console(capture=capture, rank_logs=None if capture else 0); log = Path(sys.argv[1]) / 'log.txt'\n"
+        "def reader_ends():\n"
+        "    sys.stdin.readline(); c.say('nobody reads this'); print('noise', flush=True)\n"
+        "c.say('first'); EARLY and reader_ends(); c.log_to(log); EARLY or reader_ends()\n"
+        "bar = c.progress('counting', total=3); bar.update(3); c.say('last'); os.write(2, b'from C\\n'); c.release()\n"
+        "print('after', flush=True); print('error', file=sys.stderr, flush=True)"
+    ).replace("EARLY", str(early))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, bufsize=1,
+    )  # fmt: skip
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    assert process.wait(30) == 0
+    log = tmp_path / ("log.txt" if capture else "logs/rank_0.log")
+    expected = ["counting", "last", "from C"] + ["nobody reads this", "noise"] * (capture or not early)
+    for _ in range(100):  # tee is a process of its own
+        if log.is_file() and all(part in log.read_text() for part in expected):
+            break
+        time.sleep(0.05)
+    assert all(part in log.read_text() for part in expected), log.read_text()

@@ -29,12 +29,9 @@ def place():
     ],
 )  # fmt: skip
 def test_no_token_is_written(tmp_path, monkeypatch, flags):
-    from dsrecipes.layers import parse_flags
-
     monkeypatch.setattr(sys, "argv", ["dsrecipes", "train", "gpt2_clm", *flags, "--seed", "3"])
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef123456")
-    values = {key: value for key, value in parse_flags(flags).items() if key == "hub_token"}
-    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "seed": "3", **values}))
+    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "seed": "3"}))
     report.write_start(RunFolder(tmp_path), config, place())
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "hf_abcdef" not in written and "S3CRET" not in written
@@ -57,6 +54,25 @@ def test_config_yaml_runs_the_same_again(tmp_path):
     )
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["transformers"] and environment["engine"] == "plain PyTorch"
+
+
+SPELLINGS = {
+    "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "model_revision": "1.10", "dataset": "2024-01-01",
+    "dataset_config": "010", "time_limit": "3:50:00", "run_name": "yes", "hang_timeout": "1e2", "learning_rate": "1e-5",
+    "seed": "010", "weight_decay": "1_0.5", "bf16": "off", "save_only_model": "on", "packing": "no", "eval_delay": ".5",
+    "output_dir": None, "eval_steps": None, "subjects": ["1", "no", "1.10"], "deepspeed": "none", "report_to": ["none"],
+    "debug": "underflow_overflow", "lr_scheduler_type": "cosine", "optim": "sgd", "optim_args": "momentum=0.5", "max_steps": "1_000",
+    "lr_scheduler_kwargs": '{"num_cycles": 1e-1}', "project": "null", "global_batch_size": "8", "greater_is_better": "yes",
+}  # fmt: skip
+
+
+def test_config_yaml_keeps_every_kind_of_value(tmp_path):
+    first = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", **SPELLINGS}))
+    assert (first.train["seed"], first.train["weight_decay"], first.train["bf16"]) == (10, 10.5, False)
+    assert (first.train["eval_strategy"], first.train["time_limit"], first.train["max_steps"]) == ("no", "3:50:00", 1000)
+    report.write_start(RunFolder(tmp_path), first, place())
+    again = build_config(layer({"config": str(tmp_path / "config.yaml")}))
+    assert (again.model, again.data, again.train) == (first.model, first.data, first.train)
 
 
 def test_metrics_are_json(tmp_path):

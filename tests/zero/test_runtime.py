@@ -27,7 +27,6 @@ def test_no_launcher_is_one_rank_with_a_free_port():
             Ranks(3, 1, 4, 2),
         ),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 1, 2, 2)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, Ranks(1, 0, 4, 1)),
     ],
 )
 def test_a_launchers_ranks_are_kept(env, ranks):

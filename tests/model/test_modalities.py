@@ -6,7 +6,7 @@ import transformers
 from tiny import tiny_bert, tiny_llama
 from transformers import AutoConfig, AutoModel
 
-from dsrecipes.model.parts import parameters_below, unreached_by_text, unreached_note
+from dsrecipes.model.modalities import parameters_below, unreached_by_text, unreached_note
 from dsrecipes.model.task import averages_by_itself, is_causal_lm, loading_class
 
 TEXT = {

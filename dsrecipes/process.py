@@ -1,0 +1,93 @@
+"""The process before anything heavy is imported: caches that can be written, docstrings that libraries read."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from dsrecipes.errors import UserError
+
+_AT_HOME = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+"""What libraries keep in the home directory, or in a folder named after the user, who may have no name."""
+
+
+def check_docstrings() -> None:
+    """Refuse Python without docstrings (UserError): transformers reads them when it loads a model, and blames the model."""
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "python -OO (or PYTHONOPTIMIZE=2) removes docstrings, which transformers reads when it loads a model: start Python "
+            "without it; -O is fine"
+        )
+
+
+def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
+    """Give ours and the libraries' caches another place where the home directory cannot be written.
+
+    Returns:
+        One line for the header where it had to be a temporary folder, else None.
+
+    Raises:
+        UserError: DSRECIPES_CACHE, which the user set, cannot be written, or no temporary folder can.
+    """
+    own = env.get("DSRECIPES_CACHE")
+    if own and not _writable(Path(own)):
+        raise UserError(f"DSRECIPES_CACHE={own} cannot be written: name a folder that can")
+    home = _home()
+    usual = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else home and home / ".cache"
+    note = None
+    if usual is not None and _writable(usual):
+        folder = usual
+    else:
+        folder = Path(own) if own else _temporary()
+        _keep_hub(env, usual)
+        env["XDG_CACHE_HOME"] = str(folder)
+        if not own:
+            note = f"{usual or 'home directory'} cannot be written; using {folder} (DSRECIPES_CACHE names another folder)"
+    if home is None or not _writable(home):
+        for key, name in _AT_HOME.items():
+            env.setdefault(key, str(folder / name))
+    return note
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user that the system does not know, as in containers
+        return None
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)  # False on a read-only file system for root too
+
+
+def _temporary() -> Path:
+    """A folder of this user's that all ranks of the machine find, and later runs."""
+    try:
+        folder = Path(tempfile.gettempdir(), f"dsrecipes-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
+            return folder
+        reason = f"{folder} belongs to another user"
+    except OSError as error:
+        reason = str(error)
+    raise UserError(
+        f"no cache can be written, neither below the home directory nor a temporary one ({reason}): set DSRECIPES_CACHE"
+    )
+
+
+def _keep_hub(env: MutableMapping[str, str], usual: Path | None) -> None:
+    """Models that were downloaded into a home directory that may only be read are still found, and so is the token."""
+    known = usual / "huggingface" if usual else None
+    if known is None or "HF_HOME" in env:
+        return
+    if (known / "hub").is_dir():
+        env.setdefault("HF_HUB_CACHE", str(known / "hub"))
+    if (known / "token").is_file():
+        env.setdefault("HF_TOKEN_PATH", str(known / "token"))
