@@ -6,6 +6,7 @@ load_recipe("gpt2_clm", max_steps=10).run()
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ _HERE = Path(__file__).resolve().parent
 if not (_HERE / "recipes").is_dir():
     # A checkout keeps recipes/ and ds_configs/ at its top; setup.cfg maps them into the package only when installed.
     __path__.append(str(_HERE.parent))
+
+# On a CPU with AVX-512 BF16 bitsandbytes warns at import that it lacks a kernel from the hub, which nothing here uses:
+# see dsrecipes.model.load.disable_cpu_packing. transformers may import it before dsrecipes.model is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {"load_recipe": "dsrecipes.base", "RecipeBase": "dsrecipes.base", "UserError": "dsrecipes.errors"} | {
     name: f"dsrecipes.use.{name}"

@@ -38,7 +38,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
-from dsrecipes.errors import UserError, nearest
+from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles
 from dsrecipes.flags import without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
@@ -535,7 +535,7 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     missing = sorted(found[0].__abstractmethods__)
     if missing:
         raise UserError(
-            f"{files.module}: {found[0].__name__} lacks the method{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            f"{files.module}: {found[0].__name__} lacks the {inflect(len(missing), 'method')} {', '.join(missing)}"
         )
     if found[0].auto_class.endswith("ForCausalLM") and found[0].metrics is not RecipeBase.metrics:
         raise UserError(

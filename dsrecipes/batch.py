@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsrecipes.errors import UserError
+from dsrecipes.layers import Layers, accelerators
 
 TOTAL, MICRO, ACCUMULATION = "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
 BATCH_KEYS = (TOTAL, MICRO, ACCUMULATION)
@@ -93,3 +94,22 @@ def changed_defaults(values: Mapping[str, int | None], given: Mapping[str, str],
         if key not in given and values.get(key) not in (None, number)
     ]
     return f"{', '.join(changed)}: defaults give way to the values given and the number of ranks" if changed else None
+
+
+def ranks_of(procs: str | None, layers: Layers) -> int:
+    """The ranks that `dsrecipes train` starts: --procs, or one for each accelerator."""
+    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
+        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
+    return int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+
+
+def batch_of(layers: Layers, ranks: int) -> dict[str, int]:
+    """The batch of a step by flag."""
+    merged = layers.merged()
+    try:
+        values = {key: int(str(merged[key][0])) for key in BATCH_KEYS if key in merged}
+    except ValueError:
+        values = {MICRO: 0}
+    if min(values.values(), default=1) < 1:
+        return {}  # refused by the parser, which names the value
+    return divide_batch(values, {key: origin for key in values if (origin := layers.by_user(key))}, ranks).values()

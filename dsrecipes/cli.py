@@ -6,30 +6,29 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
+import logging
 import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from dsrecipes import find
-from dsrecipes.batch import BATCH_KEYS, divide_batch
-from dsrecipes.errors import EXIT_CODE, UserError, printable
-from dsrecipes.flags import Merged, refuse_unknown, refuse_unsuited
+from dsrecipes.batch import batch_of, ranks_of
+from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
+from dsrecipes.flags import refuse_unknown, refuse_unsuited
 from dsrecipes.launch import launch
-from dsrecipes.layers import Layers, accelerators, layer, parse_flags
+from dsrecipes.layers import layer, parse_flags
 from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.tasks import refuse_tasks
+from dsrecipes.usage import asks_for_help, help_text, known_flags
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
 
-  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train --help` lists the flags
+  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train RECIPE --help` lists the flags
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
@@ -69,37 +68,22 @@ def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    if asks_for_help(argv):
+        print(help_text(argv))
+        return 0
     refuse_tasks(os.environ)
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if not (restarts.isdecimal() and len(restarts) < 6):
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
-    if "--help" not in argv and "-h" not in argv:
-        layers = layer(parse_flags(argv))  # a wrong name is told before anything heavy is imported
-        ranks = _ranks(procs, layers)
-        _batch(layers, ranks)  # refuses what these ranks cannot share
-        if ranks > 1 or int(restarts):
-            return launch(ranks, argv, int(restarts))
+    layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
+    ranks = ranks_of(procs, layers)
+    batch_of(layers, ranks)  # refuses what these ranks cannot share
+    if ranks > 1 or int(restarts):
+        return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
 
     return main(argv)
-
-
-def _ranks(procs: str | None, layers: Layers) -> int:
-    """The ranks that `dsrecipes train` starts: --procs, or one for each accelerator."""
-    if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
-        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
-    return int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
-
-
-def _batch(layers: Layers, ranks: int) -> dict[str, int]:
-    """The batch of a step by flag."""
-    merged = layers.merged()
-    try:
-        values = {key: int(str(merged[key][0])) for key in BATCH_KEYS if key in merged}
-    except ValueError:
-        return {}  # refused by the parser, which names the value
-    return divide_batch(values, {key: origin for key in values if (origin := layers.by_user(key))}, ranks).values()
 
 
 def list_recipes(argv: list[str]) -> int:
@@ -125,7 +109,7 @@ def show(argv: list[str]) -> int:
     procs = _take(argv, "procs")
     layers = layer(parse_flags(argv))
     merged = layers.merged()
-    _refuse_unknown(merged)
+    refuse_unknown(merged, known_flags())
     refuse_unsuited(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
@@ -134,10 +118,10 @@ def show(argv: list[str]) -> int:
 
         config = build_config(layers)
         values = {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
-    ranks = _ranks(procs, layers)
-    for key, number in _batch(layers, ranks).items():
+    ranks = ranks_of(procs, layers)
+    for key, number in batch_of(layers, ranks).items():
         if str(values.get(key)) != str(number):
-            values[key], origins[key] = number, f"derived for {ranks} rank" + ("s" if ranks > 1 else "")
+            values[key], origins[key] = number, f"derived for {plural(ranks, 'rank')}"
     print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
     for note in layers.notes():
         print(f"# {note}")
@@ -156,8 +140,10 @@ _USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "v
 
 
 def _use(command: str, argv: list[str]) -> int:
-    """A command of dsrecipes.use, imported when it is called; libraries keep their remarks to themselves."""
+    """A command of dsrecipes.use, imported when it is called; stderr has our messages alone, not those of libraries."""
     warnings.filterwarnings("ignore")
+    if logging.lastResort:  # prints what loggers that nobody configured warn of
+        logging.lastResort.setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_docstrings()
     cache_note = redirect_caches()
@@ -171,24 +157,6 @@ def _use(command: str, argv: list[str]) -> int:
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _refuse_unknown(merged: Merged) -> None:
-    """Look keys up in the text of the dataclasses: importing them takes ten seconds, and `show` has one."""
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.origin
-    sources = [Path(find.__file__).with_name("config.py"), Path(spec.origin).with_name("training_args.py")]
-    classes = [
-        node for path in sources for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)
-    ]
-    known = {
-        field.target.id
-        for each in classes
-        if each.name in ("ModelConfig", "DataConfig", "TrainConfig", "TrainingArguments")
-        for field in each.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    }
-    refuse_unknown(merged, known)
 
 
 def main(argv: list[str] | None = None) -> int:

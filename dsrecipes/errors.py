@@ -29,6 +29,16 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def inflect(count: float, noun: str) -> str:
+    """`row` for 1, else `rows`; `loss` becomes `losses`."""
+    return noun if f"{count:.3g}" == "1" else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def plural(count: float, noun: str) -> str:
+    """A count and its noun: `1 row`, `0 rows`, `1,200 rows`, `0.5 epochs`."""
+    return f"{count:,} {inflect(count, noun)}" if isinstance(count, int) else f"{count:.3g} {inflect(count, noun)}"
+
+
 class RunStopped(Exception):
     """A run was asked to leave before its end and has done so; says why, what is saved and how to go on."""
 

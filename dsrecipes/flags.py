@@ -5,7 +5,7 @@ Imports neither torch nor transformers, like layers.py. tests/test_flags.py fail
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dsrecipes.errors import UserError, nearest
@@ -119,14 +119,14 @@ _OFF = ("false", "no", "off", "none", "null", "0", "")
 _ON = ("true", "yes", "on", "1")
 
 
-def refuse_unknown(merged: Merged, known: set[str]) -> None:
+def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
     """Refuse keys that are no flags; raises UserError with the nearest known one, or what a removed one became."""
     for key, (_, origin) in merged.items():
         if key in known:
             continue
         if key in REMOVED:
             raise UserError(f"transformers has removed {key!r} ({origin}): {REMOVED[key]}")
-        raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help` lists all")
+        raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help all` lists all")
 
 
 def refuse_unsuited(merged: Merged) -> None:

@@ -22,7 +22,7 @@ from dsrecipes.errors import EXIT_CODE, RESUME_CODE
 from dsrecipes.runs.console import leave_unread
 from dsrecipes.runs.host_memory import HostMemory
 from dsrecipes.runs.standing import read, read_fault
-from dsrecipes.runs.watch import BEGAN, LAUNCHER, go_on
+from dsrecipes.runs.watch import BEGAN, LAUNCHER, go_on, is_wanted, restore_child_signal
 
 _INTERRUPTED = 130
 _GRACE = {EXIT_CODE: 0, _INTERRUPTED: 10}
@@ -105,13 +105,14 @@ def _environments(ranks: int, port: str) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals that come meanwhile, in order; what whoever started this process ignores (nohup, &) stays ignored."""
+    """The signals that come meanwhile, in order."""
     received: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
+        restore_child_signal()
         for name in (*_PASSED_ON, "SIGTSTP"):
             number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if is_wanted(number):
                 before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received

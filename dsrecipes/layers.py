@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import RecipeFiles, find_config, find_recipe, find_zero, is_shipped, read_yaml, recipe_names
 from dsrecipes.zero_values import contradiction, zero_values
 
@@ -193,7 +193,7 @@ def _profile(asked: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
     if use_cpu:
         return "starter", "--use_cpu"
     count = accelerators()
-    return ("full", f"{count} accelerator{'s' * (count > 1)}") if count else ("starter", "no accelerator")
+    return ("full", plural(count, "accelerator")) if count else ("starter", "no accelerator")
 
 
 def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:

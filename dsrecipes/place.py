@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from dsrecipes.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_batch, largest_part
 from dsrecipes.config import Config, ModelConfig
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import find_zero
 from dsrecipes.tasks import idle_tasks
 from dsrecipes.zero.blocks import check_blocks
@@ -122,7 +122,7 @@ class Place:
             return
         if total % world:
             raise UserError(
-                f"checkpoint {checkpoint} was written with {total} sequences a step, which {world} ranks cannot share: resume "
+                f"checkpoint {checkpoint} was written with {plural(total, 'sequence')} a step, which {world} ranks cannot share: resume "
                 f"on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
             )
         share = total // world
@@ -145,7 +145,7 @@ def _words(made: dict[str, Any]) -> str:
     if "zero" not in made:
         return "any number of ranks"
     engine = "plain PyTorch" if made["zero"] is None else f"ZeRO-{made['zero']}"
-    return f"{made['ranks']} rank{'s' * (made['ranks'] > 1)}, {engine}"
+    return f"{plural(made['ranks'], 'rank')}, {engine}"
 
 
 def find_place(config: Config) -> Place:
@@ -168,7 +168,7 @@ def find_place(config: Config) -> Place:
         keep_memory()
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
-            f"{ranks.local_world} ranks on this machine, but {torch.accelerator.device_count()} {device} device(s): start no more ranks than devices, or give --use_cpu true"
+            f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: start no more ranks than devices, or give --use_cpu true"
         )
     if zero is None and ranks.world == 1:
         train_alone(device)

@@ -22,8 +22,9 @@ from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.layers import Layers, layer, parse_flags
 from dsrecipes.process import check_docstrings, redirect_caches
 from dsrecipes.runs.console import Console
-from dsrecipes.runs.watch import follow_launcher
+from dsrecipes.runs.watch import follow_launcher, restore_child_signal
 from dsrecipes.tasks import adopt_ranks
+from dsrecipes.usage import asks_for_help, help_text
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -106,10 +107,12 @@ def _tell(message: str, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns 0, or 2 with one message on rank 0 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        from dsrecipes.config import parser
-
-        parser().print_help()
+    if asks_for_help(argv):
+        try:
+            print(help_text(argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_CODE
         return 0
     try:
         check_docstrings()
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # until the training begins there is nothing to save
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUME_CODE))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        restore_child_signal()
     rank = int(os.environ.get("RANK", "0"))
     console, verbose, story = Console(main=rank == 0), False, None
     try:

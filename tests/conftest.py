@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
+import locale
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import reaper
 from ranks import Ranks
 from small import Runs, Small
+
+_INHERITED = re.compile(
+    "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"
+    "OMP_NUM_THREADS|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
+    "MAKEFLAGS|MAKELEVEL|MAKEOVERRIDES|PYTHONOPTIMIZE|PYTHONWARNINGS|(HF|TRANSFORMERS|HUGGING_FACE|DSRECIPES)_.*"
+)
+"""Variables of the shell, the job or the `make` that the session runs in, which would reach what the tests start."""
 
 # before anything imports the hub's library, which reads these once
 _CACHE = Path(tempfile.mkdtemp(prefix="dsrecipes-tests-"))
 _BUILT = Path(tempfile.gettempdir(), f"dsrecipes-tests-torch-extensions-{os.getuid()}")  # kept: compiling takes minutes
+for _name in filter(_INHERITED.fullmatch, list(os.environ)):
+    del os.environ[_name]
+_TAG = f"{os.getpid()}-{_CACHE.name}/"
 os.environ |= {
     "TORCH_EXTENSIONS_DIR": str(_BUILT),
     "HF_HUB_OFFLINE": "1",
     "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
     "HF_HOME": str(_CACHE / "hf"),
+    "LC_ALL": "C.UTF-8",
+    reaper.TAG: _TAG,
 }
-for _name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
-    os.environ.pop(_name, None)  # `make test ARGS=...` must not reach the make of a test
+
+
+def _restore_signals() -> None:
+    """Start from default signal handling, whatever `nohup`, `&` in a script or a job manager left; children inherit it."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # these two are Python's own
+        if signal.getsignal(number) is signal.SIG_IGN:
+            # a session under nohup survives its terminal, but what it starts has the default: exec resets handlers
+            survives = number == signal.SIGHUP
+            handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, (lambda *_: None) if survives else handler)
+
+
+_restore_signals()
+with contextlib.suppress(locale.Error):
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+
+
+def pytest_configure() -> None:
+    """Have the session's processes ended with it, even where it is killed or exits in the middle of a test."""
+    subprocess.Popen([sys.executable, "-S", reaper.__file__, _TAG], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def pytest_unconfigure() -> None:
@@ -37,12 +75,14 @@ def _ranks(world: int, folder: Path) -> Iterator[Ranks]:
 
 
 @pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """What a run in this process leaves in the environment does not reach the next test."""
+def _environment(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a run in this process leaves in the environment, and processes that a test leaves, do not reach the next test."""
     before = dict(os.environ)
+    os.environ[reaper.TAG] = f"{_TAG}{request.node.nodeid}"
     yield
     os.environ.clear()
     os.environ |= before
+    reaper.kill_tagged(f"{_TAG}{request.node.nodeid}\0")
 
 
 @pytest.fixture(scope="session")

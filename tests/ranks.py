@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from reaper import TAG
+
 from dsrecipes import UserError
 
 _GRACE = 20
@@ -48,7 +50,11 @@ class Ranks:
             self._start()
         for _, pipe in self.workers:
             pipe.send((case, values))
-        answers = self._answers(timeout)
+        try:
+            answers = self._answers(timeout)
+        except BaseException:  # the test's time is up: a late answer would be taken for the next case's
+            self.kill()
+            raise
         if all(kind == "result" for kind, _ in answers):
             return [value for _, value in answers]
         if all(kind == "user error" for kind, _ in answers) and len({str(value) for _, value in answers}) == 1:
@@ -90,12 +96,13 @@ class Ranks:
             env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")} | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
                 "LOCAL_WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+                TAG: os.environ.get(TAG, "").partition("/")[0] + "/", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
             }  # fmt: skip
             with (self.folder / f"rank{rank}.log").open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, __file__, str(theirs.fileno())], env=env, stdin=subprocess.DEVNULL, stdout=log,
                     stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], cwd=self.folder,
+                    start_new_session=True,
                 )  # fmt: skip
             theirs.close()
             self.workers.append((process, ours))
@@ -103,7 +110,8 @@ class Ranks:
     def kill(self) -> None:
         """End the workers where they stand."""
         for process, pipe in self.workers:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             pipe.close()
         self.workers = []

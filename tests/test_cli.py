@@ -1,6 +1,7 @@
 """What a person types: commands, their speed, and a wrong one's exit code 2 and single message."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +24,14 @@ def run_command(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "argv", [["list"], ["show", "alpaca_llama_sft", "--lora_r", "8"], ["show", "--config", "qlora_qwen"]]
+    "argv",
+    [
+        ["list"],
+        ["show", "alpaca_llama_sft", "--lora_r", "8"],
+        ["show", "--config", "qlora_qwen"],
+        ["train", "--config", "qlora_qwen", "--help"],
+        ["train", "gpt2_clm", "--help", "all"],
+    ],
 )
 def test_list_and_show_answer_at_once_without_torch(argv):
     code = (
@@ -63,10 +71,55 @@ def test_show_says_where_each_value_comes_from(tmp_path, capsys):
 def test_help(capfd):
     assert cli.main(["--help"]) == 0 and "train RECIPE" in capfd.readouterr().out
     assert cli.main([]) == 2 and "usage" in capfd.readouterr().out
-    assert cli.main(["train", "--help"]) == 0
+
+
+def help_of(argv, capfd):
+    assert cli.main(["train", *argv]) == 0
     out = capfd.readouterr().out
-    flags = "config profile max_length packing global_batch_size subjects prompt_style lora_r learning_rate verbose"
-    assert all(f"--{flag}" in out for flag in ["recipe", *flags.split()])
+    assert all(len(line) <= 100 for line in out.splitlines())
+    return out, dict(re.findall(r"^  --(\w+) ?(\S*)", out, flags=re.MULTILINE))
+
+
+def test_help_shows_the_values_that_would_run(tmp_path, capfd):
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: gpt2_clm\nprofile: full\nseed: 5\nwarmup_steps: null\nweight_decay: 0.25\n")
+    out, values = help_of(["--config", str(path), "--max_steps", "9", "--procs", "3", "--help"], capfd)
+    assert "gpt2_clm, profile full (asked for)" in out and "--weight_decay 0.25" in out
+    expected = {"max_steps": "9", "seed": "5", "procs": "3", "max_length": "1024", "dataset": "Salesforce/wikitext",
+                "warmup_steps": "0", "max_restarts": "0", "bf16": "true|false"}  # fmt: skip
+    assert values | expected == values
+    for argv in (["gpt2_clm", "-h"], ["--help", "gpt2_clm"], ["--recipe", "gpt2_clm", "--help"]):
+        out, values = help_of(argv, capfd)
+        assert "gpt2_clm, profile starter" in out and values["learning_rate"] == "1.0e-3" and values["max_length"] == "256"
+    out, values = help_of(["--help"], capfd)
+    assert (
+        "gpt2_clm" in out
+        and values["learning_rate"] == "5e-05"
+        and values["max_length"] == "512"
+        and values["dataset"] == "DATA"
+    )
+    assert len(values) < 30 and {"config", "profile", "procs", "max_restarts"} < values.keys()
+
+
+def test_help_all_lists_every_flag_that_is_not_refused(capfd):
+    import dataclasses
+
+    from dsrecipes.config import CONFIG_CLASSES
+    from dsrecipes.flags import FIXED
+    from dsrecipes.layers import ALIASES
+    from dsrecipes.usage import known_flags
+
+    fields = {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config) if field.init}
+    assert known_flags().keys() == fields.keys()
+    literal = {name: flag.default for name, flag in known_flags().items() if flag.default is not None}
+    assert all(fields[name].default == default for name, default in literal.items()) and len(literal) > 80
+    for argv in (["--help", "all"], ["gpt2_clm", "--help=all"], ["--recipe", "gpt2_clm", "--help", "all"]):
+        out, values = help_of(argv, capfd)
+        shown = fields.keys() - FIXED.keys() - ALIASES.keys()
+        assert values.keys() == shown | {"config", "profile", "procs", "max_restarts"}
+        groups = [line for line in out.splitlines() if line and not line.startswith((" ", "usage"))]
+        assert [*groups[1:]][-9:-1] == ["model", "data", "LoRA and 4 bits", "optimization", "engine",
+                                        "evaluation and saving", "logging", "resume and robustness"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -75,6 +128,7 @@ def test_help(capfd):
         (["trian", "gpt2_clm"], ["unknown command 'trian'", "did you mean train?", "list"]),
         (["train"], ["no recipe given", "gpt2_clm"]),
         (["train", "gpt2_cml"], ["unknown recipe 'gpt2_cml'", "did you mean gpt2_clm?", "qlora_zero3"]),
+        (["train", "gpt2_cml", "--help"], ["unknown recipe 'gpt2_cml'", "did you mean gpt2_clm?"]),
         (["train", "gpt2_clm", "--procs", "none"], ["--procs none"]),
         (["train", "gpt2_clm", "--procs", "0"], ["--procs 0"]),
         (["train", "gpt2_clm", "--max_restarts", "often"], ["--max_restarts often"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -29,9 +30,12 @@ class Warm:
     def __init__(self, folder: Path) -> None:
         """`folder` is where commands run."""
         self.folder = folder
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], cwd=folder, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, __file__], cwd=self.folder, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
     def dsrecipes(self, *argv: str) -> Done:
@@ -45,7 +49,13 @@ class Warm:
     def _ask(self, order: dict) -> Done:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(order) + "\n")
-        code = int(self.process.stdout.readline())
+        try:
+            code = int(self.process.stdout.readline())
+        except BaseException:  # the test's time is up: end the command, and take no late answer for the next one's
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self._start()
+            raise
         out, err = ((self.folder / name).read_text(encoding="utf-8", errors="replace") for name in (".out", ".err"))
         return Done(code, out, err)
 

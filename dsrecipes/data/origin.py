@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dsrecipes.data.columns import read_columns
+from dsrecipes.errors import inflect
 
 _SHOWN = 24
 """Row numbers that a message names; the rest are counted."""
@@ -54,7 +55,7 @@ def places(path: Path, rows: Iterable[int], block: int | None = None) -> str:
     """
     rows = sorted(set(rows))
     if not origins_path(path).is_file():
-        return f"prepared row{'s' * (len(rows) != 1)} {', '.join(map(str, rows[:_SHOWN]))}"
+        return f"prepared {inflect(len(rows), 'row')} {', '.join(map(str, rows[:_SHOWN]))}"
     table = read_columns(origins_path(path))
     if block is not None:
         ends = np.cumsum(table.column("tokens").to_numpy())
@@ -65,6 +66,6 @@ def places(path: Path, rows: Iterable[int], block: int | None = None) -> str:
     found: dict[str, list[int]] = {}
     for row in rows[:_SHOWN]:
         found.setdefault(table.column("source")[row].as_py(), []).append(table.column("number")[row].as_py())
-    words = [f"{source}{'s' * (len(set(n)) > 1)} {', '.join(map(str, sorted(set(n))))}" for source, n in found.items()]
+    words = [f"{inflect(len(set(n)), source)} {', '.join(map(str, sorted(set(n))))}" for source, n in found.items()]
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     return "; ".join(words) + more

@@ -25,7 +25,7 @@ from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.origin import Origins, origins_path
 from dsrecipes.data.pack import blocks
 from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _encoded(
     for group in _batches(records, _BATCH):
         rows = len(group)
         batch, group = encode_group(recipe, group, tokenizer, options, records.skip_bad_rows)
-        dropped["row that cannot be encoded"] += rows - len(group)
+        dropped["unencodable row"] += rows - len(group)
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             length = _length(ids)
@@ -278,11 +278,17 @@ def _refuse_empty(stats: dict[str, SplitStats]) -> None:
             raise UserError(f"the data set has no training rows (it has: {', '.join(stats) or 'nothing'})")
         if split.kept:
             continue
-        why = ", ".join(f"{count} {reason}" for reason, count in split.dropped.items())
+        why = dropped_words(split.dropped)
         if not split.rows and not split.dropped:
             raise UserError(f"the {name} data are empty: no rows were found")
         raise UserError(
-            f"no {name} row has a token to train on: {split.rows or sum(split.dropped.values())} rows"
+            f"no {name} row has a token to train on: {plural(split.rows or sum(split.dropped.values()), 'row')}"
             + (f" dropped ({why})" if why else "")
             + "; raise --max_length or mend the data"
         )
+
+
+def dropped_words(dropped: dict[str, int]) -> str:
+    """`2 bad rows, 1 longer than 512 tokens`: reasons are rows, or what rows are."""
+    words = (plural(count, why) if why.endswith("row") else f"{count:,} {why}" for why, count in dropped.items())
+    return ", ".join(words)

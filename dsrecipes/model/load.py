@@ -23,7 +23,7 @@ from dsrecipes.config import ModelConfig
 from dsrecipes.data.columns import first_beyond
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
 from dsrecipes.model.modalities import parameters_below, unreached_by_text
@@ -276,6 +276,7 @@ def load_model(
     seed: int,
     deepspeed: bool,
     adapter: bool = True,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The weights, in 4 bits and with LoRA where asked, ready for Trainer.
 
@@ -286,6 +287,7 @@ def load_model(
         seed: for whatever starts at random: a new head, an adapter.
         deepspeed: whether DeepSpeed will hold the weights, and keep fp32 copies of those it trains.
         adapter: whether a LoRA run's model gets its new adapter; False for the base alone.
+        device: where 4-bit weights are quantized; transformers takes the current GPU where it is not given.
     """
     name, where = _source(options)
     if options.from_scratch:
@@ -295,6 +297,8 @@ def load_model(
         from dsrecipes.model.lora import four_bit
 
         quantization = {"quantization_config": four_bit(options, dtype)}
+        if device is not None:
+            quantization["device_map"] = {"": device}
     same_head = _TASKS.get(auto_class, ("", "", False))[2]
     _refuse_pickles(name, options)
     set_seed(seed)
@@ -351,7 +355,7 @@ def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_he
     holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
     if holes:
         raise UserError(
-            f"model {name}: {len(holes)} weights are missing from its files or have another shape ({holes[0]}, ...); they are damaged or incomplete"
+            f"model {name}: {plural(len(holes), 'weight')} missing from its files or of another shape ({holes[0]}, ...); they are damaged or incomplete"
         )
 
 

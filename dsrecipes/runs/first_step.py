@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.zero.held import check_shards, gradient_bytes, shards
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class FirstStep(TrainerCallback):
         for rank, rows in enumerate(found):
             if rows:
                 raise UserError(
-                    f"{len(rows)} row{'s' * (len(rows) > 1)} of rank {rank}'s first step {'have' if len(rows) > 1 else 'has'} no "
+                    f"{plural(len(rows), 'row')} of rank {rank}'s first step without a "
                     f"label after the collator ({self.recipe.places_of(rows)}), so nothing is learned from them: mend the "
                     f"recipe's collator. {OFF}"
                 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsrecipes.runs.watch import BEGAN
+from dsrecipes.runs.watch import BEGAN, is_wanted
 
 _TWICE = 0.5
 """Seconds within which a second Ctrl-C is the same one: a terminal and a launcher may both pass it on."""
@@ -46,9 +46,7 @@ class Orders:
 
     def __enter__(self) -> Orders:
         if threading.current_thread() is threading.main_thread():
-            wanted = [*_LEAVE, signal.SIGUSR1]
-            if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-                wanted.remove(signal.SIGHUP)  # nohup
+            wanted = [*filter(is_wanted, _LEAVE), signal.SIGUSR1]
             self._before = {number: signal.signal(number, self._take) for number in wanted}
         return self
 

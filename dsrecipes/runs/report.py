@@ -21,6 +21,8 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.prepare import dropped_words
+from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
 from dsrecipes.runs.disk import write_whole
@@ -64,11 +66,11 @@ def loading(model: ModelConfig) -> str:
 
 def _about(name: str, stats: SplitStats, sequences: int) -> str:
     share = f"{stats.supervised / stats.tokens:.0%} trained on" if stats.supervised > stats.kept else ""
-    parts = [f"{name}: {stats.kept:,} rows in {sequences:,} sequences", f"{stats.tokens:,} tokens", share]
+    parts = [f"{name}: {plural(stats.kept, 'row')} in {plural(sequences, 'sequence')}", plural(stats.tokens, "token"), share]
     if stats.tail:
-        parts.append(f"last {stats.tail:,} tokens left over")
+        parts.append(f"last {plural(stats.tail, 'token')} left over")
     if stats.dropped:
-        parts.append("dropped " + ", ".join(f"{count:,} {reason}" for reason, count in stats.dropped.items()))
+        parts.append(f"dropped {dropped_words(stats.dropped)}")
     return ", ".join(part for part in parts if part)
 
 
@@ -82,15 +84,15 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
         math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world)),
     )
     lines = [
-        _line("model", str(config.model.model_name_or_path), f"{trained + frozen:,} parameters", f"{trained:,} trained, {frozen:,} frozen"),
+        _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
         *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
         _line(
             "batch",
-            f"{place.micro * place.accumulation * place.ranks.world} sequences a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
-            f"{steps:,} steps ({steps / per_epoch:.3g} epochs)",
+            f"{plural(place.micro * place.accumulation * place.ranks.world, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
+            f"{plural(steps, 'step')} ({plural(steps / per_epoch, 'epoch')})",
         ),
         _line(
-            "engine", place.name(), f"{place.ranks.world} rank{'s' * (place.ranks.world > 1)} on {place.device}", place.precision,
+            "engine", place.name(), f"{plural(place.ranks.world, 'rank')} on {place.device}", place.precision,
             place.optimizer(str(getattr(trainer.args.optim, "value", trainer.args.optim))),
             place.engine.get("scheduler", {}).get("type", ""),
         ),
@@ -160,7 +162,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
 
 def verified(facts: dict[str, Any]) -> str:
     """VERIFIED.json in words."""
-    return f"{facts['tensors']:,} tensors, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"
+    return f"{plural(facts['tensors'], 'tensor')}, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"
 
 
 def _command(name: str) -> str:

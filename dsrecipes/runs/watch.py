@@ -44,6 +44,21 @@ _TICK = 0.5
 _NEVER = -1.0
 
 
+def is_wanted(number: int) -> bool:
+    """Whether to handle a signal: nohup's ignored SIGHUP stays ignored, and the ignored SIGINT of a script's `command &`.
+
+    An ignored SIGTERM is handled all the same: scripts ignore it to outlive a batch queue's warning themselves, and the
+    training should save then.
+    """
+    return number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN
+
+
+def restore_child_signal() -> None:
+    """Undo an inherited ignored SIGCHLD, with which the exit code of every process that this one starts would be lost."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def go_on(run: Path | str) -> str:
     """How a run that ended is continued."""
     return f"The same command with --output_dir {run} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"

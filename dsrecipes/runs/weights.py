@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.disk import checksum
 
 GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
@@ -45,9 +45,7 @@ def indexed_files(index: Path) -> list[Path]:
         raise UserError(f"{index} is damaged: {told}")
     for name in names:
         if not index.with_name(name).is_file():
-            raise UserError(
-                f"{index.with_name(name)} is missing: {index.name} says that {len(names)} files hold the weights"
-            )
+            raise UserError(f"{index.with_name(name)} is missing: {index.name} names {plural(len(names), 'file')}")
     return [index.with_name(name) for name in names]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsrecipes.adapter import adapter_folder
 from dsrecipes.errors import UserError
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
 from dsrecipes.use.sampling import above_zero, add_settings, check_sampling, settings_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
+@memory_errors("a smaller --max_new_tokens")
 def chat(
     run: str | Path | FinishedRun,
     turns: list[str],
@@ -31,6 +33,7 @@ def chat(
     base: bool = False,
     system: str | None = None,
     seed: int | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
     """Say `turns` one after the other; the conversation as messages, {"role", "content"}.
@@ -43,6 +46,7 @@ def chat(
         base: talk to the model as it was before the run.
         system: how the model is to behave, for recipes of chats and instructions.
         seed: of sampling.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: of transformers' GenerationConfig: max_new_tokens, temperature, top_p, ...
 
     Raises:
@@ -51,7 +55,7 @@ def chat(
     from dsrecipes.use.session import Terminal, TextSession
 
     check_sampling(settings)
-    opened = run if isinstance(run, FinishedRun) else open_run(str(run))
+    opened = run if isinstance(run, FinishedRun) else open_run(str(run), device)
     waiting = iter(turns)
     silent = Terminal(False, lambda label: next(waiting, None), lambda text: None, lambda text: None)
     session = _session(opened, _speakers(opened, base, False), silent, system, settings)
@@ -129,6 +133,7 @@ def _terminal() -> Terminal:
     )
 
 
+@memory_errors("a smaller --max_new_tokens")
 def main(argv: list[str]) -> int:
     """`dsrecipes chat RUN [flags]`."""
     parser = CommandParser("chat", "Talk to a run's model; lines from a pipe are turns, and the output is answers alone.")
@@ -141,8 +146,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--web", action="store_true", help="a page for this machine's browsers; needs gradio")
     parser.add_argument("--port", type=above_zero, help="of the page (default: the first free one from 7860)")
     add_settings(parser)
+    add_device(parser)
     flags = parser.parse_args(argv)
-    settings, run = settings_of(flags), open_run(flags.run)
+    settings, run = settings_of(flags), open_run(flags.run, flags.device)
     if flags.port and not (flags.web and flags.port < 2**16):
         raise UserError(f"--port {flags.port}: " + ("ports end at 65535" if flags.web else "only with --web"))
     if flags.web:

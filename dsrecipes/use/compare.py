@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
+from dsrecipes.use.device import memory_errors
 from dsrecipes.use.evaluate import Evaluation, add_flags, shown, write_out
 from dsrecipes.use.finished import CommandParser, check_out, open_run
 
@@ -21,6 +22,7 @@ _FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact
 """What is compared in each task: a key of its items."""
 
 
+@memory_errors("a smaller --batch_size")
 def compare(
     *runs: str,
     dataset: str | None = None,
@@ -29,6 +31,7 @@ def compare(
     skip_bad_rows: bool = False,
     seed: int = 0,
     console: Console | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> Json:
     """One run's base against its tuned model, or several runs against the first, on the same items.
@@ -36,7 +39,7 @@ def compare(
     Args:
         runs: run folders' paths, or `last`.
         seed: of the bootstrap.
-        dataset, split, task, skip_bad_rows, console, settings: as evaluate takes them.
+        dataset, split, task, skip_bad_rows, console, device, settings: as evaluate takes them.
 
     Raises:
         UserError: no such run, rows or task, or runs that were not asked the same.
@@ -44,7 +47,7 @@ def compare(
     from dsrecipes.use.measure import Settings
 
     told = Settings(**settings)
-    prepared = [Evaluation(open_run(run), dataset, split, task, skip_bad_rows, told, console) for run in runs]
+    prepared = [Evaluation(open_run(run, device), dataset, split, task, skip_bad_rows, told, console) for run in runs]
     if len(prepared) == 1:
         results = [prepared[0].of(base=True), prepared[0].of(base=False)]
     else:
@@ -150,7 +153,7 @@ def overlap(evaluation: Evaluation) -> Json:
 def lines(result: Json, samples: int) -> Iterator[str]:
     """What a person reads of a comparison."""
     head = result["results"][0]
-    yield f"data      {head['rows']:,} rows of {head['split']} · {head['dataset']} · task {head['task']}"
+    yield f"data      {plural(head['rows'], 'row')} of {head['split']} · {head['dataset']} · task {head['task']}"
     for told in result["overlaps"]:
         yield from _overlap_lines(told)
     for told, second in zip(result["pairs"], result["results"][1:], strict=True):
@@ -171,7 +174,7 @@ def _overlap_lines(told: Json) -> Iterator[str]:
     if not met:
         yield f"overlap   none: no measured row stands in the training rows of {told['run']}"
         return
-    yield f"overlap   {len({each['item'] for each in met})} of {told['rows']} measured rows stand in the training rows of {told['run']}:"
+    yield f"overlap   {len({each['item'] for each in met})} of {plural(told['rows'], 'measured row')} in the training rows of {told['run']}:"
     yield from (f"          {each['item']}  =  {each['training row']}" for each in met[:5])
     if len(met) > 5:
         yield f"          and {len(met) - 5} more (--out lists all)"

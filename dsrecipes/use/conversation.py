@@ -14,6 +14,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.model.router import without_router_logits
 from dsrecipes.use.answers import generation_settings, positions
 from dsrecipes.use.asking import BAD_ROW, Asking, ask
+from dsrecipes.use.device import memory_errors
 from dsrecipes.use.finished import FinishedRun
 
 Json = dict[str, Any]
@@ -84,6 +85,7 @@ class Conversation:
             self._seen = self._seen[-(room - most) :]
         return self._answer("", lambda: list(self._seen), write)
 
+    @memory_errors("/reset", "a smaller --max_new_tokens")
     def _answer(self, said: str, prompt: Callable[[], list[int]], write: Callable[[str], None]) -> str:
         settings = generation_settings(self.run, self.model, **self.settings)
         room, ids = positions(self.model), prompt()

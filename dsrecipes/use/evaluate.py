@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
 from dsrecipes.use.sampling import above_zero
@@ -27,6 +28,7 @@ Json = dict[str, Any]
 TASKS = ("loss", "choices", "answers")
 
 
+@memory_errors("a smaller --batch_size")
 def evaluate(
     run: str,
     *,
@@ -36,6 +38,7 @@ def evaluate(
     task: str | None = None,
     skip_bad_rows: bool = False,
     console: Console | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> Json:
     """A run's figures on its own held-out rows or another data set, and what each item got.
@@ -48,6 +51,7 @@ def evaluate(
         task: loss, choices or answers; what the recipe trains where it is not given.
         skip_bad_rows: leave out rows of `dataset` that cannot be read.
         console: shows progress; none where it is not given.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: fields of dsrecipes.use.measure.Settings.
 
     Raises:
@@ -55,7 +59,7 @@ def evaluate(
     """
     from dsrecipes.use.measure import Settings
 
-    prepared = Evaluation(open_run(run), dataset, split, task, skip_bad_rows, Settings(**settings), console)
+    prepared = Evaluation(open_run(run, device), dataset, split, task, skip_bad_rows, Settings(**settings), console)
     return prepared.of(base)
 
 
@@ -157,7 +161,7 @@ def lines(result: Json) -> Iterator[str]:
     """What a person reads of a result."""
     how = f" · form {result['form']}, {result['num_fewshot']}-shot" if "form" in result else ""
     yield f"run       {result['run']} · {result['weights']} model"
-    yield f"data      {result['rows']:,} rows of {result['split']} · {result['dataset']}"
+    yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
     yield f"task      {result['task']}{how}"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
@@ -192,6 +196,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens", type=above_zero, default=256, help="longest answer of --task answers (default: 256)"
     )
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave out rows of --dataset that cannot be read")
+    add_device(parser)
     parser.add_argument("--out", type=Path, help="write everything, item by item, into a new .json file")
 
 

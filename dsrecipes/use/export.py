@@ -12,6 +12,7 @@ from dsrecipes.find import user_path
 from dsrecipes.runs.checkpoint import fault
 from dsrecipes.runs.disk import is_disk_full
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+@memory_errors()
 def export(
     run: str,
     to: str | Path,
@@ -28,6 +30,7 @@ def export(
     dtype: str | None = None,
     checkpoint: str | None = None,
     max_shard_size: str = "5GB",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write model, tokenizer, generation settings and a model card into a new folder, and compare its logits.
 
@@ -37,6 +40,8 @@ def export(
         dtype: float32, bfloat16 or float16; as the run saved its weights where it is not given (float32 after a merge).
         checkpoint: `step100` takes that checkpoint's weights instead of the finished model's.
         max_shard_size: of a weights file, as 500MB; a larger model is written as several.
+        device: cpu, cuda, cuda:N or auto. The model is loaded in float32, up to twice (a QLoRA base is dequantised beside
+            itself), which few cards have room for: 2 x 4 bytes a parameter.
 
     Returns:
         path, dtype, merged (LoRA, QLoRA or none), largest_difference of the logits and what is allowed.
@@ -48,7 +53,7 @@ def export(
         raise UserError(f"--max_shard_size {max_shard_size}: give a whole number of KB, MB or GB, as 500MB")
     folder = find_run(run, ended=checkpoint is None)
     target = _free(user_path(to))
-    finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None)
+    finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None, device)
     beside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -133,7 +138,7 @@ def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrain
         base = run.load_base(model.dtype).dequantize()
     except NotImplementedError as error:
         raise UserError(f"the base {run.config.model.model_name_or_path} cannot be dequantised: {error}") from error
-    return PeftModel.from_pretrained(base, str(run.source)).merge_and_unload()
+    return PeftModel.from_pretrained(base, str(run.source), torch_device=str(run.device)).merge_and_unload()
 
 
 def _dtype(source: Path) -> str:
@@ -169,8 +174,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--checkpoint", metavar="stepN", help="the weights of this checkpoint instead of the finished model")
     parser.add_argument("--max_shard_size", metavar="SIZE", default="5GB", help="largest weights file (default 5GB)")
+    add_device(parser, "cpu", "a float32 copy of a 7B model takes 27 GB")
     asked = parser.parse_args(argv)
-    result = export(asked.run, asked.to, dtype=asked.dtype, checkpoint=asked.checkpoint, max_shard_size=asked.max_shard_size)
+    result = export(
+        asked.run, asked.to, dtype=asked.dtype, checkpoint=asked.checkpoint, max_shard_size=asked.max_shard_size,
+        device=asked.device,
+    )  # fmt: skip
     words = {"LoRA": "adapter merged", "QLoRA": "4-bit base dequantised, adapter merged", "none": "all weights"}
     print(f"exported  {result['path']} · {words[result['merged']]}")
     print(

@@ -12,6 +12,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
 from dsrecipes.layers import Layers, layer
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.use.device import find_device
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,13 @@ class FinishedRun:
     folder: RunFolder
     checkpoint: Path | None = None
     """Take weights and tokenizer from here instead of model/."""
+    device_name: str = "auto"
+    """As --device takes it."""
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible device before anything is read."""
+        if self.device_name != "auto":
+            find_device(self.device_name)
 
     @property
     def source(self) -> Path:
@@ -115,12 +123,8 @@ class FinishedRun:
 
     @cached_property
     def device(self) -> torch.device:
-        """The accelerator where there is one, unless the run was told to use the CPU."""
-        import torch
-
-        if self.config.train["use_cpu"] or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda")
+        """What --device asks for; auto is a GPU where there is one, unless the run was told to use the CPU."""
+        return find_device(self.device_name, self.config.train["use_cpu"])
 
     def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model in evaluation mode: base and adapter for LoRA, in 4 bits where the run was.
@@ -159,7 +163,7 @@ class FinishedRun:
             if adapter and folder is not None:
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(folder))
+                model = PeftModel.from_pretrained(model, str(folder), torch_device=str(self.device))
             elif not base:
                 config = AutoConfig.from_pretrained(self.source, trust_remote_code=options.trust_remote_code)
                 model = loading_class(auto, config).from_pretrained(
@@ -175,7 +179,8 @@ class FinishedRun:
 
         options, auto = self.config.model, self.recipe.auto_class
         config = load_config(options, auto)
-        model = load_model(options, config, auto, dtype, self.config.train["seed"], False, adapter=False)
+        seed = self.config.train["seed"]
+        model = load_model(options, config, auto, dtype, seed, False, adapter=False, device=self.device)
         return ready(model, self.device)
 
     @cached_property
@@ -206,10 +211,10 @@ def check_out(path: Path | None) -> None:
         raise UserError(f"--out {path}: " + ("it exists; name another file" if path.exists() else "no such folder"))
 
 
-def open_run(name: str) -> FinishedRun:
-    """A run folder by path or `last`.
+def open_run(name: str, device: str = "auto") -> FinishedRun:
+    """A run folder by path or `last`, to be loaded on `device` (as --device takes it).
 
     Raises:
-        UserError: there is none, or it holds no trained model.
+        UserError: there is none, it holds no trained model, or there is no such device.
     """
-    return FinishedRun(find_run(name))
+    return FinishedRun(find_run(name), device_name=device)

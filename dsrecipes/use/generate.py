@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import user_path
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.job_file import hash_of
 from dsrecipes.use.partial import Partial
@@ -28,6 +29,7 @@ Asked = tuple[str, int, "Prompt"]
 """Where a row stands, its number in the file from 0, its prompt."""
 
 
+@memory_errors("a smaller --batch_size")
 def generate(
     run: str | Path | FinishedRun,
     prompts: str | Path | Iterable[Json],
@@ -38,6 +40,7 @@ def generate(
     skip_bad_rows: bool = False,
     seed: int = 0,
     progress: bool = False,
+    device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
     """The model's answers to rows, in their order: {"index", "prompt", "answer"}, and "reference" where a row has one.
@@ -53,6 +56,7 @@ def generate(
         base: ask the model as it was before the run.
         skip_bad_rows: leave bad rows out; `index` still counts them.
         progress: a bar on stderr.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: of transformers' GenerationConfig: max_new_tokens, temperature, top_p, ...
 
     Raises:
@@ -60,7 +64,7 @@ def generate(
     """
     from dsrecipes.use.answers import generation_settings
 
-    opened = run if isinstance(run, FinishedRun) else open_run(str(run))
+    opened = run if isinstance(run, FinishedRun) else open_run(str(run), device)
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: give 1 or more")
     check_sampling(settings)
@@ -103,7 +107,7 @@ def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_ro
                 raise bad_row(where, error) from error
             bad += 1
     if bad:
-        print(f"{bad:,} bad rows left out", file=sys.stderr)
+        print(f"{plural(bad, 'bad row')} left out", file=sys.stderr)
     if not asked:
         raise UserError(f"--prompts {prompts}: no rows to answer")
     return asked
@@ -145,7 +149,7 @@ def _check_room(asked: list[Asked], model: PreTrainedModel, settings: Generation
     for where, _, prompt in asked:
         if room and len(prompt.ids) + settings.max_new_tokens > room:
             raise UserError(
-                f"{where}: {len(prompt.ids)} tokens, and with {settings.max_new_tokens} new ones they pass the model's "
+                f"{where}: {plural(len(prompt.ids), 'token')}, and with {settings.max_new_tokens} new ones they pass the model's "
                 f"{room} positions: shorten the row, or give a smaller --max_new_tokens"
             )
 
@@ -198,17 +202,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out instead of stopping at the first")
     add_settings(parser)
+    add_device(parser)
     flags = parser.parse_args(argv)
     try:
         rows = generate(
             flags.run, flags.prompts, out=flags.out, base=flags.base, batch_size=flags.batch_size,
-            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=True, **settings_of(flags),
+            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=sys.stderr.isatty(), device=flags.device, **settings_of(flags),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped" + ("; the same command goes on from here" if flags.out else ""), file=sys.stderr)
         return 130
     if flags.out:
-        print(f"{len(rows):,} answers in {flags.out}", file=sys.stderr)
+        print(f"{plural(len(rows), 'answer')} in {flags.out}", file=sys.stderr)
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))

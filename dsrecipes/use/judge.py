@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
 from dsrecipes.runs.console import Console
+from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
 from dsrecipes.use.job_file import hash_of
 from dsrecipes.use.judge_file import JudgeFile, cost_of
@@ -38,6 +39,7 @@ class _Item:
     other: Prompt | None
 
 
+@memory_errors("a smaller --batch_size, --max_new_tokens or --judge_tokens")
 def judge(
     run: str,
     *,
@@ -54,6 +56,7 @@ def judge(
     judge_tokens: int = 512,
     batch_size: int = 8,
     timeout: float = 300.0,
+    device: str = "auto",
 ) -> Json:
     """Wins, losses and ties of the run's answers, with the win rate, its interval and the cost.
 
@@ -73,6 +76,7 @@ def judge(
         judge_tokens: new tokens of a judge's reply.
         batch_size: answers written at once.
         timeout: seconds that a server has for a reply.
+        device: of the run's model and of a judge that is a folder: cpu, cuda, cuda:N, or auto.
 
     Raises:
         UserError: whatever the user can mend.
@@ -89,8 +93,8 @@ def judge(
     text = read_rubric(rubric)
     server = ServerJudge(judge, judge_model, timeout) if is_url(judge) else None
     folder = None if server else judge_folder(judge)
-    tuned = open_run(run)
-    other = tuned if against in ("base", "reference") else open_run(against)
+    tuned = open_run(run, device)
+    other = tuned if against in ("base", "reference") else open_run(against, device)
     items = _items(tuned, other, _rows(tuned, prompts, limit), against)
     job = {
         "run_model": folder_checksum(tuned.folder.model),
@@ -102,14 +106,14 @@ def judge(
     path = user_path(out) if out else tuned.folder.path / "judge.jsonl"
     about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
     with JudgeFile(path, job, about) as file:
-        console = Console(out=sys.stderr)
+        console = Console(main=sys.stderr.isatty(), out=sys.stderr)
         asked: Judge | None = server
         if server and len(file.answers) < 2 * len(items):  # a wrong key or address is told before minutes of writing
             file.append({"kind": "check", **cost_of([server.ask("Say OK.", 0, 1)])})
         _write_answers(file, tuned, other, items, against, max_new_tokens, batch_size, console)
         if folder and len(file.judgements) < 2 * len(items):
             console.say(f"loading   the judge, {folder}")
-            asked = LocalJudge(folder, verdict == "likelihood")
+            asked = LocalJudge(folder, verdict == "likelihood", device)
         if asked:
             _judge_all(file, asked, text, items, retries, judge_tokens, console)
     return file.summary()
@@ -206,7 +210,7 @@ def _judge_all(
                 verdict = "TIE" if pair[0] == pair[1] else None
                 prompt = fill(rubric, item.question, *pair)
                 while verdict is None and len(replies) <= retries:
-                    replies.append(judge.ask(prompt + REMINDER * bool(replies), len(replies), judge_tokens))
+                    replies.append(judge.ask(prompt + REMINDER if replies else prompt, len(replies), judge_tokens))
                     verdict = read_verdict(replies[-1].text)
                 file.append({"kind": "judgement", "item": index, "order": order, "verdict": verdict, **cost_of(replies),
                             "replies": [each.text for each in replies]})  # fmt: skip
@@ -231,6 +235,7 @@ def _parser() -> CommandParser:
     add("--judge_tokens", type=int, default=512, metavar="N", help="of a judge's reply (default: 512)")
     add("--batch_size", type=int, default=8, metavar="N", help="answers written at once (default: 8)")
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds that a server has for a reply (default: 300)")
+    add_device(parser)
     return parser
 
 

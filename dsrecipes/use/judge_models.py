@@ -53,27 +53,28 @@ def judge_folder(name: str) -> Path:
 class LocalJudge:
     """A model folder, asked through its chat template."""
 
-    def __init__(self, folder: Path, by_likelihood: bool = False) -> None:
-        """Load it: on the GPU where there is one.
+    def __init__(self, folder: Path, by_likelihood: bool = False, device: str = "auto") -> None:
+        """Load it.
 
         Args:
+            device: as --device takes it; auto is a GPU where there is one.
             by_likelihood: it writes nothing; the verdict is the likeliest of the three lines that a reply may end with,
                 as the model's whole reply. A small model that never keeps to the form has an opinion then.
 
         Raises:
             UserError: no causal language model, no chat template, damaged files.
         """
-        import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         from dsrecipes.model.hub import first_line, read_tokenizer
         from dsrecipes.model.load import ready
         from dsrecipes.runs.weights import weight_files
+        from dsrecipes.use.device import find_device
         from dsrecipes.use.finished import best_dtype
 
         disable_progress_bar()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = find_device(device)
         self.folder, self.by_likelihood = folder, by_likelihood
         try:
             weight_files(folder)
@@ -81,13 +82,13 @@ class LocalJudge:
             if not self.tokenizer.chat_template:
                 raise UserError(f"--judge {folder}: its tokenizer has no chat template; take an instruction-tuned model")
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
+                folder, dtype=best_dtype(place), use_safetensors=True, trust_remote_code=False
             )
         except UserError:
             raise
         except Exception as error:  # tokenizers raises no narrower one
             raise UserError(f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
-        self.model: PreTrainedModel = ready(model, device)
+        self.model: PreTrainedModel = ready(model, place)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
         """A reply.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.find import read_text, user_path
 
 RUBRIC = Path(__file__).with_name("judge_rubric.txt")
@@ -97,8 +97,8 @@ def words(result: dict[str, Any], against: str) -> str:
     """The result for a person."""
     other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
     lines = [
-        f"against   {other} · {result['items']} items, each in both orders",
-        f"result    {result['wins']} wins · {result['losses']} losses · {result['ties']} ties · "
+        f"against   {other} · {plural(result['items'], 'item')}, each in both orders",
+        f"result    {plural(result['wins'], 'win')} · {plural(result['losses'], 'loss')} · {plural(result['ties'], 'tie')} · "
         f"{result['inconsistent']} inconsistent (the orders disagree: counted as ties) · {result['unparsed']} unparsed",
     ]
     if result["win_rate"] is None:
@@ -119,5 +119,5 @@ def words(result: dict[str, Any], against: str) -> str:
         f"{name} tokens {'not told by the server' if result[key] is None else format(result[key], ',')}"
         for name, key in (("prompt", "prompt_tokens"), ("reply", "completion_tokens"))
     )
-    lines.append(f"cost      {result['requests']:,} requests · {' · '.join(tokens)}")
+    lines.append(f"cost      {plural(result['requests'], 'request')} · {' · '.join(tokens)}")
     return "\n".join([*lines, f"record    {result['out']}"])

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dsrecipes
-from dsrecipes.errors import EXIT_CODE, UserError
+from dsrecipes.errors import EXIT_CODE, UserError, plural
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.use.finished import CommandParser, FinishedRun, find_run
+from dsrecipes.use.device import add_device, memory_errors
+from dsrecipes.use.finished import CommandParser, FinishedRun, find_run, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 _PACKAGES = ("dsrecipes", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
 
 
-def verify(run: str) -> dict[str, Any]:
+@memory_errors()
+def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
     """Check every file and tensor of a run's model/, and its logits against the live engine's; write VERIFIED.json.
 
     Args:
         run: a run folder, or `last`.
+        device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
 
     Returns:
         What VERIFIED.json holds: tensors, largest_difference, allowed, files (sha256), versions, date.
@@ -39,11 +42,11 @@ def verify(run: str) -> dict[str, Any]:
     from dsrecipes.runs.disk import checksum
     from dsrecipes.runs.expected import read_expected
 
-    folder = find_run(run)
+    finished = open_run(run, device)
+    folder = finished.folder
     folder.verified.unlink(missing_ok=True)
     facts, batches = read_expected(folder)
     count = _check_tensors(folder.model, facts)
-    finished = FinishedRun(folder)
     _check_tokenizer(finished, facts)
     for name, known in facts["files"].items():
         if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
@@ -77,9 +80,11 @@ def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
             if name not in known:
                 raise UserError(f"{where} was not saved by this run: the file is another model's")
             if fingerprint(tensor) != known.pop(name):
-                raise UserError(f"{where} was changed since training ended" + (" (it is all zero)" * (not tensor.any())))
+                raise UserError(f"{where} was changed since training ended" + ("" if tensor.any() else " (it is all zero)"))
     if known:
-        raise UserError(f"{model}: {len(known)} tensors are missing that this run saved: {', '.join(sorted(known)[:3])}")
+        raise UserError(
+            f"{model}: {plural(len(known), 'tensor')} that this run saved not found: {', '.join(sorted(known)[:3])}"
+        )
     if not facts["weights"]:
         raise UserError(f"{model} holds no tensors; {GATHER}")
     if zero and all(zero) and facts["learned"]:
@@ -131,9 +136,11 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
         use_safetensors=True, trust_remote_code=run.config.model.trust_remote_code,
     )  # fmt: skip
     path = run.folder.model
-    for key, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
+    for key, words in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
         if info[key]:
-            raise UserError(f"{path}: by config.json {len(info[key])} tensors {words}: {', '.join(sorted(info[key])[:3])}")
+            raise UserError(
+                f"{path}: by config.json {plural(len(info[key]), 'tensor')} {words}: {', '.join(sorted(info[key])[:3])}"
+            )
     for name, found, wanted in info["mismatched_keys"]:
         raise UserError(f"{path}: tensor {name} has shape {list(found)}, config.json asks for {list(wanted)}")
     output = model.get_output_embeddings()
@@ -151,7 +158,7 @@ def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
 
     from dsrecipes.runs.weights import tensors, weight_files
 
-    model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model))
+    model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model), torch_device=str(run.device))
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in tensors(path)}
     for name in sorted(wanted.keys() ^ found.keys()):
@@ -220,8 +227,9 @@ def main(argv: list[str]) -> int:
     """`dsrecipes verify RUN`."""
     parser = CommandParser("verify", "Check that the model a run saved is what it trained.")
     parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
+    add_device(parser)
     asked = parser.parse_args(argv)
-    result = verify(asked.run)
+    result = verify(asked.run, device=asked.device)
     from dsrecipes.runs.report import verified
 
     print(f"VERIFIED  {find_run(asked.run).verified}\n          {verified(result)}")

@@ -140,7 +140,8 @@ def check_shards(stage: int | None, found: list[Shards], offloaded: bool) -> str
                 )
     most = [max(each.share(part) for each in found) for part in _WORDS]
     told = [f"{words} {_mb(*each)}" for words, each in zip(_WORDS.values(), most, strict=True)]
-    return " · ".join(told) + " off the device" * offloaded + " on each rank" * (len(found) > 1)
+    where = (" off the device" if offloaded else "") + (" on each rank" if len(found) > 1 else "")
+    return " · ".join(told) + where
 
 
 def _mb(mine: int, whole: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.layers import listed_accelerators
 
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
@@ -24,7 +24,7 @@ def check_accelerators() -> None:
     if not count:
         return
     raise UserError(
-        f"the driver ({_driver()}) lists {count} GPU{'s' * (count > 1)}, but torch {torch.__version__} ({_build()}) cannot use "
+        f"the driver ({_driver()}) lists {plural(count, 'GPU')}, but torch {torch.__version__} ({_build()}) cannot use "
         f"{'them' if count > 1 else 'it'}: {_why_unusable()}. Install a torch built for this driver "
         "(https://pytorch.org/get-started/locally) or a newer driver; --use_cpu true trains on the CPU"
     )
@@ -103,7 +103,7 @@ def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -
     if size != "auto" and (isinstance(size, bool) or not str(size).isdecimal() or int(size) < 1 or world % int(size)):
         fitting = " or ".join(str(part) for part in range(1, world + 1) if world % part == 0)
         problems.append(
-            f"zero_hpz_partition_size is {size}, which does not divide the {world} rank{'s' * (world > 1)}: set {fitting}"
+            f"zero_hpz_partition_size is {size}, which does not divide the {plural(world, 'rank')}: set {fitting}"
         )
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")

@@ -96,13 +96,11 @@ def read_zero(path: Path) -> Zero:
 
 def check_with_deepspeed(config: Json, path: Path) -> None:
     """Let the installed DeepSpeed read a resolved JSON, before any weights are loaded (UserError: it refuses it)."""
-    import deepspeed
     import pydantic
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = _without_auto(json.loads(json.dumps(config)))
-    if not deepspeed.comm.is_initialized():  # it counts one rank then
-        config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    del config["train_batch_size"]  # it would be compared with the ranks that have started so far
     try:
         DeepSpeedConfig(config)
     except pydantic.ValidationError as error:

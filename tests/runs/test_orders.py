@@ -54,10 +54,27 @@ def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not()
             tell(signal.SIGINT)
 
 
-def test_nohup_stays_deaf_to_a_closed_terminal():
-    program = "import os, signal\nfrom dsrecipes.runs.orders import Orders\nwith Orders(None) as o:\n os.kill(os.getpid(), 1); o.agree(); print(o.leaving)"
-    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.stdout == "0\n", done.stderr
+@pytest.mark.parametrize(
+    ("ignored", "leaving"), [("HUP", 0), ("INT", 0), ("TERM", 3), ("", 4)], ids=["nohup", "&", "batch script", "none"]
+)
+def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
+    program = "import os, signal\nfrom dsrecipes.runs.orders import Orders\nwith Orders(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.agree(); print(o.leaving)"
+    shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
+    words = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == f"{leaving}\n", done.stderr
+
+
+@pytest.mark.ranks
+def test_an_ignored_sigchld_does_not_hide_how_a_rank_ended(tmp_path):
+    """A shell's `trap '' CHLD` is inherited: waiting for a child would find none, and take it for a success."""
+    words = [sys.executable, "-m", "dsrecipes.cli", "train", "gpt2_clm", "--procs", "2", "--dataset", "gone.txt"]
+    done = subprocess.run(
+        ["bash", "-c", 'trap "" CHLD; exec "$@"', "bash", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: --dataset gone.txt" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
 
 
 def test_the_time_limit_counts_from_the_first_start_and_leaves_time_for_two_steps(monkeypatch):

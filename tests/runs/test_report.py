@@ -107,7 +107,7 @@ def test_the_data_line_tells_what_was_dropped():
         "5,000 tokens",
         "50%",
         "last 7 tokens",
-        "2 bad row",
+        "2 bad rows",
         "1 longer than 512 tokens",
     ):
         assert part in line, line

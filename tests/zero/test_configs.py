@@ -66,6 +66,7 @@ def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
         assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.timeout(1700)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_json_gives_the_losses_of_zero2(two: Two, zero2: list[dict[str, float]], path: Path) -> None:
     if "nvme" in path.stem:
