@@ -45,14 +45,17 @@ from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_model,
+    check_splits,
     check_vocabulary,
     disable_cpu_packing,
+    embedding_rows,
     load_config,
     load_model,
     load_tokenizer,
     pad_id,
     random_weights,
 )
+from dsrecipes.model.modalities import unreached_note
 from dsrecipes.parts import check_parts
 from dsrecipes.place import Place, find_place
 from dsrecipes.process import check_docstrings, redirect_caches
@@ -173,7 +176,12 @@ class RecipeBase(ABC):
         check_model(self.model_config, self.config.model, data.max_length, stage)
         engine = self.place.resolve_zero(self.config, self.model_config)
         self.tokenizer = self.load_tokenizer()
-        check_vocabulary(self.tokenizer, self.model_config)
+        padding = check_vocabulary(self.tokenizer, self.model_config)
+        self.place.notes += [*self.config.notes, *([padding] if padding else [])]
+        if self.config.model.lora_target_modules:
+            from dsrecipes.model.lora import check_targets
+
+            check_targets(self.config.model, self.model_config, self.auto_class)
         rows = self.load_rows()
         if "train" not in rows:
             raise UserError(
@@ -183,6 +191,8 @@ class RecipeBase(ABC):
             type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
+        block = data.max_length if self.cut_into_blocks else None
+        check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
         self._fit_head()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
         self.sequences = {
@@ -215,6 +225,8 @@ class RecipeBase(ABC):
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         self.trainer = trainer
+        router, unreached = trainer.router, unreached_note(self.model)
+        self.place.notes += [*([router.note()] if router else []), *([unreached] if unreached else [])]
         trainer.at_step_end = partial(check_step, self, trainer)
         trainer.remove_callback(PrinterCallback)
         if train["early_stopping_patience"]:

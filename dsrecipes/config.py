@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, refuse_unknown, refuse_unsuited
@@ -51,11 +52,15 @@ class ModelConfig:
     lora_r: int = _help("Rank of the LoRA adapter; 0 trains all weights.", 0)
     lora_alpha: int = _help("LoRA scale; the update is multiplied by lora_alpha / lora_r.", 32)
     lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
-    lora_target_modules: list[str] = _list("Layers that get an adapter; default: all linear layers but the head.")
+    lora_target_modules: list[str] = _list(
+        "Layers that get an adapter: all-linear (the default: all but the head), names such as q_proj,v_proj (a layer whose "
+        "name ends so), or a regular expression for the whole name of a layer."
+    )
 
     def __post_init__(self) -> None:
         """Cross-field checks; ValueError names the flag to change."""
         _require(self.lora_r >= 0, f"lora_r is {self.lora_r}: give 0 (full fine-tuning) or a positive rank")
+        lora_targets(self.lora_target_modules)
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
         _require(
             not self.load_in_4bit or self.lora_r > 0,
@@ -173,6 +178,8 @@ class Config:
     layers: Layers
     given: dict[str, str]
     """Explicitly given key -> origin."""
+    notes: list[str] = field(default_factory=list)
+    """What gave way to something else, for the header."""
 
     @property
     def own(self) -> dict[str, str]:
@@ -223,6 +230,8 @@ def build_config(layers: Layers) -> Config:
     merged = {key: (_spelled(key, value), origin) for key, (value, origin) in merged.items()}
     # a flag with one value has that value, whatever its type can express
     merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
+    notes: list[str] = []
+    take_settings(merged, notes)
     given = {key: origin for key, (_, origin) in merged.items()}
     for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
         if key in layers.zero_json().values:
@@ -254,7 +263,7 @@ def build_config(layers: Layers) -> Config:
     for key in ("model_name_or_path", "dataset"):
         if values[key] is None:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
-    return Config(model, data, train, layers, given)
+    return Config(model, data, train, layers, given, notes)
 
 
 _OFF_WORD = {"deepspeed": "none", "report_to": "none", "debug": None, "time_limit": None, "resume_from_checkpoint": None}

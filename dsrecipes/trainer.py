@@ -16,19 +16,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.model.router import router_loss_of, trained_tokens
+from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
 from dsrecipes.runs.watch import Watch
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the model, or the base of a LoRA model, is one of transformers' causal language models."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -55,12 +50,23 @@ class RecipeTrainer(ResumableTrainer):
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
-        super().__init__(compute_loss_func=None if causal else row_loss, **kwargs)
+        self.router = router_loss_of(kwargs["model"]) if causal else None
+        loss_function = None if causal else row_loss
+        if self.router is not None or (causal and averages_by_itself(kwargs["model"])):
+            loss_function = self._own_loss
+        super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
         self.add_callback(_Watched(watch))
         self.causal = causal
         self.details: dict[str, dict] = {}
         self._tally = [0, 0]
+        self._inputs: dict[str, torch.Tensor] = {}
+        """The micro batch whose loss is computed."""
+        self._sequences_of_step = 1.0
+        """Sequences of this step that are trained on, over micro batches and ranks."""
+        self._router_losses: list[torch.Tensor] = []
+        self._logged_steps = 0
+        """Router losses since the last log line, and the steps that they come from."""
         self._rate = 0.0
         self._clock = _Clock()
         self.batches: list[dict[str, torch.Tensor]] = []
@@ -104,6 +110,10 @@ class RecipeTrainer(ResumableTrainer):
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         self.batches, self.losses, self.gradient_norm = batches, [], None
+        if self.router is not None:
+            sequences = sum(int(trained_tokens(batch).any(1).sum()) for batch in batches)
+            self._sequences_of_step = self._over_ranks([float(sequences)], torch.distributed.ReduceOp.SUM)[0]
+            self._logged_steps += 1
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,12 +122,32 @@ class RecipeTrainer(ResumableTrainer):
         self.losses.append(super().training_step(*args, **kwargs))
         return self.losses[-1]
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The loss; where the model trains, the backward pass comes next."""
-        loss = super().compute_loss(model, *args, **kwargs)
+        self._inputs = dict(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             self.watch.at("backward")
         return loss
+
+    def _own_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The token loss, and in training a mixture of experts' router loss.
+
+        transformers adds the router loss whole to every micro batch and to the evaluation loss, and some of its
+        classes for images and text average over the micro batch.
+        """
+        base = unwrapped(self.model)
+        loss = base.loss_function(
+            logits=outputs.logits, labels=labels, vocab_size=base.config.get_text_config().vocab_size,
+            num_items_in_batch=num_items_in_batch, shift_labels=self._inputs.get("shift_labels"),
+        )  # fmt: skip
+        if self.router is None or not self.model.training or not self._sequences_of_step:
+            return loss
+        router_loss = self.router.of_micro_batch(outputs, trained_tokens(self._inputs)) / self._sequences_of_step
+        self._router_losses.append(router_loss.detach())
+        return loss + router_loss.to(loss.device)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
@@ -209,6 +239,10 @@ class RecipeTrainer(ResumableTrainer):
             logs |= {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
             logs["peak_memory_gb"] = self._over_ranks([peak_memory_gb(self.args.device)], torch.distributed.ReduceOp.MAX)[0]
             self._tally = [0, 0]
+            if self._router_losses:
+                total = self._over_ranks([float(torch.stack(self._router_losses).sum())], torch.distributed.ReduceOp.SUM)[0]
+                logs["router_loss"] = total / self._logged_steps
+                self._router_losses, self._logged_steps = [], 0
             # the rate of the step itself: with an optimizer block in the ZeRO JSON, Trainer reads the next step's
             logs["learning_rate"] = self._rate
         super().log(logs, start_time)

@@ -63,6 +63,43 @@ def tiny_llama() -> str:
 
 
 @functools.cache
+def tiny_moe(family: str) -> str:
+    """A folder with a mixture of four experts whose configuration has the router loss on."""
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    set_seed(0)
+    tokenizer = llama_tokenizer()
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, moe_intermediate_size=16, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, num_experts=4,
+        num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1, bos_token_id=1,
+        eos_token_id=2, sliding_window=None,
+    )  # fmt: skip
+    return _saved(family, AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+@functools.cache
+def tiny_gemma3() -> str:
+    """A folder with a Gemma 3 that has a part for images."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, set_seed
+
+    set_seed(0)
+    tokenizer = llama_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer) + 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 512,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    ids = {"image_token_index": 600, "boi_token_index": 601, "eoi_token_index": 602}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    return _saved("gemma3", Gemma3ForConditionalGeneration(config), tokenizer)
+
+
+@functools.cache
 def llama_tokenizer():
     """A byte-level BPE with Llama's habits: <s> before every text, </s> never added, no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -39,6 +39,21 @@ def fingerprint_columns(path: Path) -> str:
     return hashed.hexdigest()[:16]
 
 
+def first_beyond(path: Path, name: str, limit: int) -> tuple[int, int] | None:
+    """(row, number) where a column first holds a number of `limit` or more; None where it holds none."""
+    start = 0
+    for chunk in read_columns(path).column(name).chunks:
+        column = _Chunk(chunk)
+        if column.numbers().max(initial=0) >= limit:
+            for row in range(len(chunk)):
+                lists = column[row]
+                numbers = np.concatenate(list(lists)) if lists.dtype == object else lists
+                if (numbers >= limit).any():
+                    return start + row, int(numbers[numbers >= limit][0])
+        start += len(chunk)
+    return None
+
+
 def _array(values: list) -> pa.Array:
     array = pa.array(values)
     kind, depth = array.type, 0
@@ -95,6 +110,10 @@ class _Chunk:
         for index in range(start, end):
             lists[index - start] = self.inner[index]
         return lists
+
+    def numbers(self) -> np.ndarray:
+        """All numbers, of however many levels of lists."""
+        return self.inner.numbers() if isinstance(self.inner, _Chunk) else self.inner
 
     def lengths(self) -> np.ndarray:
         lengths = np.diff(self.offsets)

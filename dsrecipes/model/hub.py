@@ -12,6 +12,7 @@ from filelock import FileLock
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
+from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,14 +100,27 @@ def local_model(name: str) -> str:
     path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            hint = "; it holds a LoRA adapter: give its base model" if (path / "adapter_config.json").is_file() else ""
-            raise UserError(f"--model_name_or_path {name}: no config.json in this folder{hint}")
-        return str(path)
+            raise UserError(f"--model_name_or_path {name}: {_models_near(path) or 'no config.json in this folder'}")
+        return str(path.absolute())  # an adapter's files name it, and are read from other folders
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model_name_or_path {name}: no such folder")
     if name == CARRIED and importlib.util.find_spec(_CARRIER) and importlib.util.find_spec("gguf"):
         return str(_converted())
     return name
+
+
+def _models_near(path: Path) -> str:
+    """Which folder is meant, where a run folder or a folder of checkpoints was given as a model."""
+    if path.name == "checkpoints" and (path.parent / "config.yaml").is_file():
+        path = path.parent
+    if not (path / "config.yaml").is_file():
+        return ""
+    run = RunFolder(path)
+    if run.model.is_dir():
+        return f"this is a run folder; its model is {run.model}"
+    whole = run.whole_checkpoints()
+    newest = f"; its newest checkpoint is {whole[-1]}" if whole else ""
+    return f"this is the folder of a run that has no model yet{newest}"
 
 
 def carrier_hint(name: str) -> str:

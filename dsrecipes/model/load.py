@@ -6,6 +6,7 @@ import copy
 import hashlib
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto import modeling_auto
 
+from dsrecipes.adapter import CONFIG as ADAPTER_CONFIG
+from dsrecipes.adapter import adapter_folder, base_model
 from dsrecipes.config import ModelConfig
-from dsrecipes.data.prepare import cache_root
+from dsrecipes.data.columns import first_beyond
+from dsrecipes.data.origin import places
+from dsrecipes.data.prepare import Split, cache_root
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
+from dsrecipes.model.modalities import parameters_below, unreached_by_text
+from dsrecipes.model.task import class_names, loading_class, takes_text
 from dsrecipes.runs.weights import indexed_files
 
 _TASKS = {
@@ -37,7 +44,14 @@ _PICKLES = (
 
 
 def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
-    name = local_model(starter_path(options.model_name_or_path or ""))
+    """Where the weights are, of an adapter folder those of its base; and how from_pretrained finds them."""
+    asked = options.model_name_or_path or ""
+    try:
+        name = local_model(starter_path(base_model(asked)))
+    except UserError as error:
+        if adapter_folder(asked) is None:
+            raise
+        raise UserError(f"the adapter {asked} needs its base model, which its {ADAPTER_CONFIG} names: {error}") from error
     return name, {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
 
 
@@ -77,12 +91,11 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
     table, task, same_head = _TASKS.get(auto_class, ("", "", False))
     if not table:
         return config
-    known = getattr(modeling_auto, table)
     made_for = config.architectures or []
-    fits = config.model_type in known or hasattr(config, "auto_map")
+    fits = config.model_type in getattr(modeling_auto, table) or hasattr(config, "auto_map")
     if fits and same_head and made_for and not options.from_scratch:
-        heads = {name for value in known.values() for name in ((value,) if isinstance(value, str) else value)}
-        fits = bool(heads & set(made_for)) or hasattr(config, "auto_map")
+        fits = bool(class_names(table) & set(made_for)) or hasattr(config, "auto_map")
+    fits = fits or (auto_class == "AutoModelForCausalLM" and takes_text(config))
     if not fits:
         raise UserError(
             f"model {options.model_name_or_path} is a {', '.join(made_for) or config.model_type}; this recipe trains {task}"
@@ -138,6 +151,9 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: the folder or hub repository has none that loads.
     """
     name, where = _source(options)
+    folder = adapter_folder(options.model_name_or_path)
+    if folder is not None and (folder / "tokenizer_config.json").is_file():
+        name = str(folder)
     missing = UserError(f"model {name} has no tokenizer: add its tokenizer.json and tokenizer_config.json")
     try:
         tokenizer = read_tokenizer(name, **where)
@@ -150,14 +166,80 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuse a tokenizer of another model (UserError): its ids would lie beyond the embedding."""
-    rows = getattr(config.get_text_config(), "vocab_size", None)
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> str | None:
+    """Refuse a tokenizer whose ids lie beyond the embedding, but for padding, which gets another id.
+
+    Returns:
+        What became of the padding token, for the header; None where it stays.
+
+    Raises:
+        UserError: the tokenizer is another model's, or its end token has no row in the embedding.
+    """
+    rows = embedding_rows(config)
     if rows and tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has {tokenizer.vocab_size} tokens, the model has {rows}: "
             "they do not belong together; take the tokenizer files of this very model"
         )
+    if rows and (tokenizer.eos_token_id or 0) >= rows:
+        raise UserError(
+            f"{beyond_embedding(tokenizer, tokenizer.eos_token_id, rows)}, and it is the end token (eos_token): {_OTHER_TOKENIZER}"
+        )
+    if not rows or (tokenizer.pad_token_id or 0) < rows:
+        return None
+    old, number = tokenizer.pad_token, tokenizer.pad_token_id
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return (
+        f"padding token {old!r} (id {number}) has no row in the embedding ({rows} rows): {tokenizer.pad_token!r} "
+        f"(id {tokenizer.pad_token_id}) pads instead"
+    )
+
+
+_OTHER_TOKENIZER = "take the tokenizer that belongs to this model, or a model whose embedding was resized for it"
+
+
+def embedding_rows(config: PretrainedConfig) -> int | None:
+    """Rows of the input embedding; None where the configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def beyond_embedding(tokenizer: PreTrainedTokenizerBase, number: int, rows: int) -> str:
+    """Which token it is that the model has no row for."""
+    token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+    return f"token {token!r} has id {number}, but the model's embedding has {rows} rows (ids 0 to {rows - 1})"
+
+
+def check_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
+    """Refuse token ids that the embedding has no row for (ValueError); on a GPU they would end in a device assert."""
+    largest = max(ids, default=0)
+    if rows and largest >= rows:
+        raise ValueError(f"{beyond_embedding(tokenizer, largest, rows)}: {_OTHER_TOKENIZER}")
+
+
+def check_prompt_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
+    """check_ids for a text that was typed, whose mistakes are UserErrors."""
+    try:
+        check_ids(ids, tokenizer, rows)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_splits(
+    splits: dict[str, Split], tokenizer: PreTrainedTokenizerBase, rows: int | None, block: int | None = None
+) -> None:
+    """Refuse prepared rows with a token that the embedding has no row for; `block` as for origin.places.
+
+    Raises:
+        UserError: names the token, its id and the first row that holds it.
+    """
+    for name, split in splits.items():
+        beyond = first_beyond(split.path, "input_ids", rows) if rows else None
+        if beyond is not None:
+            row, number = beyond
+            raise UserError(
+                f"{beyond_embedding(tokenizer, number, rows)}, and the {name} rows hold it ({places(split.path, [row], block)}): "
+                f"{_OTHER_TOKENIZER}"
+            )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -180,7 +262,7 @@ def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: s
             scratch = folder.with_suffix(".partial")
             shutil.rmtree(scratch, ignore_errors=True)
             set_seed(seed)
-            model = getattr(transformers, auto_class).from_config(copy.deepcopy(config), dtype=torch.float32)
+            model = loading_class(auto_class, config).from_config(copy.deepcopy(config), dtype=torch.float32)
             save_here(model, scratch)
             scratch.rename(folder)
     return str(folder)
@@ -221,7 +303,7 @@ def load_model(
     _refuse_pickles(name, options)
     set_seed(seed)
     try:
-        model, info = getattr(transformers, auto_class).from_pretrained(
+        model, info = loading_class(auto_class, config).from_pretrained(
             name, **where, config=config, dtype=dtype, attn_implementation=options.attn_implementation,
             output_loading_info=True, ignore_mismatched_sizes=not same_head,
             use_safetensors=None if options.allow_pickle else True, **quantization,
@@ -234,16 +316,37 @@ def load_model(
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
+    _forget_unused_renames(model)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _refuse_holes(missing, model, name, same_head)
     _draw_new_weights(model, missing, config, seed)
+    for parameter in parameters_below(model, unreached_by_text(model)):
+        parameter.requires_grad_(False)
     if options.lora_r and adapter:
-        from dsrecipes.model.lora import add_lora
+        from dsrecipes.model.lora import add_lora, load_lora
 
         set_seed(seed)
-        model = add_lora(model, options, heads=sorted({key.rpartition(".")[0] for key in missing}), keep_dtype=deepspeed)
+        folder = adapter_folder(options.model_name_or_path)
+        heads = sorted({key.rpartition(".")[0] for key in missing})
+        if folder is None:
+            model = add_lora(model, options, heads, keep_dtype=deepspeed)
+        else:
+            model = load_lora(model, options, folder, keep_dtype=deepspeed)
     disable_cpu_packing(model)
     return model
+
+
+def _forget_unused_renames(model: PreTrainedModel) -> None:
+    """Let a model that was loaded under ZeRO-3 be saved under the names of its checkpoint.
+
+    transformers 5.23 keeps every renaming rule there, also those that matched nothing, and saving would apply them
+    backwards (`language_model.model.model.layers`); without ZeRO-3 it drops them itself.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = getattr(model, "_weight_conversions", None)
+    if rules:
+        model._weight_conversions = [rule for rule in rules if not isinstance(rule, WeightRenaming) or rule.was_used()]
 
 
 def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_head: bool) -> None:

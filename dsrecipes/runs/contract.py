@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from dsrecipes.adapter import adapter_folder, base_model
 from dsrecipes.config import Config
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path
@@ -125,9 +126,15 @@ def _weights(config: Config, commit: str | None) -> str:
     """What the weights at the start were: of a folder the tensors' names and shapes and samples of their bytes."""
     if config.model.from_scratch:
         return f"random, seed {config.train['seed']}"
-    folder = Path(local_model(starter_path(config.model.model_name_or_path or "")))
-    if not folder.is_dir():
-        return f"{config.model.model_name_or_path} {commit or config.model.model_revision}"
+    name = config.model.model_name_or_path or ""
+    adapter, base = adapter_folder(name), base_model(name)
+    folder = Path(local_model(starter_path(base)))
+    weights = _sampled(folder) if folder.is_dir() else f"{base} {commit or config.model.model_revision}"
+    return weights if adapter is None else f"{_sampled(adapter)} on {weights}"
+
+
+def _sampled(folder: Path) -> str:
+    """A hash of a folder's tensors: names, shapes and samples of their bytes."""
     hashed = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

@@ -102,6 +102,12 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
     else:
         path = user_path(asked)
+        if path.name == "checkpoints":
+            path = path.parent
+        if path.name == "model" and (path.parent / "config.yaml").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: this is a run's trained model; its run folder is {path.parent}"
+            )
         if (path / "checkpoints").is_dir():
             found = _newest_first(RunFolder(path), told)
             if found:

@@ -36,14 +36,17 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
     A recipe that trains on every token (gpt2_clm) has no answer in its rows: the whole text is the prompt.
 
     Raises:
-        ValueError: the row lacks a field; the message names it.
+        ValueError: the row lacks a field, or holds a token that the model has no row for; the message names it.
         UserError: the recipe's model does not write text.
     """
     if not run.recipe.auto_class.endswith("ForCausalLM"):
         raise UserError(f"{run.folder.path}: this model does not write text; it answers questions with four options")
+    from dsrecipes.model.load import check_ids
+
     asked, answered = _with_answer(row)
     encoded = run.recipe.encode([run.recipe.format_row(asked)], run.tokenizer, run.options)
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    check_ids(ids, run.tokenizer, run.embedding_rows)
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
         return Prompt(ids, run.tokenizer.decode(ids), None, continues=True)
@@ -91,6 +94,8 @@ def answers(
     """
     import torch
 
+    from dsrecipes.model.router import without_router_logits
+
     room = positions(model)
     longest = max(map(len, prompts), default=0)
     if room and longest + settings.max_new_tokens > room:
@@ -107,7 +112,9 @@ def answers(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device)
         with torch.no_grad():
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, **without_router_logits(model)
+            )
         for index, tokens in zip(chosen, written[:, width:].tolist(), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             yield index, text.strip() if strip else text

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsrecipes.adapter import adapter_folder
 from dsrecipes.errors import UserError
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, open_run
@@ -80,7 +81,8 @@ def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
     if not both:
         return [Speaker("base" if base else "tuned", run.load(base=base))]
     tuned = run.load()
-    if (run.folder.model / "adapter_config.json").is_file():
+    started_from_base = adapter_folder(run.config.model.model_name_or_path) is None
+    if started_from_base and (run.folder.model / "adapter_config.json").is_file():
         return [Speaker("base", tuned, adapter=False), Speaker("tuned", tuned)]
     return [Speaker("base", run.load(base=True)), Speaker("tuned", tuned)]
 

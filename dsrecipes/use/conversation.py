@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from dsrecipes.errors import UserError
+from dsrecipes.model.router import without_router_logits
 from dsrecipes.use.answers import generation_settings, positions
 from dsrecipes.use.asking import BAD_ROW, Asking, ask
 from dsrecipes.use.device import memory_errors
@@ -104,6 +105,7 @@ class Conversation:
                 self.model.generate(
                     input_ids=row, attention_mask=torch.ones_like(row), generation_config=settings, streamer=stream,
                     stopping_criteria=[lambda ids, scores: torch.full((1,), self.stopped(), device=ids.device)],
+                    **without_router_logits(self.model),
                 )  # fmt: skip
         except KeyboardInterrupt:
             if not self.keep_cut:

@@ -91,9 +91,9 @@ def _checkpoint(folder: RunFolder, asked: str) -> Path:
 
 def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: str) -> dict[str, Any]:
     import torch
-    import transformers
 
     from dsrecipes.model.load import ready
+    from dsrecipes.model.task import loading_class
     from dsrecipes.run import hidden
     from dsrecipes.runs.expected import allowed_difference
     from dsrecipes.use.card import model_card
@@ -111,9 +111,10 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
         config.use_cache = True  # training turned it off
     with hidden(["deepspeed"]):  # accelerate would import it to see whether this is an engine
         model.to(getattr(torch, kept)).save_pretrained(folder, max_shard_size=max_shard_size)
+    kind = loading_class(run.recipe.auto_class, model.config)
     del model
     run.tokenizer.save_pretrained(folder)
-    exported = getattr(transformers, run.recipe.auto_class).from_pretrained(folder, dtype=torch.float32)
+    exported = kind.from_pretrained(folder, dtype=torch.float32)
     found = _logits(ready(exported, run.device), run)
     difference = (found - wanted).abs().max().item()
     allowed = allowed_difference(wanted, "fp32" if kept == "float32" else kept, four_bit)
@@ -134,7 +135,7 @@ def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrain
     from peft import PeftModel
 
     try:
-        base = run.load(base=True, dtype=model.dtype).dequantize()
+        base = run.load_base(model.dtype).dequantize()
     except NotImplementedError as error:
         raise UserError(f"the base {run.config.model.model_name_or_path} cannot be dequantised: {error}") from error
     return PeftModel.from_pretrained(base, str(run.source), torch_device=str(run.device)).merge_and_unload()

@@ -53,6 +53,9 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
     if not folder.path.is_dir():
         raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
+        around = next((path for path in list(folder.path.absolute().parents)[:2] if (path / "config.yaml").is_file()), None)
+        if around is not None:
+            raise UserError(f"{name}: this lies inside a run folder; give the run folder itself, {around}")
         raise UserError(f"{name}: no run folder (no config.yaml in it); give the path of one, or `last`")
     if ended and not folder.model.is_dir():
         raise UserError(
@@ -133,11 +136,13 @@ class FinishedRun:
         Raises:
             UserError: the base cannot be had, or files of model/ are missing or damaged.
         """
-        import transformers
+        from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
+        from dsrecipes.adapter import adapter_folder
         from dsrecipes.model.hub import damaged, first_line
-        from dsrecipes.model.load import load_config, load_model, ready
+        from dsrecipes.model.load import ready
+        from dsrecipes.model.task import loading_class
         from dsrecipes.runs.weights import weight_files
 
         disable_progress_bar()
@@ -151,23 +156,44 @@ class FinishedRun:
             raise UserError(
                 f"{self.source}: adapter_model.safetensors is missing"
             )  # peft would take a pickle, or ask the hub
+        folder = adapter_folder(options.model_name_or_path) if base else self.source
         try:
             if base or adapter:
-                model = load_model(
-                    options, load_config(options, auto), auto, dtype, self.config.train["seed"], False, adapter=False,
-                    device=self.device,
-                )  # fmt: skip
-            if adapter and not base:
+                model = self.load_base(dtype)
+            if adapter and folder is not None:
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(self.source), torch_device=str(self.device))
+                model = PeftModel.from_pretrained(model, str(folder), torch_device=str(self.device))
             elif not base:
-                model = getattr(transformers, auto).from_pretrained(
+                config = AutoConfig.from_pretrained(self.source, trust_remote_code=options.trust_remote_code)
+                model = loading_class(auto, config).from_pretrained(
                     self.source, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
                 )
         except damaged() as error:
             raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
         return ready(model, self.device)
+
+    def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model without any adapter, in 4 bits where the run was."""
+        from dsrecipes.model.load import load_config, load_model, ready
+
+        options, auto = self.config.model, self.recipe.auto_class
+        config = load_config(options, auto)
+        seed = self.config.train["seed"]
+        model = load_model(options, config, auto, dtype, seed, False, adapter=False, device=self.device)
+        return ready(model, self.device)
+
+    @cached_property
+    def embedding_rows(self) -> int | None:
+        """Rows of the model's input embedding, known without its weights."""
+        from transformers import AutoConfig
+
+        from dsrecipes.model.load import embedding_rows, load_config
+
+        if (self.source / "config.json").is_file():
+            trusted = self.config.model.trust_remote_code
+            return embedding_rows(AutoConfig.from_pretrained(self.source, trust_remote_code=trusted))
+        return embedding_rows(load_config(self.config.model, self.recipe.auto_class))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -101,7 +101,7 @@ def log_likelihoods(
     Raises:
         UserError: a continuation alone is longer than the model reads, or has no token of its own.
     """
-    from dsrecipes.model.load import pad_id
+    from dsrecipes.model.load import check_prompt_ids, embedding_rows, pad_id
     from dsrecipes.use.answers import positions
     from dsrecipes.use.forward import logits_at
 
@@ -109,6 +109,7 @@ def log_likelihoods(
     inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for number, (before, after) in enumerate(pairs):
         start, ids = encode_pair(before, after, tokenizer)
+        check_prompt_ids(start + ids, tokenizer, embedding_rows(model.config))
         if not ids or len(ids) > room:
             raise UserError(f"choice {after!r} has {len(ids)} tokens; a choice needs 1 to {room}")
         inputs.setdefault(tuple((start + ids)[-(room + 1) :][:-1]), []).append((number, ids))

@@ -78,9 +78,15 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
     import torch
 
     from dsrecipes.data.collate import COUNTS, PaddingCollator
-    from dsrecipes.model.load import pad_id
+    from dsrecipes.data.records import bad_row
+    from dsrecipes.model.load import check_ids, pad_id
 
     encoded = run.recipe.encode([item.record for item in items], run.tokenizer, run.options)
+    for item, texts in zip(items, encoded["input_ids"], strict=True):
+        try:
+            check_ids([token for text in texts for token in text], run.tokenizer, run.embedding_rows)
+        except ValueError as error:
+            raise bad_row(item.where, error) from error
     names = [name for name in encoded if name != "subject"]
     rows = [{name: _texts(encoded[name][index]) for name in names} for index in range(len(items))]
     order = sorted(range(len(rows)), key=lambda index: -max(map(len, rows[index]["input_ids"])))

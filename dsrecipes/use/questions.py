@@ -30,6 +30,8 @@ def probabilities(
     """
     import torch
 
+    from dsrecipes.model.load import check_prompt_ids
+
     if len(options) != len(LETTERS):
         raise UserError(f"a question has four options, found {len(options)}")
     row = {"question": question, **dict(zip(LETTERS, options, strict=True)), "answer": LETTERS[0]}
@@ -37,6 +39,7 @@ def probabilities(
         encoded = run.recipe.encode([run.recipe.format_row(row)], run.tokenizer, run.options)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"recipe {run.config.layers.recipe.name} cannot take this question: {error}") from error
+    check_prompt_ids([token for text in encoded["input_ids"][0] for token in text], run.tokenizer, run.embedding_rows)
     texts = {name: column[0] for name, column in encoded.items() if isinstance(column[0], list)}
     padded = run.tokenizer.pad(texts, return_tensors="pt")
     inputs = {name: each[None].to(model.device) for name, each in padded.items()}

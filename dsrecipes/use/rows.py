@@ -99,6 +99,7 @@ class Rows:
     def sequences(self, split: str, console: Console) -> Path:
         """The file of a split's token ids and labels, exactly as a training run on these rows evaluates them."""
         from dsrecipes.data.prepare import prepare
+        from dsrecipes.model.load import check_splits
 
         splits, name = self.raw, split
         if self.dataset and split == "train":
@@ -111,6 +112,7 @@ class Rows:
         )  # fmt: skip
         if name not in prepared:
             raise UserError(f"{self.name}: no row of {split} is left; --split names another")
+        check_splits({split: prepared[name]}, self.run.tokenizer, self.run.embedding_rows)
         return prepared[name].path
 
 

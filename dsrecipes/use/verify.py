@@ -126,9 +126,12 @@ def load_saved(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
 
 
 def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:
-    import transformers
+    from transformers import AutoConfig
 
-    model, info = getattr(transformers, auto_class).from_pretrained(
+    from dsrecipes.model.task import loading_class
+
+    config = AutoConfig.from_pretrained(run.folder.model, trust_remote_code=run.config.model.trust_remote_code)
+    model, info = loading_class(auto_class, config).from_pretrained(
         run.folder.model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
         use_safetensors=True, trust_remote_code=run.config.model.trust_remote_code,
     )  # fmt: skip
@@ -155,7 +158,7 @@ def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
 
     from dsrecipes.runs.weights import tensors, weight_files
 
-    model = PeftModel.from_pretrained(run.load(base=True, dtype=dtype), str(run.folder.model), torch_device=str(run.device))
+    model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model), torch_device=str(run.device))
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in tensors(path)}
     for name in sorted(wanted.keys() ^ found.keys()):

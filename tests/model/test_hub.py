@@ -61,9 +61,14 @@ def test_a_folder_that_is_not_there(name):
 def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json in this folder$"):
         local_model(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a LoRA adapter: give its base model"):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="the folder of a run that has no model yet$"):
         local_model(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    for name in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(UserError, match=f"this is a run folder; its model is {tmp_path}/model$"):
+            local_model(str(name))
     (tmp_path / "file.bin").write_text("")
     with pytest.raises(UserError, match="no such folder"):
         local_model(str(tmp_path / "file.bin"))

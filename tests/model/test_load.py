@@ -1,17 +1,20 @@
 """Models and tokenizers that load, and those that are refused before anything starts."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SHARED, STARTER, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
+from tiny import SHARED, STARTER, arrow_file, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoTokenizer
 
 from dsrecipes.config import ModelConfig
+from dsrecipes.data.columns import first_beyond
 from dsrecipes.errors import UserError
 from dsrecipes.model.load import (
+    check_ids,
     check_model,
     check_vocabulary,
     count_parameters,
@@ -129,6 +132,29 @@ def test_a_tokenizer_of_another_model_is_refused():
     assert check_vocabulary(llama_tokenizer(), config) is None
     with pytest.raises(UserError, match="has 2048 tokens, the model has 600"):
         check_vocabulary(AutoTokenizer.from_pretrained(STARTER / "gpt2"), config)
+
+
+def test_a_padding_token_beyond_the_embedding_is_replaced_and_an_end_token_is_refused():
+    config = load_config(options(tiny_llama()), CAUSAL)
+    tokenizer = copy.deepcopy(llama_tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert check_vocabulary(tokenizer, config) == (
+        "padding token '[PAD]' (id 600) has no row in the embedding (600 rows): '</s>' (id 2) pads instead"
+    )
+    assert pad_id(tokenizer) == 2
+    check_ids([1, 599], tokenizer, 600)
+    with pytest.raises(ValueError, match=r"token '\[PAD\]' has id 600, .* 600 rows \(ids 0 to 599\)"):
+        check_ids([1, 600], tokenizer, 600)
+    tokenizer.eos_token = "[PAD]"
+    with pytest.raises(UserError, match="it is the end token"):
+        check_vocabulary(tokenizer, config)
+
+
+def test_the_first_row_beyond_the_embedding_is_found():
+    flat = arrow_file({"input_ids": [[1, 2], [], [3, 9, 12]], "labels": [[1, 2], [], [3, 9, 12]]})
+    nested = arrow_file({"input_ids": [[[1], [2, 3]], [[4], [5, 7]]], "labels": [0, 1]})
+    assert first_beyond(flat, "input_ids", 9) == (2, 9) and first_beyond(flat, "input_ids", 13) is None
+    assert first_beyond(nested, "input_ids", 7) == (1, 7) and first_beyond(nested, "input_ids", 8) is None
 
 
 def test_random_weights_are_drawn_once_from_the_seed(tmp_path, monkeypatch):

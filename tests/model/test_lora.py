@@ -5,13 +5,14 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
-from tiny import instructions, tiny_gpt2, tiny_llama, write_rows
+from tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
 from dsrecipes import load_recipe
 from dsrecipes.config import ModelConfig
 from dsrecipes.errors import UserError
 from dsrecipes.model.load import count_parameters, load_config, load_model
+from dsrecipes.model.lora import check_targets
 from dsrecipes.trainer import is_causal_lm
 from dsrecipes.use.finished import open_run
 from dsrecipes.use.verify import load_saved
@@ -101,3 +102,36 @@ def test_4_bit_weights_are_never_repacked_whatever_the_cpu_and_the_way_of_loadin
         with torch.no_grad():  # what the attribute is about: on another CPU the kernel would be missing
             model.eval()(torch.arange(12).view(1, 12))
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("targets", "part"),
+    [
+        (["q_porj"], r"q_porj: no layer of LlamaForCausalLM .* \(did you mean q_proj\?\)"),
+        (["q_proj,v_porj"], "v_porj: no layer"),
+        (["mlp"], "mlp: no layer"),
+        ([r"layers\.9\..*"], r"no layer of LlamaForCausalLM .* there are down_proj"),
+        (["q_proj", r".*\.v_proj"], None),
+        ([r".*layers\.1\..*\.(q|v)_proj"], None),
+        (["layers.1.self_attn.q_proj,lm_head"], None),
+        (["all-linear"], None),
+    ],
+)
+def test_targets_are_checked_before_weights_are_loaded(targets, part):
+    options = ModelConfig(model_name_or_path=tiny_llama(), lora_r=4, lora_target_modules=targets)
+    config = load_config(options, CAUSAL)
+    if part is None:
+        check_targets(options, config, CAUSAL)
+        return
+    with pytest.raises(UserError, match=part):
+        check_targets(options, config, CAUSAL)
+
+
+def test_a_layer_for_images_is_no_target_and_a_pattern_chooses_among_the_others():
+    options = ModelConfig(model_name_or_path=tiny_gemma3(), lora_r=4, lora_target_modules=["fc1"])
+    with pytest.raises(UserError, match="fc1: no layer of Gemma3ForConditionalGeneration"):
+        check_targets(options, load_config(options, CAUSAL), CAUSAL)
+    for targets, count in (([], 14), (["q_proj"], 2), ([r".*\.1\..*\.(q|up)_proj"], 2)):
+        model = loaded(tiny_gemma3(), lora_target_modules=targets)
+        adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+        assert len(adapted) == count and not [name for name in adapted if "vision" in name]

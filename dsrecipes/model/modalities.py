@@ -1,0 +1,75 @@
+"""Parts of a model that text never reaches: vision and audio towers, their projectors, cross-attention to images."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from dsrecipes.model.task import unwrapped
+
+_SENSES = re.compile(r"vision|visual|image|video|audio|speech|vq")
+"""In the name of a part's configuration, or of a module."""
+_BRIDGE = re.compile(_SENSES.pattern + r"|projector|connector|multi_modal|multimodal")
+
+
+def has_senses(config: PretrainedConfig) -> bool:
+    """Whether a configuration has a part for images or sound."""
+    parts = getattr(type(config), "sub_configs", {})
+    if config.get_text_config(decoder=True) is not config:
+        return len(parts) > 1
+    return any(_SENSES.search(name) and getattr(config, name, None) is not None for name in parts)
+
+
+def unreached_by_text(model: nn.Module) -> list[str]:
+    """Names of the modules and parameters that rows of text never reach, the outermost alone; none for a text model."""
+    if not has_senses(model.config):
+        return []
+    decoder = model.get_decoder()
+    # some classes keep the towers beside the decoder's layers, in one module
+    mixed = decoder in (model, model.base_model)
+    text = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    reached = {id(below) for part in text for below in part.modules()}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{part}.") for part in names):
+            continue
+        if id(module) in reached:
+            last = name.rpartition(".")[2]
+            apart = bool(_BRIDGE.search(last)) if mixed else _is_cross_attention(module)
+        else:
+            holds_text = any(id(below) in reached for below in module.modules())
+            if holds_text:
+                names += [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
+            apart = not holds_text and any(True for _ in module.parameters())
+        if apart:
+            names.append(name)
+    return names
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """A decoder layer that looks at images alone (Mllama), and is skipped where there are none."""
+    name = type(module).__name__
+    return "CrossAttention" in name and name.endswith("Layer")
+
+
+def parameters_below(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
+    """The parameters of the named parts."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if any(name == part or name.startswith(f"{part}.") for part in names)
+    ]
+
+
+def unreached_note(model: nn.Module) -> str | None:
+    """What the header says of parts that text never reaches; None where there are none, or they are trained."""
+    base = unwrapped(model)
+    names = unreached_by_text(base)
+    parameters = parameters_below(base, names)
+    if not parameters or any(parameter.requires_grad for parameter in parameters):
+        return None
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"rows of text never reach {shown}: {count:,} parameters are frozen, without an adapter"

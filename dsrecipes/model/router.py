@@ -1,0 +1,121 @@
+"""The router loss of mixture-of-experts models: per sequence, so that it does not depend on how a step is divided."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from dsrecipes.data.encode import IGNORE
+from dsrecipes.model.task import unwrapped
+
+_SWITCH = ("gate_logits", "num_experts", "top_k", "attention_mask")
+"""Arguments of transformers' load_balancing_loss_func, which has one body in all families that take these."""
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """How a model's router loss is computed and weighted."""
+
+    coefficient: float
+    top_k: int
+    by_sequence: bool
+    """False: a formula of the model's own, which is computed over the whole micro batch."""
+
+    def note(self) -> str:
+        """What the header says about it."""
+        over = (
+            "over the sequences of a step" if self.by_sequence else "over micro batches and ranks (it depends on their size)"
+        )
+        return (
+            f"router loss: `loss` = token loss + `router_loss`, which is {self.coefficient:g} x the mean {over}; "
+            "evaluation reports the token loss alone"
+        )
+
+    def of_micro_batch(self, outputs: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """The weighted router loss summed over the sequences of a micro batch, to be divided by those of the step.
+
+        Args:
+            outputs: the model's output, with router_logits or aux_loss.
+            tokens: (rows, length), True where a token counts; see `trained_tokens`.
+        """
+        layers = outputs.router_logits if self.by_sequence else None
+        if layers and all(layer.shape[:-1].numel() == tokens.numel() for layer in layers):
+            return self.coefficient * balance_by_sequence(layers, self.top_k, tokens).sum()
+        return self.coefficient * outputs.aux_loss.float() * tokens.any(1).sum()
+
+
+def balance_by_sequence(layers: tuple[torch.Tensor, ...], top_k: int, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' load_balancing_loss_func of each sequence alone (DeepSeek-V2, arXiv:2405.04434, section 2.1.3).
+
+    The loss is a product of two means over tokens. Over a micro batch it would change with the sequences that
+    happen to share one.
+
+    Args:
+        layers: of each layer the router's logits, (rows x length, experts).
+        top_k: experts of a token.
+        tokens: (rows, length), True where a token counts.
+
+    Returns:
+        (rows,): the loss of each row, 0 where no token counts.
+    """
+    counts: torch.Tensor | float = 0.0
+    chances: torch.Tensor | float = 0.0
+    weight = tokens.unsqueeze(-1).to(layers[0].device, torch.float32)
+    for layer in layers:
+        probabilities = layer.view(*tokens.shape, -1).to(weight.device).softmax(-1, dtype=torch.float32)
+        chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        counts = counts + (chosen * weight).sum(1)
+        chances = chances + (probabilities * weight).sum(1)
+    total = (weight.sum(1) * len(layers)).clamp(min=1)
+    return layers[0].shape[-1] * (counts / total * (chances / total)).sum(-1)
+
+
+def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(rows, length), True up to the last token that is trained on in each row.
+
+    Padding stands behind it. A row without labels, which fills a short step, has no True.
+    """
+    keep, shifted, labels = batch.get("logits_to_keep"), batch.get("shift_labels"), batch["labels"]
+    if keep is not None and keep.dim() == 2:
+        predicts = keep.bool()
+    elif shifted is not None and shifted.dim() == 2:
+        predicts = shifted != IGNORE
+    else:
+        predicts = pad(labels[:, 1:] != IGNORE, (0, 1))
+    # a position that predicts a label is followed by the labelled token itself
+    is_label = pad(predicts, (1, 0))[:, :-1] | predicts
+    tokens = is_label.flip(1).cumsum(1).flip(1) > 0
+    mask = batch.get("attention_mask")
+    return tokens if mask is None else tokens & mask.bool()
+
+
+def router_loss_of(model: nn.Module) -> RouterLoss | None:
+    """The router loss that a model of transformers adds to its loss; None where its configuration asks for none."""
+    base = unwrapped(model)
+    config = base.config.get_text_config()
+    if not (getattr(config, "output_router_logits", False) or getattr(base.config, "output_router_logits", False)):
+        return None
+
+    def setting(*names: str) -> Any:
+        values = (getattr(owner, name, None) for name in names for owner in (base, config))
+        return next((value for value in values if value is not None), None)
+
+    coefficient = setting("router_aux_loss_coef", "aux_loss_coef")
+    function = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    if coefficient is None or function is None:
+        return None
+    top_k = setting("num_experts_per_tok")
+    known = tuple(inspect.signature(function).parameters) == _SWITCH and isinstance(top_k, int)
+    return RouterLoss(float(coefficient), top_k if known else 0, known)
+
+
+def without_router_logits(model: nn.Module) -> dict[str, bool]:
+    """What to give generate(), where transformers computes the router loss with a mask of another length."""
+    asked = router_loss_of(model) is not None
+    return {"output_router_logits": False} if asked else {}
