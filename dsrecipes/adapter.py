@@ -10,15 +10,12 @@ from typing import Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import read_text, starter_path, user_path
+from dsrecipes.flags import Merged
 
 CONFIG = "adapter_config.json"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules"}
 """Flag -> its name in adapter_config.json."""
-Given = dict[str, tuple[Any, str]]
-"""Key -> (value, origin), as the layers of a configuration give them."""
 _DEFAULTS = ("recipe", "profile")
-
-
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -84,7 +81,7 @@ def base_model(name: str) -> str:
     return name if folder is None else str(read_adapter(folder)["base_model_name_or_path"])
 
 
-def take_settings(merged: Given, notes: list[str]) -> None:
+def take_settings(merged: Merged, notes: list[str]) -> None:
     """Put an adapter's own settings into the layered values, where the model is an adapter folder.
 
     Args:

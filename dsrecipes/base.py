@@ -30,7 +30,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from dsrecipes.config import JUDGED_SCHEDULES, Config, TrainConfig, best_metric, build_config
+from dsrecipes.config import Config, TrainConfig, best_metric, build_config
 from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
@@ -40,7 +40,7 @@ from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles
-from dsrecipes.flags import without_effect
+from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.flags import FIXED, refuse_unknown, refuse_unsuited
+from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
 from dsrecipes.zero_values import ENGINE_KEYS
 
@@ -163,8 +163,6 @@ _POSITIVE = (
     "eval_steps",
 )
 
-JUDGED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow a figure of the evaluations."""
 _SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "ter", "mae", "mse", "rmse", "runtime")
 
 
@@ -187,10 +185,6 @@ class Config:
         origins = {layer.origin for layer in self.layers.layers if not (layer.default or layer.zero)}
         return {key: origin for key, origin in self.given.items() if origin in origins}
 
-    def by_zero_json(self, key: str) -> Any:
-        """A value that the ZeRO JSON fixes, or None."""
-        return self.layers.zero_json().values.get(key)
-
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -199,12 +193,7 @@ class _Parser(HfArgumentParser):
 
 def parser() -> HfArgumentParser:
     """The one parser, over the three dataclasses."""
-    return _Parser(
-        [*CONFIG_CLASSES],
-        prog="dsrecipes train RECIPE",
-        allow_abbrev=False,
-        description="Also: --recipe NAME, --config YAML, --profile auto|full|starter.",
-    )
+    return _Parser([*CONFIG_CLASSES], allow_abbrev=False)
 
 
 def _argv(key: str, value: Any) -> list[str]:
@@ -346,11 +335,7 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         patience is None or train["eval_strategy"] != "no",
         "--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch",
     )
-    for name, value in (
-        ("save_strategy", "best"),
-        ("lr_scheduler_type", "reduce_lr_on_plateau"),
-        ("lr_scheduler_type", "greedy"),
-    ):
+    for name, value in (("save_strategy", "best"), *(("lr_scheduler_type", schedule) for schedule in JUDGED_SCHEDULES)):
         _require(
             train[name] != value or train["eval_strategy"] != "no",
             f"--{name} {value} needs evaluations: give --eval_strategy steps or epoch",

@@ -31,12 +31,15 @@ def printable(text: str) -> str:
 
 def inflect(count: float, noun: str) -> str:
     """`row` for 1, else `rows`; `loss` becomes `losses`."""
-    return noun if f"{count:.3g}" == "1" else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    if f"{count:.3g}" == "1":
+        return noun
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def plural(count: float, noun: str) -> str:
     """A count and its noun: `1 row`, `0 rows`, `1,200 rows`, `0.5 epochs`."""
-    return f"{count:,} {inflect(count, noun)}" if isinstance(count, int) else f"{count:.3g} {inflect(count, noun)}"
+    number = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{number} {inflect(count, noun)}"
 
 
 class RunStopped(Exception):

@@ -10,8 +10,10 @@ from typing import Any
 
 from dsrecipes.errors import UserError, nearest
 
-Merged = Mapping[str, tuple[Any, str]]
-"""key -> (value, origin)."""
+Merged = dict[str, tuple[Any, str]]
+"""Key -> (value, origin), as the layers of a configuration give them."""
+JUDGED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow a metric of the evaluations."""
 
 _EXPORT = "nothing is uploaded while training; afterwards `dsrecipes export RUN --to DIR`, then `hf upload NAME DIR`"
 _LOADER = "rows are laid out by step, and depend on seed and step alone"
@@ -116,7 +118,11 @@ REMOVED = {
 """Flags that transformers had, and tutorials still give -> what to use instead."""
 
 _OFF = ("false", "no", "off", "none", "null", "0", "")
-_ON = ("true", "yes", "on", "1")
+
+
+def is_true(value: Any) -> bool:
+    """Whether a value as it was written turns a switch on."""
+    return str(value).strip().lower() in ("true", "yes", "on", "1")
 
 
 def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
@@ -146,7 +152,7 @@ def _means(value: Any, fixed: Any) -> bool:
     if fixed is None or fixed is False:
         return text in _OFF or value == {}
     if fixed is True:
-        return text in _ON
+        return is_true(value)
     if isinstance(fixed, str):
         return text == fixed or (fixed == "no" and text in _OFF)
     try:
@@ -174,7 +180,7 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
         values["load_best_model_at_end"]
         or values["early_stopping_patience"]
         or values["save_strategy"] == "best"
-        or schedule in ("reduce_lr_on_plateau", "greedy")
+        or schedule in JUDGED_SCHEDULES
     )
     unjudged = None if judged else "nothing asks for the best model; see --load_best_model_at_end"
     reasons: dict[str, str | None] = {
@@ -189,7 +195,7 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
     for name in ("eval", "save", "logging"):
         strategy = values[f"{name}_strategy"]
         reasons[f"{name}_steps"] = None if strategy == "steps" else f"{name}_strategy is {strategy}"
-    if schedule in ("constant", "reduce_lr_on_plateau", "greedy"):
+    if schedule in ("constant", *JUDGED_SCHEDULES):
         reasons["warmup_steps"] = f"lr_scheduler_type is {schedule}" if values["warmup_steps"] else None
     if schedule in ("constant", "constant_with_warmup"):
         reasons["lr_scheduler_kwargs"] = f"lr_scheduler_type is {schedule}"

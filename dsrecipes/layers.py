@@ -16,6 +16,7 @@ from typing import Any
 
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import RecipeFiles, find_config, find_recipe, find_zero, is_shipped, read_yaml, recipe_names
+from dsrecipes.flags import is_true
 from dsrecipes.zero_values import contradiction, zero_values
 
 PROFILES = ("auto", "full", "starter")
@@ -225,12 +226,7 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     if starter is not None and not isinstance(starter, dict):
         raise UserError(f"{recipe.yaml}: `starter:` must hold `key: value` lines")
     asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
-    use_cpu = str(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", "false")))).lower() in (
-        "true",
-        "1",
-        "yes",
-        "on",
-    )
+    use_cpu = is_true(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", False))))
     profile, why = _profile(asked, starter is not None, use_cpu)
 
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,8 +274,7 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
 
 
 def _is_on(layers: list[Layer], key: str) -> bool:
-    value = next((layer.values[key] for layer in reversed(layers) if key in layer.values), False)
-    return str(value).lower() in ("true", "1", "yes", "on")
+    return is_true(next((layer.values[key] for layer in reversed(layers) if key in layer.values), False))
 
 
 def seconds_of(text: str) -> float:

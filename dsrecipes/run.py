@@ -107,14 +107,10 @@ def _tell(message: str, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns 0, or 2 with one message on rank 0 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    if asks_for_help(argv):
-        try:
-            print(help_text(argv))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_CODE
-        return 0
     try:
+        if asks_for_help(argv):
+            print(help_text(argv))
+            return 0
         check_docstrings()
         adopt_ranks(os.environ)
         cache_note = redirect_caches()  # before the libraries read where theirs are

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TextIO
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 
 Row = dict[str, Any]
-_DELIMITERS = (",", "\t", ";", "|")
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _SAMPLE = 50
 """Records that decide between two delimiters."""
 _SEP = re.compile(r'"?sep=(.)"?\s*', flags=re.IGNORECASE)
@@ -58,17 +58,10 @@ def _row(header: list[str], fields: list[str], where: str, delimiter: str) -> Ro
     surplus = any(map(str.strip, fields[len(header) :]))  # spreadsheets pad rows with empty cells
     if len(fields) < len(header) or surplus:
         raise UserError(
-            f"{where}: {_plural(len(fields), 'field')} where the header has {_plural(len(header), 'column')} (separated by {_NAMES.get(delimiter, delimiter)}); "
-            "a cell that contains the separator, a quote or a line break needs double quotes around it"
+            f"{where}: {plural(len(fields), 'field')} where the header has {plural(len(header), 'column')} (separated by "
+            f"{_DELIMITERS.get(delimiter, delimiter)}); a cell that contains the separator, a quote or a line break needs double quotes around it"
         )
     return {name: field for name, field in zip(header, fields, strict=False) if name}
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from dsrecipes.data.audit import PackedSample, check_isolation, difference
+from dsrecipes.model.task import unwrapped
 
 NAME = "dsrecipes_by_example"
 
@@ -85,11 +86,11 @@ def attend_by_example(model: PreTrainedModel, on: bool) -> bool:
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
-    """Whether the model computes flash attention and passes on what it is given beside its own arguments."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(base.forward).parameters
-    passes = "cu_seq_lens_q" in names or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
-    return passes and is_flash_attention_requested(base.config.get_text_config())
+    """Whether the model uses flash attention and accepts the boundaries of examples (data.collate.segments)."""
+    base = unwrapped(model)
+    parameters = inspect.signature(base.forward).parameters
+    accepts_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return ("cu_seq_lens_q" in parameters or accepts_any) and is_flash_attention_requested(base.config.get_text_config())
 
 
 def keep_apart(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:

@@ -63,13 +63,14 @@ def _why_unusable() -> str:
     return f"{chosen}torch.cuda.is_available() is False"
 
 
-def check_precision(stage: int | None, precision: str, chosen: bool) -> None:
+def check_precision(stage: int, precision: str, chosen: bool) -> None:
     """Refuse fp16 at stage 0 (UserError): DeepSpeed divides its gradients by a loss scale that it never applied.
 
     The loss is scaled for ZeRO's own optimizers alone (engine.py of 0.19, scale_if_loss), and the one of stage 0 is none.
 
     Args:
-        stage: of ZeRO; None for plain PyTorch, which scales as it should.
+        stage: of ZeRO.
+        precision: of the run.
         chosen: whether the user asked for fp16; else it is what this GPU computes in.
     """
     if stage != 0 or precision != "fp16":
