@@ -20,13 +20,13 @@ _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 def lora_targets(values: list[str]) -> list[str] | str:
-    """--lora_target_modules as peft takes it: names of layers, one regular expression, or all-linear.
+    """Convert --lora_target_modules for peft: names of layers, one regular expression, or all-linear.
 
     Raises:
-        ValueError: not a list, not a regular expression, or all-linear beside other values.
+        ValueError: not a list, not a regular expression, or all-linear together with other values.
     """
     if len(values) == 1 and values[0].lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # a character class begins like a list
+        with contextlib.suppress(ValueError):  # a regular expression can begin with a character class
             values = [str(name) for name in json.loads(values[0])]
     names = [part.strip() for value in values for part in value.split(",") if part.strip()]
     if "all-linear" in names or not names:
@@ -40,33 +40,33 @@ def lora_targets(values: list[str]) -> list[str] | str:
             re.compile(value)
         except re.error as error:
             raise ValueError(f"--lora_target_modules {value}: not a regular expression ({error})") from None
-    ends = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
-    return values[0] if len(values) == 1 else "|".join(ends)
+    patterns = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
+    return values[0] if len(values) == 1 else "|".join(patterns)
 
 
 def adapter_folder(name: str | None) -> Path | None:
-    """The folder of an adapter without its base, where a model's name is one."""
+    """The adapter folder that a model's name points to; None for the name of a whole model."""
     path = user_path(starter_path(name)) if name else Path()
-    alone = (path / CONFIG).is_file() and not (path / "config.json").is_file()
-    return path if name and alone else None
+    is_adapter = (path / CONFIG).is_file() and not (path / "config.json").is_file()
+    return path if name and is_adapter else None
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """An adapter's own configuration.
+    """Read and check an adapter's own configuration.
 
     Raises:
-        UserError: it is damaged, no LoRA adapter, has no safetensors, or does not name its base.
+        UserError: it is damaged, is not LoRA, has no safetensors, or does not name its base.
     """
     where = f"--model_name_or_path {folder}"
     try:
         values = json.loads(read_text(folder / CONFIG))
         kind, base = values["peft_type"], values["base_model_name_or_path"]
-        whole = isinstance(values["r"], int) and isinstance(values["target_modules"], (list, str))
+        typed = isinstance(values["r"], int) and isinstance(values["target_modules"], (list, str))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: {CONFIG} is damaged ({error})") from error
     if kind != "LORA":
         raise UserError(f"{where}: this is a {kind} adapter; training continues from LoRA adapters alone")
-    if not whole:
+    if not typed:
         raise UserError(f"{where}: {CONFIG} is damaged (r or target_modules has another type)")
     if not base or not isinstance(base, str):
         raise UserError(f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there")
@@ -76,17 +76,17 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def base_model(name: str) -> str:
-    """The model that holds the weights: of an adapter folder its base, else `name` itself."""
+    """The model that holds the weights: the base of an adapter folder, or `name` itself."""
     folder = adapter_folder(name)
     return name if folder is None else str(read_adapter(folder)["base_model_name_or_path"])
 
 
 def take_settings(merged: Merged, notes: list[str]) -> None:
-    """Put an adapter's own settings into the layered values, where the model is an adapter folder.
+    """Replace the layered LoRA settings with the adapter's own, where the model is an adapter folder.
 
     Args:
-        merged: changed in place; recipe and profile give way to the adapter.
-        notes: gets a line on what gave way.
+        merged: changed in place; the adapter overrides recipe and profile.
+        notes: gets a line on what was overridden.
 
     Raises:
         UserError: the user asked for something that contradicts the adapter.
@@ -94,38 +94,38 @@ def take_settings(merged: Merged, notes: list[str]) -> None:
     folder = adapter_folder(str(merged.get("model_name_or_path", ("",))[0] or ""))
     if folder is None:
         return
-    values, origin, replaced = read_adapter(folder), str(folder / CONFIG), []
-    asked = {key: value for key, value in merged.items() if value[1] not in _DEFAULTS}
-    if str(asked.get("from_scratch", (False,))[0]).lower() == "true":
+    values, origin, overridden = read_adapter(folder), str(folder / CONFIG), []
+    explicit = {key: value for key, value in merged.items() if value[1] not in _DEFAULTS}
+    if str(explicit.get("from_scratch", (False,))[0]).lower() == "true":
         raise UserError(f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag")
-    if str(asked.get("lora_r", (1,))[0]) == "0":
+    if str(explicit.get("lora_r", (1,))[0]) == "0":
         raise UserError(
             f"--lora_r 0 trains all weights, but {folder} is a LoRA adapter: merge it into its base first with "
             f"`dsrecipes export RUN --to DIR`, and give --model_name_or_path DIR"
         )
     for key, name in _KEYS.items():
         own = values.get(name, 0.0)
-        if key in asked and (key == "lora_dropout" or _same(asked[key][0], own)):
+        if key in explicit and (key == "lora_dropout" or _same(explicit[key][0], own)):
             continue
-        if key in asked:
+        if key in explicit:
             raise UserError(
-                f"--{key} {_words(asked[key][0])} ({asked[key][1]}), but the adapter {folder} has {_words(own)}: drop the flag; "
+                f"--{key} {_words(explicit[key][0])} ({explicit[key][1]}), but the adapter {folder} has {_words(own)}: drop the flag; "
                 "training continues with the adapter as it is"
             )
         if key in merged and not _same(merged[key][0], own):
-            replaced.append(f"{key} {_words(merged[key][0])}")
+            overridden.append(f"{key} {_words(merged[key][0])}")
         merged[key] = (own if isinstance(own, list) or key != "lora_target_modules" else [own], origin)
-    gave_way = f"; the recipe's {', '.join(replaced)} gave way to the adapter's own" if replaced else ""
-    notes.append(f"training continues from the adapter {folder} of {values['base_model_name_or_path']}{gave_way}")
+    instead = f"; its own settings override the recipe's {', '.join(overridden)}" if overridden else ""
+    notes.append(f"training continues from the adapter {folder} of {values['base_model_name_or_path']}{instead}")
 
 
-def _same(asked: Any, own: Any) -> bool:
-    """Whether a value that was asked for is the adapter's own."""
+def _same(value: Any, own: Any) -> bool:
+    """Whether a value as it was written equals the adapter's own."""
     try:
         if isinstance(own, (list, str)):
-            values = list(map(str, asked)) if isinstance(asked, (list, tuple)) else [str(asked)]
-            return _as_set(lora_targets(values)) == _as_set(own)
-        return float(asked) == float(own)
+            names = list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
+            return _as_set(lora_targets(names)) == _as_set(own)
+        return float(value) == float(own)
     except (TypeError, ValueError):
         return False
 

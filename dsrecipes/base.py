@@ -160,7 +160,7 @@ class RecipeBase(ABC):
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
         check_docstrings()
-        redirect_caches()  # for a script of the user's; dsrecipes.run has done so
+        redirect_caches()  # for use from Python; dsrecipes.run has already done it
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
@@ -204,7 +204,9 @@ class RecipeBase(ABC):
         self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
         self._check_best_metric()
         if train["neftune_noise_alpha"] and packs:
-            self.place.notes.append("neftune scales its noise by the length of a packed sequence; --packing false: of a row")
+            self.place.notes.append(
+                "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
+            )
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         self.orders = Orders(limit, self.args.ddp_timeout_delta)
         self.folder, self._lock = take_folder(named, self.config, self.orders, self.console.main)
@@ -304,7 +306,7 @@ class RecipeBase(ABC):
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
         values = dict(self.config.train)
         if "validation" not in self.splits:
-            self._refuse_wishes_for_evaluations()
+            self._refuse_options_that_need_evaluations()
             values["eval_strategy"] = "no"
         values |= {
             "output_dir": tempfile.gettempdir(), "deepspeed": engine, "use_cpu": self.place.device == "cpu",
@@ -324,16 +326,16 @@ class RecipeBase(ABC):
         check_started(self.place.zero.stage if self.place.zero else None, self.place.ranks, args)
         return args
 
-    def _refuse_wishes_for_evaluations(self) -> None:
+    def _refuse_options_that_need_evaluations(self) -> None:
         train = self.config.train
-        wishes = {
+        options = {
             "load_best_model_at_end": train["load_best_model_at_end"],
             "early_stopping_patience": train["early_stopping_patience"],
             "save_strategy best": train["save_strategy"] == "best",
             f"lr_scheduler_type {train['lr_scheduler_type']}": train["lr_scheduler_type"] in JUDGED_SCHEDULES,
         }
-        for flag, wished in wishes.items():
-            if wished:
+        for flag, is_set in options.items():
+            if is_set:
                 raise UserError(f"--{flag}: there are no validation rows; give --eval_dataset or --validation_split")
 
     def steps(self) -> int:
@@ -343,7 +345,7 @@ class RecipeBase(ABC):
         return train["max_steps"] if train["max_steps"] > 0 else math.ceil(train["num_train_epochs"] * per_epoch)
 
     def _check_best_metric(self) -> None:
-        """Refuse a --metric_for_best_model that no evaluation has, before the first step."""
+        """Refuse a --metric_for_best_model that no evaluation reports, before the first step."""
         name = self.args.metric_for_best_model
         if name is None or "validation" not in self.splits:
             return
@@ -454,7 +456,7 @@ class RecipeBase(ABC):
 
 
 def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
-    """Names of the figures of an evaluation; None where the recipe's metrics do not take a prediction of zeros."""
+    """Names of what an evaluation reports; None where the recipe's metrics fail on a prediction of zeros."""
     figures = ["loss"]
     if recipe.auto_class.endswith("ForCausalLM"):
         figures.append("perplexity")
@@ -462,10 +464,10 @@ def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
         labels = np.asarray(recipe.splits["validation"].data["labels"][:])
         classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
         try:
-            answer = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
+            values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
         except Exception:
             return None
-        figures += [name for name, figure in answer.items() if not isinstance(figure, dict)]
+        figures += [name for name, figure in values.items() if not isinstance(figure, dict)]
     return [*figures, "runtime", "samples_per_second", "steps_per_second"]
 
 
@@ -490,9 +492,9 @@ class _FirstAndLastStep(TrainerCallback):
         data = recipe.sequences["train"]
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
-        largest = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        largest_batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         sample = packed_sample(
-            data, largest, collate=trainer.data_collator, forward=trainer.loss_and_logits,
+            data, largest_batch, collate=trainer.data_collator, forward=trainer.loss_and_logits,
             exact=recipe.place.precision == "fp32",
         )  # fmt: skip
         if sample is not None:

@@ -1,6 +1,6 @@
-"""The batch of a step: sequences = micro batch x accumulation x ranks, with what the user gave kept.
+"""The batch of a step: sequences = micro batch x accumulation x ranks, where the user's own numbers hold.
 
-It imports neither torch nor transformers, for `dsrecipes show` says the batch too.
+It imports neither torch nor transformers, because `dsrecipes show` prints the batch too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MICRO_DEFAULT = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one forward pass, and how many passes a step has on each rank."""
+    """Sequences of one forward pass, and forward passes of a step on each rank."""
 
     micro: int
     accumulation: int
@@ -35,20 +35,20 @@ class Batch:
         return {TOTAL: self.total, MICRO: self.micro, ACCUMULATION: self.accumulation}
 
 
-def largest_part(share: int, most: int) -> int:
-    """The greatest divisor of `share` that is not above `most`."""
-    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
 
 
 def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ranks: int) -> Batch:
-    """Solve global batch = micro batch x accumulation x ranks, where defaults give way to what the user gave.
+    """Solve global batch = micro batch x accumulation x ranks; defaults are adjusted to what the user gave.
 
     Args:
         values: the three numbers by flag, None or absent where nobody gave one; all above 0.
         given: flag -> origin, of those that the user gave; any other value is a default.
 
     Raises:
-        UserError: the numbers that the user gave have no whole solution on these ranks; names them with their origins.
+        UserError: the numbers that the user gave have no integer solution on these ranks; names them with their origins.
     """
     fixed = {key: value for key in BATCH_KEYS if key in given and (value := values.get(key)) is not None}
     micro = values.get(MICRO) or _MICRO_DEFAULT
@@ -58,16 +58,16 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
     if ACCUMULATION in fixed or not total:
         return Batch(micro, accumulation or 1, ranks)
     if MICRO not in fixed:
-        micro = largest_part(total // ranks, micro) if total % ranks == 0 else min(micro, max(1, total // ranks))
+        micro = largest_divisor(total // ranks, micro) if total % ranks == 0 else min(micro, max(1, total // ranks))
     return Batch(micro, max(1, round(total / (micro * ranks))), ranks)
 
 
 def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], ranks: int, micro: int) -> Batch:
-    share, rest = divmod(fixed[TOTAL], ranks)
-    if rest == 0:
+    share, remainder = divmod(fixed[TOTAL], ranks)
+    if remainder == 0:
         if MICRO not in fixed:
-            per_pass = fixed.get(ACCUMULATION, 0)
-            micro = share // per_pass if per_pass else largest_part(share, micro)
+            passes = fixed.get(ACCUMULATION, 0)
+            micro = share // passes if passes else largest_divisor(share, micro)
         batch = Batch(micro, fixed.get(ACCUMULATION, share // micro if micro else 0), ranks)
         if batch.total == fixed[TOTAL]:
             return batch
@@ -77,23 +77,23 @@ def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], rank
     )
     raise UserError(
         f"the batch does not divide: {TOTAL} {fixed[TOTAL]} ({given[TOTAL]}) = {equation} has no whole solution. Change one "
-        f"of them, or the number of ranks{_way_out(fixed, ranks)}"
+        f"of them, or the number of ranks{_hint(fixed, ranks)}"
     )
 
 
-def _way_out(fixed: Mapping[str, int], ranks: int) -> str:
+def _hint(fixed: Mapping[str, int], ranks: int) -> str:
     unit = fixed.get(MICRO, 1) * fixed.get(ACCUMULATION, 1) * ranks
     return f"; {TOTAL} can be a multiple of {unit}" if len(fixed) < len(BATCH_KEYS) else f"; {TOTAL} would be {unit}"
 
 
 def changed_defaults(values: Mapping[str, int | None], given: Mapping[str, str], batch: Batch) -> str | None:
-    """In words which default numbers gave way, or None."""
+    """Describe which defaults were changed; None if none was."""
     changed = [
         f"{key} {values[key]} became {number}"
         for key, number in batch.values().items()
         if key not in given and values.get(key) not in (None, number)
     ]
-    return f"{', '.join(changed)}: defaults give way to the values given and the number of ranks" if changed else None
+    return f"{', '.join(changed)}: defaults are adjusted to the values given and the number of ranks" if changed else None
 
 
 def ranks_of(procs: str | None, layers: Layers) -> int:
@@ -111,5 +111,5 @@ def batch_of(layers: Layers, ranks: int) -> dict[str, int]:
     except ValueError:
         values = {MICRO: 0}
     if min(values.values(), default=1) < 1:
-        return {}  # refused by the parser, which names the value
+        return {}  # the parser will refuse it, naming the value
     return divide_batch(values, {key: origin for key in values if (origin := layers.by_user(key))}, ranks).values()

@@ -78,7 +78,7 @@ def train(argv: list[str]) -> int:
         raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
     layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
     ranks = ranks_of(procs, layers)
-    batch_of(layers, ranks)  # refuses what these ranks cannot share
+    batch_of(layers, ranks)  # refuses a batch that these ranks cannot share
     if ranks > 1 or int(restarts):
         return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
@@ -142,7 +142,7 @@ _USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "v
 def _use(command: str, argv: list[str]) -> int:
     """A command of dsrecipes.use, imported when it is called; stderr has our messages alone, not those of libraries."""
     warnings.filterwarnings("ignore")
-    if logging.lastResort:  # prints what loggers that nobody configured warn of
+    if logging.lastResort:  # prints the warnings of loggers without a handler
         logging.lastResort.setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_docstrings()

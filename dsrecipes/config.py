@@ -177,7 +177,7 @@ class Config:
     given: dict[str, str]
     """Explicitly given key -> origin."""
     notes: list[str] = field(default_factory=list)
-    """What gave way to something else, for the header."""
+    """Lines for the header on values that were overridden."""
 
     @property
     def own(self) -> dict[str, str]:
@@ -217,7 +217,7 @@ def build_config(layers: Layers) -> Config:
     refuse_unknown(merged, {f.name for c in CONFIG_CLASSES for f in dataclasses.fields(c) if f.init})
     refuse_unsuited(merged)
     merged = {key: (_spelled(key, value), origin) for key, (value, origin) in merged.items()}
-    # a flag with one value has that value, whatever its type can express
+    # refuse_unsuited has seen that a fixed flag has its one value, which its type need not be able to express
     merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
     take_settings(merged, notes)
@@ -274,7 +274,7 @@ def _spelled(key: str, value: Any) -> Any:
 @cache
 def _switches() -> set[str]:
     """Fields that are true or false."""
-    hints = {name: hint for each in CONFIG_CLASSES for name, hint in typing.get_type_hints(each).items()}
+    hints = {name: hint for config_class in CONFIG_CLASSES for name, hint in typing.get_type_hints(config_class).items()}
     return {name for name, hint in hints.items() if hint is bool or set(typing.get_args(hint)) == {bool, type(None)}}
 
 
@@ -357,9 +357,10 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
 
 
 def best_metric(train: dict[str, Any]) -> dict[str, Any]:
-    """The values that say which evaluation is the best, with the defaults that transformers leaves to the user.
+    """The values that decide which evaluation is the best, with defaults for those that were not given.
 
-    It takes every figure but a loss for one that should grow, and lets a schedule that follows it wait for less.
+    transformers itself takes a higher value of every metric but a loss as better, while a schedule that follows a metric
+    takes a lower one as better.
     """
     name, greater = train["metric_for_best_model"], train["greater_is_better"]
     judged = train["lr_scheduler_type"] in JUDGED_SCHEDULES

@@ -205,8 +205,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-5 as text, 010 as 8 and 3:50:00 as 13800 in a nested mapping, such as lr_scheduler_kwargs; nobody
-# means that there.
+# In a nested mapping, such as lr_scheduler_kwargs, YAML 1.1 would read 1e-5 as text, 010 as 8 and 3:50:00 as 13800,
+# which is never what is meant there.
 _UniqueKeys.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -218,9 +218,9 @@ _UniqueKeys.add_constructor("tag:yaml.org,2002:float", lambda loader, node: floa
 
 
 def _keep_text(node: yaml.Node) -> None:
-    """Let the values of flags be the text that was written: the one parser knows which of them are numbers.
+    """Keep the values of flags as the text that was written: the parser of flags knows which of them are numbers.
 
-    YAML would make `eval_strategy: no` false, `model_revision: 1.10` 1.1 and `time_limit: 3:50:00` 13800.
+    YAML would turn `eval_strategy: no` into false, `model_revision: 1.10` into 1.1 and `time_limit: 3:50:00` into 13800.
     """
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if key.value in ("starter", "<<") and isinstance(value, yaml.MappingNode):
@@ -281,7 +281,7 @@ def parse_json(text: str, where: str, unique_keys: bool = False) -> Any:
 
     Args:
         where: the beginning of the message of an error.
-        unique_keys: refuse an object with a key twice, of which Python would take the last.
+        unique_keys: refuse an object that has a key twice; Python would take the last value.
 
     Raises:
         UserError: the text is not JSON.

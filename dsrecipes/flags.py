@@ -1,4 +1,4 @@
-"""What each flag of transformers.TrainingArguments does here: works, cannot be changed, or is gone.
+"""What each flag of transformers.TrainingArguments does here: it works, has one fixed value, or was removed.
 
 Imports neither torch nor transformers, like layers.py. tests/test_flags.py fails where a field is in no table.
 """
@@ -58,10 +58,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "restore_callback_states_from_checkpoint": (True, "a resumed run restores everything"),
     "save_on_each_node": (False, "all machines write into one shared run folder"),
     "skip_memory_metrics": (True, "log.jsonl has peak_memory_gb"),
-    "use_cache": (False, "training needs no cache, and with one packed examples see each other"),
+    "use_cache": (False, "training needs no cache, and with a cache packed examples would attend to each other"),
     "use_liger_kernel": (
         False,
-        "Liger's fused loss does not know logits_to_keep; logits are computed here only where a label asks for them",
+        "Liger's fused loss does not support logits_to_keep; logits are computed here only where a label asks for them",
     ),
 }  # fmt: skip
 """Flags that have one value here -> (that value, why, and what to use instead)."""
@@ -126,7 +126,7 @@ def is_true(value: Any) -> bool:
 
 
 def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
-    """Refuse keys that are no flags; raises UserError with the nearest known one, or what a removed one became."""
+    """Refuse unknown keys (UserError: the nearest known one, or what replaces a removed one)."""
     for key, (_, origin) in merged.items():
         if key in known:
             continue
@@ -162,7 +162,7 @@ def _means(value: Any, fixed: Any) -> bool:
 
 
 def without_effect(values: Mapping[str, Any], own: Mapping[str, str], zero: bool) -> list[str]:
-    """A line for each value that the user gave and that another value makes idle.
+    """A line for each value that the user gave and that has no effect because of another value.
 
     Args:
         values: model, data and training values by flag.
@@ -174,7 +174,7 @@ def without_effect(values: Mapping[str, Any], own: Mapping[str, str], zero: bool
 
 
 def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
-    """Flag -> why it has no effect beside the other values."""
+    """Flag -> why it has no effect, given the other values."""
     schedule, trackers = values["lr_scheduler_type"], values["report_to"] or []
     judged = (
         values["load_best_model_at_end"]
@@ -189,7 +189,7 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
         "greater_is_better": unjudged,
         "eval_delay": "eval_strategy is no" if values["eval_strategy"] == "no" else None,
         "save_total_limit": "save_strategy is no" if values["save_strategy"] == "no" else None,
-        "num_train_epochs": f"max_steps {values['max_steps']} says how long" if values["max_steps"] > 0 else None,
+        "num_train_epochs": f"max_steps {values['max_steps']} sets the length" if values["max_steps"] > 0 else None,
         "run_name": None if set(trackers) - {"none", "tensorboard"} else "report_to names no tracker that shows it",
     }
     for name in ("eval", "save", "logging"):

@@ -32,10 +32,10 @@ BELONGS_TO = {
 }
 """Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them.
 
-What a ZeRO JSON says is not dropped: it holds, or the run is refused.
+Values of a ZeRO JSON are not dropped: they hold, or the run is refused.
 """
 LENGTHS = (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs"))
-"""How long a run is, said in two ways: the one in the higher layer drops the other."""
+"""Flag that sets the length of a run -> the other such flag, which a lower layer may set and which is dropped then."""
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -54,7 +54,7 @@ class Layer:
     zero: bool = False
     """From a ZeRO JSON."""
     note: str = ""
-    """What of it cannot be had on this machine."""
+    """What of it this machine cannot do."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Layers:
             for owner, belongings in BELONGS_TO.items():
                 if owner in layer.values and layer.values[owner] != result.get(owner, (None,))[0]:
                     result = {
-                        key: each
-                        for key, each in result.items()
-                        if key not in belongings or each[1] == self.zero_json().origin
+                        key: (value, origin)
+                        for key, (value, origin) in result.items()
+                        if key not in belongings or origin == self.zero_json().origin
                     }
             for key, rival in LENGTHS:
                 if str(layer.values.get(key, "-1")) not in ("-1", "None") and rival not in layer.values:
@@ -105,17 +105,17 @@ class Layers:
         return next((layer.origin for layer in self.layers if layer.origin == origin and not layer.default), None)
 
     def zero_json(self) -> Layer:
-        """The layer of the run's ZeRO JSON, which holds nothing where the JSON leaves all to the run."""
+        """The layer of the run's ZeRO JSON, empty where there is none, or where it leaves everything to the run."""
         return next((layer for layer in self.layers if layer.zero), Layer("", {}))
 
     def replaced_by_zero_json(self) -> dict[str, tuple[Any, Any]]:
-        """key -> (default, value of the ZeRO JSON), where a default gave way to the JSON."""
+        """key -> (default, value of the ZeRO JSON), where the JSON overrides a default."""
         below = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
         ours = self.zero_json().values
         return {key: (below[key][0], ours[key]) for key in ours if key in below and contradiction(below[key][0], ours[key])}
 
     def notes(self) -> list[str]:
-        """What the run's ZeRO JSON changed of the defaults, and what of it cannot be had here."""
+        """What the run's ZeRO JSON changes of the defaults, and what of it this machine cannot do."""
         zero, replaced = self.zero_json(), self.replaced_by_zero_json()
         notes = [zero.note] if zero.note else []
         if replaced:
@@ -168,7 +168,7 @@ def accelerators() -> int:
 
 
 def listed_accelerators() -> int:
-    """Number of GPUs that the drivers list (NVIDIA, AMD), less those that a variable hides; torch may see fewer."""
+    """Number of GPUs that the drivers list (NVIDIA, AMD), less those that a variable hides; torch may find fewer."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0

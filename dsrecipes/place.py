@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from dsrecipes.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_batch, largest_part
+from dsrecipes.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_batch, largest_divisor
 from dsrecipes.config import Config, ModelConfig
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import find_zero
@@ -94,8 +94,9 @@ class Place:
             UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
         """
         made, here = made_by(checkpoint), self.made_by()
-        same = {"ranks", "zero"} <= {key for key in here if made.get(key) == here[key]}
-        if same and made.get("hardware", here["hardware"]) != here["hardware"]:  # else nothing is promised bit for bit
+        # on other ranks or at another stage nothing is promised bit for bit anyway
+        bit_for_bit = all(made.get(key) == here[key] for key in ("ranks", "zero"))
+        if bit_for_bit and made.get("hardware", here["hardware"]) != here["hardware"]:
             self.notes.append(
                 f"checkpoint written on {made['hardware']}, resumed on {here['hardware']}: equal up to rounding, not bit for bit"
             )
@@ -122,11 +123,11 @@ class Place:
             return
         if total % world:
             raise UserError(
-                f"checkpoint {checkpoint} was written with {plural(total, 'sequence')} a step, which {world} ranks cannot share: resume "
-                f"on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
+                f"checkpoint {checkpoint} was written with {plural(total, 'sequence')} a step, which {world} ranks cannot share: "
+                f"resume on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
             )
         share = total // world
-        self.micro = largest_part(share, self.micro)
+        self.micro = largest_divisor(share, self.micro)
         self.accumulation = share // self.micro
 
     def check_engine(self, engine: Any) -> None:
@@ -168,15 +169,15 @@ def find_place(config: Config) -> Place:
         keep_memory()
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
-            f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: start no more ranks than devices, or give --use_cpu true"
+            f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: "
+            "start no more ranks than devices, or give --use_cpu true"
         )
     if zero is None and ranks.world == 1:
         train_alone(device)
     batch, changed = _batch(config, ranks.world)
     precision = _precision(config, launch, device)
     if zero is not None:
-        asked = config.train["fp16"] or launch.precision
-        check_precision(zero.stage, precision, chosen=bool(asked))
+        check_precision(zero.stage, precision, chosen=bool(config.train["fp16"] or launch.precision))
         check_zeropp(zero.path, zero.json.get("zero_optimization", {}), ranks.world, device)
     notes = [*config.layers.notes(), *filter(None, [idle, changed]), *zero_notes, *_bf16_hint(config, device, precision)]
     return Place(ranks, device, precision, zero, fallback, batch.micro, batch.accumulation, notes=notes)
@@ -189,7 +190,7 @@ def _bf16_hint(config: Config, device: str, precision: str) -> list[str]:
 
 
 def _batch(config: Config, world: int) -> tuple[Batch, str | None]:
-    """The batch, and in words which defaults gave way; a run that resumes may need a smaller micro batch on more ranks."""
+    """The batch, and a note on the defaults that were changed; a run that resumes may need a smaller micro batch on more ranks."""
     values = {key: config.train[key] for key in BATCH_KEYS}
     given = {key: origin for key in BATCH_KEYS if (origin := config.layers.by_user(key))}
     if config.train["resume_from_checkpoint"] and values["global_batch_size"]:

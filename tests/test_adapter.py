@@ -57,7 +57,7 @@ def test_the_adapters_own_settings_replace_a_recipes(tmp_path):
     assert merged["lora_r"] == (4, origin) and merged["lora_alpha"] == (8, origin)
     assert merged["lora_target_modules"] == (["v_proj", "q_proj"], origin) and merged["lora_dropout"] == (0.2, "flag")
     assert notes == [
-        f"training continues from the adapter {folder} of /models/base; the recipe's lora_r 16 gave way to the adapter's own"
+        f"training continues from the adapter {folder} of /models/base; its own settings override the recipe's lora_r 16"
     ]
     config = build_config(layer({"recipe": "qlora_zero3", "profile": "full", "model_name_or_path": folder}))
     assert (config.model.lora_r, config.model.lora_alpha, config.model.load_in_4bit) == (4, 8, True)

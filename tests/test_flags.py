@@ -169,7 +169,7 @@ REMARKS = {
     "a stable schedule": (
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'}, None,
     ),
-    "neftune": ({"neftune_noise_alpha": 5}, "neftune scales its noise"),
+    "neftune": ({"neftune_noise_alpha": 5}, "NEFTune scales its noise"),
     "all trackers": ({"report_to": "all"}, None),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A micro batch of packed sequences: examples behind each other, and the same examples in rows of their own."""
+    """A micro batch of packed sequences, to be compared with the same examples in rows of their own."""
 
     sequences: list[list[Features]]
     collate: Callable[[list], Batch]
@@ -47,8 +47,8 @@ def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | Non
     """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two.
 
     Args:
-        batch: rows of the largest micro batch. Above one a second sequence of another length stands in the batch, for
-            some backends tell examples apart in a batch of one alone.
+        batch: sequences of the largest micro batch. Above 1 the sample has a second sequence, of another length, because
+            some backends separate the examples of a sequence only in a batch of one.
     """
     lengths = data.columns["input_ids"].lengths()
     pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
@@ -68,7 +68,7 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: 
     (loss, logits), (expected, wanted) = packed, apart
     if logits.shape != wanted.shape:
         raise UserError(
-            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(wanted)}: mend the "
+            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(wanted)}: fix the "
             "recipe's collator"
         )
     if not wanted.isfinite().all():

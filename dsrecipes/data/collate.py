@@ -158,8 +158,8 @@ class CausalCollator:
     """Sequences to a causal LM's batch, with logits asked for only where a label is.
 
     No attention_mask: padding stands behind the text, where no text position looks, and position ids that restart
-    keep packed examples apart on every attention backend but flash attention, which reads them for a batch of one
-    alone. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels and labels (number of
+    keep packed examples apart on every attention backend but flash attention, which reads them only in a batch of
+    one. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels and labels (number of
     labels,), counts (2,).
     """
 
@@ -169,7 +169,7 @@ class CausalCollator:
         Args:
             pad_id: fills the end of a shorter sequence.
             select_logits: False keeps all positions, for a model without logits_to_keep.
-            flash: whether flash attention is told where examples begin; other backends have no use for it.
+            flash: whether the batch holds the boundaries of examples for flash attention; other backends ignore them.
         """
         self.pad_id, self.select_logits, self.flash = pad_id, select_logits, flash
 
@@ -207,9 +207,9 @@ class CausalCollator:
 
 
 def segments(position_ids: torch.Tensor) -> dict[str, Any]:
-    """What transformers gives flash attention (FlashAttentionKwargs): the examples of the whole micro batch in one line.
+    """Boundaries of the examples in the flattened micro batch, as flash attention takes them (FlashAttentionKwargs).
 
-    Without it, flash attention takes each row of a micro batch above one for a single example, whatever its positions.
+    Without them flash attention treats each row of a micro batch above one as a single example, whatever its positions.
     """
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)

@@ -40,7 +40,7 @@ def fingerprint_columns(path: Path) -> str:
 
 
 def first_beyond(path: Path, name: str, limit: int) -> tuple[int, int] | None:
-    """(row, number) where a column first holds a number of `limit` or more; None where it holds none."""
+    """(row, number) of the first number in a column that is `limit` or more; None where there is none."""
     start = 0
     for chunk in read_columns(path).column(name).chunks:
         column = _Chunk(chunk)
@@ -112,7 +112,7 @@ class _Chunk:
         return lists
 
     def numbers(self) -> np.ndarray:
-        """All numbers, of however many levels of lists."""
+        """All numbers, flattened over every level of lists."""
         return self.inner.numbers() if isinstance(self.inner, _Chunk) else self.inner
 
     def lengths(self) -> np.ndarray:

@@ -165,12 +165,12 @@ def _bad_byte(path: Path, error: UnicodeError) -> str:
         for block in file:
             try:
                 block.decode("utf-8")
-            except UnicodeDecodeError as wrong:
-                before = block[: wrong.start]
-                line += before.count(b"\r") + 1  # in a file of old Macs all lines are one block
+            except UnicodeDecodeError as undecodable:
+                before = block[: undecodable.start]
+                line += before.count(b"\r") + 1  # a file with line ends of old Macs is one block
                 encoding = _likely_encoding(block + file.read(_PIECE * 16))
                 return (
-                    f"not UTF-8 (byte {block[wrong.start]:#04x} in line {line}), perhaps {encoding}; save it as UTF-8: "
+                    f"not UTF-8 (byte {block[undecodable.start]:#04x} in line {line}), perhaps {encoding}; save it as UTF-8: "
                     f"iconv -f {encoding} -t UTF-8, or Excel's file type CSV UTF-8"
                 )
             line += block.count(b"\r") + (not block.rstrip(b"\n").endswith(b"\r"))
@@ -178,13 +178,13 @@ def _bad_byte(path: Path, error: UnicodeError) -> str:
 
 
 def _likely_encoding(sample: bytes) -> str:
-    """A guess for a message: Chinese double bytes come in runs, accented letters of one byte stand alone."""
+    """Guess an encoding for a message: Chinese double bytes come in runs, accented letters are single bytes."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     if sum(len(run) == 1 for run in runs) <= len(runs) / 2:
         # GB2312, the common part of GB18030, first: GB18030 itself decodes most of Big5 too
         for codec, encoding in (("gb2312", "GB18030"), ("cp950", "BIG5"), ("gb18030", "GB18030")):
             with contextlib.suppress(UnicodeDecodeError):
-                codecs.getincrementaldecoder(codec)().decode(sample)  # not final: it may end inside a character
+                codecs.getincrementaldecoder(codec)().decode(sample)  # incremental: the sample may end inside a character
                 return encoding
     return "CP1252"
 

@@ -1,4 +1,4 @@
-"""CSV and TSV files as rows, in the forms that spreadsheets of all countries write."""
+"""CSV and TSV files as rows, in the variants that spreadsheets write in different countries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ csv.field_size_limit(1 << 30)
 def table_rows(file: TextIO, path: object, tabs: bool) -> Iterator[tuple[str, Row]]:
     """Rows of an open CSV (TSV with `tabs`) with the line that each begins at.
 
-    Cells stay the text that the file has. Rows without any content and columns without a name are left out.
+    Cells keep the text of the file. Empty rows and columns without a name are left out.
 
     Raises:
         UserError: not CSV, a column name twice, or a row with more or fewer fields than the header has columns.
@@ -64,20 +64,20 @@ def _row(header: list[str], fields: list[str], where: str, delimiter: str) -> Ro
     return {name: field for name, field in zip(header, fields, strict=False) if name}
 
 
-def _delimiter(lines: list[str], usual: str) -> tuple[str, int]:
-    """The delimiter, and the lines before the table: one where Excel's `sep=` line names the delimiter."""
-    named = _SEP.fullmatch(lines[0]) if lines else None
-    if named:
-        return named[1], 1
-    counts = {delimiter: _counts(lines, delimiter) for delimiter in (usual, *_DELIMITERS)}
-    # the header decides: no cell of a later row can make a delimiter of a character that splits no column names
-    splits = {delimiter: _agreement(each) for delimiter, each in counts.items() if each[:1] > [1]}
-    likely = [delimiter for delimiter, share in splits.items() if delimiter == usual or share >= 0.5]
-    return max(likely, key=lambda delimiter: splits[delimiter], default=usual), 0
+def _delimiter(lines: list[str], default: str) -> tuple[str, int]:
+    """The delimiter, and the number of lines before the table: one where Excel's `sep=` line names the delimiter."""
+    sep_line = _SEP.fullmatch(lines[0]) if lines else None
+    if sep_line:
+        return sep_line[1], 1
+    counts = {delimiter: _counts(lines, delimiter) for delimiter in (default, *_DELIMITERS)}
+    # only a character that splits the header is a candidate: cells of later rows may contain any of them
+    shares = {delimiter: _agreement(fields) for delimiter, fields in counts.items() if fields[:1] > [1]}
+    likely = [delimiter for delimiter, share in shares.items() if delimiter == default or share >= 0.5]
+    return max(likely, key=lambda delimiter: shares[delimiter], default=default), 0
 
 
 def _counts(lines: Iterable[str], delimiter: str) -> list[int]:
-    """Fields of the first records that have content."""
+    """Numbers of fields of the first records that have content."""
     reader = csv.reader(lines, delimiter=delimiter)
     records = (len(fields) for fields in reader if any(map(str.strip, fields)))
     try:
