@@ -143,7 +143,9 @@ def refuse_unsuited(merged: Merged) -> None:
 
 
 def _shown(key: str, value: Any) -> str:
-    return "..." if "token" in key else str(value).lower() if isinstance(value, bool) else str(value)
+    if "token" in key:
+        return "..."
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _means(value: Any, fixed: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Build what a configuration asks for besides the model on a tiny layer, before any weights are loaded.
+"""Build optimizer, schedule, trackers, data loader and compiler for a tiny layer, before any weights are loaded.
 
-Optimizer, scheduler, trackers, data loader and compiler are made by transformers' own code, so what would fail minutes
-later (a package that is missing, an argument that is unknown) is one message now.
+transformers' own code builds them, so that what would fail minutes later (a missing package, an unknown argument) is
+one message now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WHOLE = (_SIDE, _SIDE)
 
 
 class _Parts(Trainer):
-    """Trainer's own way to an optimizer and a scheduler, without its data, callbacks and accelerator."""
+    """Trainer's own construction of optimizer and scheduler, without its data, callbacks and accelerator."""
 
     def __init__(self, args: TrainConfig, model: nn.Module) -> None:
         self.args, self.model = args, model
@@ -36,7 +36,7 @@ class _Parts(Trainer):
 
 @contextlib.contextmanager
 def _refusing(flag: str) -> Iterator[None]:
-    """Let whatever goes wrong be a UserError that names the flag."""
+    """Turn any exception into a UserError that names the flag."""
     try:
         yield
     except UserError:
@@ -47,7 +47,7 @@ def _refusing(flag: str) -> Iterator[None]:
 
 
 def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, own: dict[str, str]) -> list[str]:
-    """Build every part once; returns lines for the header on what has another effect than it seems.
+    """Build every part once; returns notes for the header on values with an unexpected effect.
 
     Args:
         args: the run's arguments.
@@ -77,14 +77,14 @@ def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list
     name = args.optim.value
     if args.optim_target_modules:
         args = copy.copy(args)
-        args.optim_target_modules = "all-linear"  # the names can be judged only with the model's own layers
-    assignments = [each.strip() for each in args.optim_args.split(",")] if args.optim_args else []
-    malformed = next((each for each in assignments if each.count("=") != 1), None)
+        args.optim_target_modules = "all-linear"  # names can be checked only against the model's own layers
+    assignments = [part.strip() for part in args.optim_args.split(",")] if args.optim_args else []
+    malformed = next((part for part in assignments if part.count("=") != 1), None)
     if malformed is not None:
         raise UserError(f"--optim_args {args.optim_args}: {malformed!r} is not NAME=VALUE; separate several with commas")
     with _refusing(f"--optim {name}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")):
         optimizer = _updated(args, [_WHOLE])[0]
-    for key in (each.partition("=")[0].strip() for each in assignments):
+    for key in (part.partition("=")[0].strip() for part in assignments):
         if not _is_read(args, key):
             raise UserError(f"--optim_args {args.optim_args}: {name} does not read {key!r}")
     if stage and isinstance(optimizer, torch.optim.Adagrad):
@@ -92,8 +92,8 @@ def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list
             f"--optim {name} under ZeRO-{stage}: DeepSpeed rebuilds torch's Adagrad without its groups and its schedule; "
             "give another --optim, or --deepspeed zero0 or none"
         )
-    momenta = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
-    notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in momenta if not _matters(args, key)]
+    adam_keys = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
+    notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in adam_keys if not _matters(args, key)]
     if stage and not _is_torchs(optimizer) and not _is_elementwise(args):
         notes.append(
             f"optim {name} updates matrices or blocks, not single numbers, and ZeRO-{stage} gives it flat shards: memory and "
@@ -126,7 +126,7 @@ def _updated(args: TrainConfig, shapes: list[tuple[int, ...]]) -> tuple[torch.op
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is one of torch's own, all of which that Trainer knows update each number by itself."""
+    """Whether it is one of torch's own; those that Trainer offers all update each number by itself."""
     return type(optimizer).__module__.startswith("torch.optim")
 
 
@@ -153,11 +153,12 @@ def _settings(args: TrainConfig, **changes: Any) -> Any:
 
 
 def _is_read(args: TrainConfig, key: str) -> bool:
-    """Whether the optimizer reads a key of --optim_args: a value that makes no sense is noticed."""
+    """Whether the optimizer reads a key of --optim_args: then a nonsensical value makes a difference."""
     return _settings(args, optim_args=f"{key}=nonsense") != _settings(args, optim_args=None)
 
 
 def _matters(args: TrainConfig, key: str) -> bool:
+    """Whether the optimizer's arguments change with a field of TrainConfig."""
     return _settings(args, **{key: getattr(args, key) / 2}) != _settings(args)
 
 
@@ -174,7 +175,7 @@ def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
         for factor in getattr(scheduler, "lr_lambdas", ()):
             for step in sorted({0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}):
                 if not math.isfinite(factor(step)):
-                    raise ValueError(f"the learning rate of step {step} is no finite number")
+                    raise ValueError(f"the learning rate of step {step} is not finite")
     if warmup >= steps and hasattr(scheduler, "lr_lambdas") and kind != "constant":
         return [
             f"the warm-up takes {warmup} steps and the run {steps}, so the learning rate never reaches {args.learning_rate:g}"

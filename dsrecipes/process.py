@@ -1,4 +1,4 @@
-"""The process before anything heavy is imported: caches that can be written, docstrings that libraries read."""
+"""What a process needs before anything heavy is imported: writable caches, and docstrings, which libraries read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from dsrecipes.errors import UserError
 
 _AT_HOME = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
-"""What libraries keep in the home directory, or in a folder named after the user, who may have no name."""
+"""Caches that libraries keep in the home directory, or in a folder named after the user, whose name may be unknown."""
 
 
 def check_docstrings() -> None:
@@ -24,10 +24,10 @@ def check_docstrings() -> None:
 
 
 def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
-    """Give ours and the libraries' caches another place where the home directory cannot be written.
+    """Move our cache and those of the libraries where the home directory is not writable.
 
     Returns:
-        One line for the header where it had to be a temporary folder, else None.
+        One line for the header where a temporary folder had to be used, else None.
 
     Raises:
         UserError: DSRECIPES_CACHE, which the user set, cannot be written, or no temporary folder can.
@@ -68,7 +68,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _temporary() -> Path:
-    """A folder of this user's that all ranks of the machine find, and later runs."""
+    """A folder of this user, the same for all ranks of the machine and for later runs."""
     try:
         folder = Path(tempfile.gettempdir(), f"dsrecipes-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -83,11 +83,11 @@ def _temporary() -> Path:
 
 
 def _keep_hub(env: MutableMapping[str, str], usual: Path | None) -> None:
-    """Models that were downloaded into a home directory that may only be read are still found, and so is the token."""
-    known = usual / "huggingface" if usual else None
-    if known is None or "HF_HOME" in env:
+    """Keep using the models and the token in a home directory that is read-only."""
+    existing = usual / "huggingface" if usual else None
+    if existing is None or "HF_HOME" in env:
         return
-    if (known / "hub").is_dir():
-        env.setdefault("HF_HUB_CACHE", str(known / "hub"))
-    if (known / "token").is_file():
-        env.setdefault("HF_TOKEN_PATH", str(known / "token"))
+    if (existing / "hub").is_dir():
+        env.setdefault("HF_HUB_CACHE", str(existing / "hub"))
+    if (existing / "token").is_file():
+        env.setdefault("HF_TOKEN_PATH", str(existing / "token"))

@@ -1,6 +1,6 @@
-"""Ranks of a launcher that starts N processes and tells each its rank in variables of its own: srun, mpirun and others.
+"""Ranks of launchers that start N processes and give them variables of their own: srun, mpirun and others.
 
-It imports nothing heavy: the rank must be known before torch is loaded.
+It imports nothing heavy, because the rank must be known before torch is loaded.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _number(env: Environment, *keys: str) -> int | None:
 
 
 def find_task(env: Environment) -> Task | None:
-    """What srun, mpirun or another such launcher says of this process; None where it did not start several."""
-    return _mpi_task(env) or _slurm_task(env)  # mpirun in a Slurm job leaves the job's variables as they are
+    """This process as srun, mpirun or another such launcher describes it; None where it did not start several."""
+    return _mpi_task(env) or _slurm_task(env)  # under mpirun in a Slurm job the job's variables do not describe this process
 
 
 def _mpi_task(env: Environment) -> Task | None:
@@ -123,10 +123,10 @@ def hosts(text: str) -> list[str]:
     """The names in a Slurm list of machines: `node[01-03,7],gpu1` is node01, node02, node03, node7, gpu1."""
     names: list[str] = []
     for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
-        found = [""]
+        expanded = [""]
         for plain, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
-            found = [name + end for name in found for end in ([plain] if plain else _numbers(ranges))]
-        names += found
+            expanded = [name + end for name in expanded for end in ([plain] if plain else _numbers(ranges))]
+        names += expanded
     return names
 
 
@@ -135,12 +135,12 @@ def _numbers(ranges: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
-        numbers += [f"{each:0{len(first)}d}" for each in range(int(first), int(last) + 1)] if dash else [part]
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)] if dash else [part]
     return numbers
 
 
 def idle_tasks(env: Environment) -> str | None:
-    """A note where Slurm gave the job several tasks, and this is a process that no srun started."""
+    """A note where the Slurm job has several tasks, and no srun started this process."""
     tasks = _number(env, "SLURM_NTASKS") or 1
     if "RANK" in env or tasks < 2 or find_task(env) is not None:
         return None
@@ -159,10 +159,10 @@ def refuse_tasks(env: Environment) -> None:
 
 
 def adopt_ranks(env: Environment) -> None:
-    """Say in torch's variables (RANK, WORLD_SIZE, ...) what srun or mpirun said in its own, unless they are there.
+    """Set torch's variables (RANK, WORLD_SIZE, ...) from those of srun or mpirun, unless they are set.
 
     Raises:
-        UserError: the launcher started several processes and does not say where they can meet.
+        UserError: the launcher started processes on several machines and does not say where they meet.
     """
     if "RANK" in env:
         return
@@ -171,7 +171,7 @@ def adopt_ranks(env: Environment) -> None:
         return
     alone = task.local_world == task.world
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if alone else task.host)
-    job = task.job or (str(os.getppid()) if alone else "")  # on one machine they have one parent
+    job = task.job or (str(os.getppid()) if alone else "")  # on one machine all of them have the same parent
     port = env.get("MASTER_PORT") or (str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)]) if job else None)
     if host is None or port is None:
         raise UserError(

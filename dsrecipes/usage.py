@@ -1,6 +1,6 @@
-"""`dsrecipes train --help`: the flags that people use with the values that would run; `--help all` lists all of them.
+"""`dsrecipes train --help`: the most used flags with the values that would run; `--help all` lists all of them.
 
-Read from the text of the dataclasses: importing them takes ten seconds.
+Read from the source of the dataclasses, because importing them takes ten seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SHORT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "optimization": {
         "num_train_epochs": ("", "passes over the data"),
-        "max_steps": ("", "optimizer steps; above 0 beats epochs"),
+        "max_steps": ("", "optimizer steps; above 0 overrides epochs"),
         "global_batch_size": ("N", "sequences a step over all ranks"),
         "per_device_train_batch_size": ("", "sequences a rank computes at once"),
         "learning_rate": ("", "peak learning rate"),
@@ -68,7 +68,7 @@ _SHORT: dict[str, dict[str, tuple[str, str]]] = {
         "resume_from_checkpoint": ("auto|stepN|DIR", "auto: the newest, if there is one"),
     },
 }
-"""Group -> flag -> what stands for a value that is not set, what the flag does."""
+"""Group -> flag -> (placeholder of a value that is not set, what the flag does)."""
 _SHORT_ABOUT = {name: about for flags in _SHORT.values() for name, (_, about) in flags.items()}
 _GROUPS = {
     "start": "",
@@ -91,7 +91,7 @@ _OF_RUN = {
     "logging": ("verbose",),
     "resume and robustness": ("resume_from_checkpoint",),
 }
-"""Group -> fields that have no heading; the others that TrainConfig adds make a run robust."""
+"""Group -> fields without a heading; the others that TrainConfig adds belong to resume and robustness."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def help_text(argv: list[str]) -> str:
         UserError: no such recipe, profile or file.
     """
     words = [word for word in argv if word not in ("-h", "--help", "--help=all")]
-    place = next((index for index, word in enumerate(argv) if word in ("-h", "--help")), None)
-    everything = "--help=all" in argv or (place is not None and argv[place + 1 : place + 2] == ["all"])
+    position = next((index for index, word in enumerate(argv) if word in ("-h", "--help")), None)
+    everything = "--help=all" in argv or (position is not None and argv[position + 1 : position + 2] == ["all"])
     if everything and "all" in words:
         words.remove("all")
     flags = parse_flags(["--recipe", *words] if words and not words[0].startswith("-") else words)
@@ -189,13 +189,13 @@ def help_text(argv: list[str]) -> str:
 def _about(layers: Layers | None) -> Iterator[str]:
     if layers is None:
         yield f"RECIPE: {', '.join(recipe_names())}, or a .py file of yours."
-        yield "Defaults follow; with a RECIPE its own values stand here."
+        yield "These are the defaults; with a RECIPE, its own values are shown."
     else:
         yield f"{layers.recipe.name}, profile {layers.profile} ({layers.why_profile}). These values would run:"
 
 
 def _values(flags: dict[str, Any], layers: Layers | None) -> dict[str, Any]:
-    """Name -> value: of the command line and what it names, else the default."""
+    """Flag -> its value on the command line and in what that names, else its default."""
     merged = {key: value for key, (value, _) in layers.merged().items()} if layers else {}
     own = {key: flags.get(key, default) for key, default in _OWN.items()}
     if layers:
@@ -216,7 +216,7 @@ def _short(values: dict[str, Any], layers: Layers | None) -> Iterator[str]:
         yield "\nalso set"
         line = textwrap.fill("  ".join(rest).replace(" ", "\0").replace("\0\0", "  "), _WIDTH - 2, break_long_words=False)
         yield textwrap.indent(line.replace("\0", " "), "  ")
-    yield "\n`--help all` lists every flag; `dsrecipes show RECIPE` tells where each value comes from."
+    yield "\n`--help all` lists every flag; `dsrecipes show RECIPE` shows where each value comes from."
 
 
 def _all(values: dict[str, Any]) -> Iterator[str]:

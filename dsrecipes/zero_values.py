@@ -22,12 +22,12 @@ _FLAGS = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.type": "lr_scheduler_type",
     "scheduler.params.warmup_num_steps": "warmup_steps",
-    # behind optimizer.params.lr, for the scheduler overwrites what the optimizer starts with
+    # after optimizer.params.lr, because the scheduler overwrites the optimizer's rate
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 """Key of a ZeRO JSON, by its path -> our flag."""
 ENGINE_KEYS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
-"""Flags that name an optimizer or scheduler of DeepSpeed's where a ZeRO JSON gives them: Trainer builds neither then."""
+"""Flags that, set by a ZeRO JSON, name an optimizer or scheduler of DeepSpeed's, which Trainer does not build."""
 _OBJECTS = (
     "optimizer",
     "optimizer.params",

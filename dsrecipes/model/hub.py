@@ -110,7 +110,7 @@ def local_model(name: str) -> str:
 
 
 def _models_near(path: Path) -> str:
-    """Which folder is meant, where a run folder or a folder of checkpoints was given as a model."""
+    """Say which model is meant, where a run folder or a folder of checkpoints was given; empty for any other folder."""
     if path.name == "checkpoints" and (path.parent / "config.yaml").is_file():
         path = path.parent
     if not (path / "config.yaml").is_file():
@@ -118,8 +118,8 @@ def _models_near(path: Path) -> str:
     run = RunFolder(path)
     if run.model.is_dir():
         return f"this is a run folder; its model is {run.model}"
-    whole = run.whole_checkpoints()
-    newest = f"; its newest checkpoint is {whole[-1]}" if whole else ""
+    checkpoints = run.whole_checkpoints()
+    newest = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
     return f"this is the folder of a run that has no model yet{newest}"
 
 

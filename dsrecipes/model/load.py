@@ -42,16 +42,18 @@ _PICKLES = (
     "give --allow_pickle true if you trust it"
 )
 
+_OTHER_TOKENIZER = "take the tokenizer that belongs to this model, or a model whose embedding was resized for it"
+
 
 def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Where the weights are, of an adapter folder those of its base; and how from_pretrained finds them."""
-    asked = options.model_name_or_path or ""
+    """Where the weights are (for an adapter folder: those of its base), and the other arguments of from_pretrained."""
+    model = options.model_name_or_path or ""
     try:
-        name = local_model(starter_path(base_model(asked)))
+        name = local_model(starter_path(base_model(model)))
     except UserError as error:
-        if adapter_folder(asked) is None:
+        if adapter_folder(model) is None:
             raise
-        raise UserError(f"the adapter {asked} needs its base model, which its {ADAPTER_CONFIG} names: {error}") from error
+        raise UserError(f"the adapter {model} needs its base model, which its {ADAPTER_CONFIG} names: {error}") from error
     return name, {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
 
 
@@ -167,10 +169,10 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> str | None:
-    """Refuse a tokenizer whose ids lie beyond the embedding, but for padding, which gets another id.
+    """Refuse a tokenizer whose ids lie beyond the embedding, except for padding, which gets another id.
 
     Returns:
-        What became of the padding token, for the header; None where it stays.
+        A note on the new padding token, for the header; None where it is unchanged.
 
     Raises:
         UserError: the tokenizer is another model's, or its end token has no row in the embedding.
@@ -183,7 +185,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         )
     if rows and (tokenizer.eos_token_id or 0) >= rows:
         raise UserError(
-            f"{beyond_embedding(tokenizer, tokenizer.eos_token_id, rows)}, and it is the end token (eos_token): {_OTHER_TOKENIZER}"
+            f"{beyond_embedding(tokenizer, tokenizer.eos_token_id, rows)}, and it is the end token (eos_token): "
+            f"{_OTHER_TOKENIZER}"
         )
     if not rows or (tokenizer.pad_token_id or 0) < rows:
         return None
@@ -195,16 +198,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     )
 
 
-_OTHER_TOKENIZER = "take the tokenizer that belongs to this model, or a model whose embedding was resized for it"
-
-
 def embedding_rows(config: PretrainedConfig) -> int | None:
     """Rows of the input embedding; None where the configuration does not say."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def beyond_embedding(tokenizer: PreTrainedTokenizerBase, number: int, rows: int) -> str:
-    """Which token it is that the model has no row for."""
+    """Describe a token that the model has no row for."""
     token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
     return f"token {token!r} has id {number}, but the model's embedding has {rows} rows (ids 0 to {rows - 1})"
 
@@ -217,7 +217,7 @@ def check_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int 
 
 
 def check_prompt_ids(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
-    """check_ids for a text that was typed, whose mistakes are UserErrors."""
+    """check_ids for a text that the user typed: it raises UserError."""
     try:
         check_ids(ids, tokenizer, rows)
     except ValueError as error:
@@ -355,7 +355,8 @@ def _refuse_holes(missing: list[str], model: PreTrainedModel, name: str, same_he
     holes = [key for key in missing if same_head or (key.startswith(body) and "pooler" not in key)]
     if holes:
         raise UserError(
-            f"model {name}: {plural(len(holes), 'weight')} missing from its files or of another shape ({holes[0]}, ...); they are damaged or incomplete"
+            f"model {name}: {plural(len(holes), 'weight')} missing from its files or of another shape ({holes[0]}, ...); they are "
+            "damaged or incomplete"
         )
 
 
@@ -396,7 +397,7 @@ def disable_cpu_packing(model: nn.Module) -> None:
 
 
 def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Put a model on a device, in evaluation mode, computing as it does in training."""
+    """Move a model to a device and into evaluation mode, where it computes as in training."""
     disable_cpu_packing(model)
     return model.to(device).eval()
 

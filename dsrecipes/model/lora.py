@@ -59,7 +59,7 @@ def add_lora(model: PreTrainedModel, options: ModelConfig, heads: list[str], kee
 
 
 def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_dtype: bool) -> PreTrainedModel:
-    """Put a trained adapter on its base, to be trained further; `keep_dtype` as for add_lora.
+    """Load a trained adapter onto its base, to be trained further; `keep_dtype` as for add_lora.
 
     Raises:
         UserError: the adapter does not fit the base, or its files are damaged.
@@ -79,28 +79,28 @@ def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_d
 
 
 def _whole_modules(names: list[str]) -> str | None:
-    """A pattern of peft's for modules and all below them."""
+    """A pattern, as peft takes it, for these modules and everything below them."""
     return rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?" if names else None
 
 
 def check_targets(options: ModelConfig, config: PretrainedConfig, auto_class: str) -> None:
     """Refuse names and patterns of --lora_target_modules that match no layer, before weights are loaded.
 
-    The model is built without memory; under ZeRO-3 this must come before TrainConfig, which would divide it.
+    The model is built on the meta device; under ZeRO-3 this must come before TrainConfig, which would have it sharded.
 
     Raises:
-        UserError: names the value, and layers that it may mean.
+        UserError: names the value and the layers that can be given.
     """
     targets = lora_targets(options.lora_target_modules)
     if not options.lora_r or targets == "all-linear":
         return
     with torch.device("meta"):
         model = loading_class(auto_class, config).from_config(copy.deepcopy(config))
-    apart = _whole_modules(unreached_by_text(model))
-    layers = [
-        name for name, module in model.named_modules() if _takes_lora(module) and not (apart and re.fullmatch(apart, name))
-    ]
-    ends = sorted({name.rpartition(".")[2] for name in layers})
+    excluded = _whole_modules(unreached_by_text(model))
+    layers = [name for name, module in model.named_modules() if _takes_lora(module)]
+    if excluded:
+        layers = [name for name in layers if not re.fullmatch(excluded, name)]
+    last_names = sorted({name.rpartition(".")[2] for name in layers})
     for target in [targets] if isinstance(targets, str) else targets:
         if isinstance(targets, str):
             matched = any(re.fullmatch(target, name) for name in layers)
@@ -109,7 +109,7 @@ def check_targets(options: ModelConfig, config: PretrainedConfig, auto_class: st
         if not matched:
             raise UserError(
                 f"--lora_target_modules {target}: no layer of {type(model).__name__} that can have an adapter matches"
-                f"{nearest(target, ends)}; there are {', '.join(ends)}"
+                f"{nearest(target, last_names)}; there are {', '.join(last_names)}"
             )
 
 

@@ -23,11 +23,11 @@ def has_senses(config: PretrainedConfig) -> bool:
 
 
 def unreached_by_text(model: nn.Module) -> list[str]:
-    """Names of the modules and parameters that rows of text never reach, the outermost alone; none for a text model."""
+    """Names of the modules and parameters that rows of text never reach, only the outermost; none for a text model."""
     if not has_senses(model.config):
         return []
     decoder = model.get_decoder()
-    # some classes keep the towers beside the decoder's layers, in one module
+    # some classes hold the towers and the layers of the decoder in one module
     mixed = decoder in (model, model.base_model)
     text = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     reached = {id(below) for part in text for below in part.modules()}
@@ -49,7 +49,7 @@ def unreached_by_text(model: nn.Module) -> list[str]:
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
-    """A decoder layer that looks at images alone (Mllama), and is skipped where there are none."""
+    """Whether it is a decoder layer that attends only to images (Mllama), and is skipped where there are none."""
     name = type(module).__name__
     return "CrossAttention" in name and name.endswith("Layer")
 
@@ -64,7 +64,7 @@ def parameters_below(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
 
 
 def unreached_note(model: nn.Module) -> str | None:
-    """What the header says of parts that text never reaches; None where there are none, or they are trained."""
+    """A note on the parts that text never reaches; None where there are none, or they are trained."""
     base = unwrapped(model)
     names = unreached_by_text(base)
     parameters = parameters_below(base, names)

@@ -1,4 +1,4 @@
-"""The router loss of mixture-of-experts models: per sequence, so that it does not depend on how a step is divided."""
+"""The router loss of mixture-of-experts models: per sequence, so that it does not depend on how a step is split into micro batches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def balance_by_sequence(layers: tuple[torch.Tensor, ...], top_k: int, tokens: to
     happen to share one.
 
     Args:
-        layers: of each layer the router's logits, (rows x length, experts).
+        layers: router logits of each layer, (rows x length, experts).
         top_k: experts of a token.
         tokens: (rows, length), True where a token counts.
 
@@ -79,7 +79,7 @@ def balance_by_sequence(layers: tuple[torch.Tensor, ...], top_k: int, tokens: to
 def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """(rows, length), True up to the last token that is trained on in each row.
 
-    Padding stands behind it. A row without labels, which fills a short step, has no True.
+    Padding comes after it. A row without labels, which fills a short step, has no True.
     """
     keep, shifted, labels = batch.get("logits_to_keep"), batch.get("shift_labels"), batch["labels"]
     if keep is not None and keep.dim() == 2:
@@ -116,6 +116,5 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
 
 
 def without_router_logits(model: nn.Module) -> dict[str, bool]:
-    """What to give generate(), where transformers computes the router loss with a mask of another length."""
-    asked = router_loss_of(model) is not None
-    return {"output_router_logits": False} if asked else {}
+    """Arguments that turn the router loss off in generate(), where transformers gives it a mask of another length."""
+    return {} if router_loss_of(model) is None else {"output_router_logits": False}

@@ -1,4 +1,4 @@
-"""Which class of transformers a recipe's model is, and what its forward pass takes."""
+"""The class of transformers that a recipe's model has, and what its forward pass takes."""
 
 from __future__ import annotations
 

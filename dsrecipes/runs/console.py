@@ -31,10 +31,10 @@ class _Lenient(io.TextIOWrapper):
 
 
 class _Steady:
-    """A stream that outlives its reader: once nobody reads it (`| head`, a closed terminal), what is written is logged."""
+    """A stream that outlives its reader: once nobody reads it (`| head`, a closed terminal), output goes to the log."""
 
     def __init__(self, stream: IO[str], log_fd: int | None) -> None:
-        """`log_fd` is written to instead from then on; None: nothing is."""
+        """`log_fd` gets the output from then on; None discards it."""
         self._stream, self._log_fd = stream, log_fd
         self.lost = False
 
@@ -63,17 +63,17 @@ class _Steady:
 
 
 def _replace(fd: int, log_fd: int | None) -> None:
-    """Let a descriptor write to another one, or to nothing."""
+    """Redirect a descriptor to another one, or to /dev/null."""
     if log_fd is not None:
         os.dup2(log_fd, fd)
         return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, fd)
-    os.close(nothing)
+    null_fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_fd, fd)
+    os.close(null_fd)
 
 
 def leave_unread(*fds: int) -> None:
-    """Let descriptors that nobody reads any more write to nothing: Python would end with exit code 120."""
+    """Redirect descriptors that nobody reads any more to /dev/null; else Python would exit with code 120."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, 0)
@@ -93,7 +93,7 @@ class Console:
         self, *, main: bool = True, capture: bool = False, rank_logs: int | None = None, out: IO[str] | None = None
     ) -> None:
         self.main, self.captured, self.rank_logs = main, capture, rank_logs
-        person = out or sys.stdout
+        stream = out or sys.stdout
         self._streams: tuple[Any, Any] | None = None
         self.bars = True
         self._open: tqdm | None = None
@@ -102,13 +102,13 @@ class Console:
             sys.stdout.flush()
             sys.stderr.flush()
             self._saved = [os.dup(1), os.dup(2)]
-            person = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            stream = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
             self._spool = tempfile.TemporaryFile()
             self._redirect(self._spool.fileno())
         if capture or rank_logs is not None:
             self._streams = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = (_Lenient(open(fd, "wb", 0, closefd=False), write_through=True) for fd in (1, 2))
-        self.out = _Steady(person, 1 if capture else None)
+        self.out = _Steady(stream, 1 if capture else None)
 
     def _redirect(self, fd: int) -> None:
         sys.stdout.flush()
@@ -136,7 +136,7 @@ class Console:
     def _tee(self, path: Path) -> None:
         """Copy stdout and stderr to `path` through a process of its own, which writes on when this one crashes."""
         path.parent.mkdir(exist_ok=True)
-        # SIGPIPE stays ignored: tee would end with the reader of stdout, and the log with it
+        # tee inherits that SIGPIPE is ignored: else it would end with the reader of stdout, and the log with it
         tee = subprocess.Popen(
             ["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True, restore_signals=False
         )

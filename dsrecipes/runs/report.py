@@ -184,12 +184,12 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         values["recipe"] = str(config.layers.recipe.module)
     values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
     typed = {**vars(config.model), **vars(config.data), **config.train}
-    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the JSON gives them again
+    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the recorded JSON sets them again
     idle = idle_values(typed, place.zero is not None)
     for key in config.given:
         value = _plain(typed.get(key, True))
         if key in idle and key not in config.own:
-            continue  # the recipe says it again, and from a file of the user's own it would be remarked upon
+            continue  # the recipe sets it again; in a file of the user's it would be noted as without effect
         if key not in (*_NOT_REPEATED, *by_json) and not any(secret in key.split("_") for secret in _SECRETS):
             local = isinstance(value, str) and key in ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
             values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
@@ -212,9 +212,9 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Enumerations as their words, which YAML knows."""
+    """Enumerations as their values, which YAML can hold."""
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
 
 

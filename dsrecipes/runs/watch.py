@@ -54,7 +54,7 @@ def is_wanted(number: int) -> bool:
 
 
 def restore_child_signal() -> None:
-    """Undo an inherited ignored SIGCHLD, with which the exit code of every process that this one starts would be lost."""
+    """Undo an inherited ignored SIGCHLD, which would lose the exit code of every process that this one starts."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

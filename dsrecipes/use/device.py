@@ -1,4 +1,4 @@
-"""Where a finished run's model is loaded (--device), and what to do when memory runs out there."""
+"""Where a finished run's model is loaded (--device), and what to try when memory runs out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
         use_cpu: what the run was trained with; auto follows it, an explicit device does not.
 
     Raises:
-        UserError: no such device, or no device name at all.
+        UserError: no such device, or not the name of a device.
     """
     if not _FORM.fullmatch(name):
         raise UserError(f"--device {name}: choose auto, cpu, cuda, or cuda:N for GPU number N")
@@ -41,7 +41,7 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
 
 
 def add_device(parser: argparse.ArgumentParser, default: str = "auto", why: str = "a GPU if there is one") -> None:
-    """Add --device; each command on a finished run that computes has it."""
+    """Add --device to a command that loads the model of a finished run."""
     parser.add_argument(
         "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute (default: {default}, {why})"
     )
@@ -62,10 +62,10 @@ def memory_errors(*remedies: str) -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError:
-        raise  # an inner one knows its remedies better
+        raise  # the innermost knows the remedies best
     except (MemoryError, RuntimeError, OSError, UserError) as error:
-        # what was raised may hide the cause, such as "cannot be loaded" of a file that could not be mapped
-        cause = next((each for each in _chain(error) if _is_out_of_memory(each)), None)
+        # the exception raised may hide the cause, such as "cannot be loaded" of a file that could not be mapped
+        cause = next((link for link in _chain(error) if _is_out_of_memory(link)), None)
         if cause is None:
             raise
         raise OutOfMemoryError(_message(cause, remedies)) from error
@@ -78,7 +78,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """As runs.faults judges it, which imports torch; without torch only Python itself can run out."""
+    """As runs.faults decides it, which imports torch; before torch is loaded, only Python itself can run out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from dsrecipes.runs.faults import is_out_of_memory

@@ -40,8 +40,8 @@ def export(
         dtype: float32, bfloat16 or float16; as the run saved its weights where it is not given (float32 after a merge).
         checkpoint: `step100` takes that checkpoint's weights instead of the finished model's.
         max_shard_size: of a weights file, as 500MB; a larger model is written as several.
-        device: cpu, cuda, cuda:N or auto. The model is loaded in float32, up to twice (a QLoRA base is dequantised beside
-            itself), which few cards have room for: 2 x 4 bytes a parameter.
+        device: cpu, cuda, cuda:N or auto. The model is loaded in float32, up to twice (a QLoRA base is dequantised into
+            a second copy), which few cards have room for: 2 x 4 bytes a parameter.
 
     Returns:
         path, dtype, merged (LoRA, QLoRA or none), largest_difference of the logits and what is allowed.

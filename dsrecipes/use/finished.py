@@ -53,9 +53,9 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
     if not folder.path.is_dir():
         raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
-        around = next((path for path in list(folder.path.absolute().parents)[:2] if (path / "config.yaml").is_file()), None)
-        if around is not None:
-            raise UserError(f"{name}: this lies inside a run folder; give the run folder itself, {around}")
+        run = next((path for path in list(folder.path.absolute().parents)[:2] if (path / "config.yaml").is_file()), None)
+        if run is not None:
+            raise UserError(f"{name}: this lies inside a run folder; give the run folder itself, {run}")
         raise UserError(f"{name}: no run folder (no config.yaml in it); give the path of one, or `last`")
     if ended and not folder.model.is_dir():
         raise UserError(
@@ -93,7 +93,7 @@ class FinishedRun:
         return build_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
-        """The run's values in layers, some of them changed; its ZeRO JSON concerns training alone and may be gone."""
+        """The run's values in layers, some of them changed; without its ZeRO JSON, which matters only in training and may be gone."""
         return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
 
     @cached_property
@@ -123,7 +123,7 @@ class FinishedRun:
 
     @cached_property
     def device(self) -> torch.device:
-        """What --device asks for; auto is a GPU where there is one, unless the run was told to use the CPU."""
+        """What --device asks for; auto is a GPU where there is one, unless the run was trained with --use_cpu."""
         return find_device(self.device_name, self.config.train["use_cpu"])
 
     def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Optimizer and scheduler blocks of a ZeRO JSON: filled in from the run, and tried before any weights are loaded."""
+"""Optimizer and scheduler blocks of a ZeRO JSON: filled in from the run, and built once before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ _DEEPSPEED = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "
 """Optimizers that DeepSpeed builds itself (runtime/config.py, DEEPSPEED_OPTIMIZERS), in any case of letters."""
 _ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay"}
 _OWN_PARAMS = {"lion": _ADAM_PARAMS - {"eps"}, "muon": {"lr", "weight_decay"}, "musgd": {"lr", "weight_decay"}}
-"""What DeepSpeed's own optimizers take of the run's values, where it is less than an Adam takes."""
+"""The run's values that an optimizer of DeepSpeed's takes, where they are fewer than those of an Adam."""
 _ENGINE_PARAMS = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
-"""Parameters that DeepSpeed takes out before it builds an Adam."""
+"""Parameters that DeepSpeed removes before it builds an Adam."""
 
 
 def torch_optimizer(kind: str, params: Json) -> type[torch.optim.Optimizer] | None:
-    """The class of torch's that the engine builds for an optimizer block; None where it is one of DeepSpeed's own."""
+    """The torch class that the engine builds for an optimizer block; None where it is DeepSpeed's own or unknown."""
     if kind.lower() == "adagrad":
         return torch.optim.Adagrad
     if kind.lower() in _ADAM and params.get("torch_adam"):
         plain = kind.lower() == "adam" and not params.get("adam_w_mode", True)
         return torch.optim.Adam if plain else torch.optim.AdamW
-    found = None if kind.lower() in _DEEPSPEED else getattr(torch.optim, kind, None)
-    return found if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) else None
+    built = None if kind.lower() in _DEEPSPEED else getattr(torch.optim, kind, None)
+    return built if isinstance(built, type) and issubclass(built, torch.optim.Optimizer) else None
 
 
 def fill_optimizer(block: Json, train: Json, ds_adam: bool) -> None:
-    """Give an optimizer block the run's values where it has none or "auto", so that the flags hold.
+    """Put the run's values into an optimizer block.
 
     Args:
+        block: changed in place.
+        train: the run's training values, which already hold what the JSON fixes.
         ds_adam: whether DeepSpeed's own Adam is to be built; it compiles for a minute or more, torch's does not.
     """
     params = block.setdefault("params", {})
@@ -60,7 +62,7 @@ def fill_optimizer(block: Json, train: Json, ds_adam: bool) -> None:
 
 
 def fill_scheduler(block: Json, learning_rate: float) -> None:
-    """Set what the run decides; step counts that are left out stay for Trainer, which knows them."""
+    """Put the run's learning rate into a scheduler block; Trainer fills in step counts that are left out."""
     from deepspeed.runtime import lr_schedules
 
     params = block.setdefault("params", {})
@@ -75,7 +77,7 @@ def fill_scheduler(block: Json, learning_rate: float) -> None:
 
 
 def check_blocks(config: Json, path: Path, accelerator: bool) -> None:
-    """Build a filled-in JSON's optimizer and scheduler for a single number.
+    """Build the optimizer and scheduler of a filled-in JSON for a parameter of one element.
 
     Raises:
         UserError: DeepSpeed has no such optimizer or scheduler, cannot build it here, or not with these parameters.
@@ -147,7 +149,7 @@ def fixed_steps(config: Json) -> dict[str, int]:
 
 
 class FixedScheduleConfig(HfTrainerDeepSpeedConfig):
-    """transformers' view of a ZeRO JSON, which takes a schedule's step counts as they stand.
+    """transformers' view of a ZeRO JSON, which accepts the fixed step counts of a schedule.
 
     transformers refuses step counts that are not those of the run (trainer_config_finalize, 5.23).
     """
@@ -155,11 +157,11 @@ class FixedScheduleConfig(HfTrainerDeepSpeedConfig):
     fixed: tuple[str, ...]
 
     def fill_match(self, ds_key_long: str, hf_val: Any, hf_key: str | None = None, must_match: bool = True) -> None:
-        """Replace an "auto" value by Trainer's, and compare what is no "auto", unless it is a fixed step count."""
+        """Replace "auto" with Trainer's value, and compare any other value, unless it is a fixed step count."""
         super().fill_match(ds_key_long, hf_val, hf_key, must_match and ds_key_long not in self.fixed)
 
 
 def keep_fixed_steps(trainer_config: HfTrainerDeepSpeedConfig, config: Json) -> None:
-    """Let a schedule's fixed step counts stand; the object stays the same, for transformers holds it by a weak reference."""
+    """Keep a schedule's fixed step counts; the object stays the same, because transformers holds a weak reference to it."""
     trainer_config.__class__ = FixedScheduleConfig  # not a new function on it: Trainer pickles it
     trainer_config.fixed = tuple(f"scheduler.params.{key}" for key in fixed_steps(config))

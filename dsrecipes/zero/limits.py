@@ -19,7 +19,7 @@ _QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quanti
 
 
 def check_accelerators() -> None:
-    """Refuse to train on the CPU, which nobody asked for, where the driver lists a GPU that torch cannot use (UserError)."""
+    """Refuse to fall back to the CPU where the driver lists a GPU that torch cannot use (UserError)."""
     count = listed_accelerators()
     if not count:
         return
@@ -38,7 +38,7 @@ def _build() -> str:
 
 
 def _driver() -> str:
-    """The driver in words, as nvidia-smi says it."""
+    """The driver and its version, as nvidia-smi reports it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
@@ -66,12 +66,12 @@ def _why_unusable() -> str:
 def check_precision(stage: int, precision: str, chosen: bool) -> None:
     """Refuse fp16 at stage 0 (UserError): DeepSpeed divides its gradients by a loss scale that it never applied.
 
-    The loss is scaled for ZeRO's own optimizers alone (engine.py of 0.19, scale_if_loss), and the one of stage 0 is none.
+    Only ZeRO's own optimizers scale the loss (engine.py of 0.19, scale_if_loss), and stage 0 has another one.
 
     Args:
         stage: of ZeRO.
         precision: of the run.
-        chosen: whether the user asked for fp16; else it is what this GPU computes in.
+        chosen: whether the user asked for fp16; else it is the default on this GPU.
     """
     if stage != 0 or precision != "fp16":
         return
@@ -83,7 +83,7 @@ def check_precision(stage: int, precision: str, chosen: bool) -> None:
 
 
 def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -> None:
-    """Refuse what ZeRO++ cannot do here.
+    """Refuse what ZeRO++ cannot do on this device or with this number of ranks.
 
     Args:
         path: of the ZeRO JSON, for the message.
@@ -97,7 +97,7 @@ def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -
     quantized = [key for key in _QUANTIZED if section.get(key) in (True, "true")]
     size = section.get("zero_hpz_partition_size", 1)
     if int(section.get("stage", 0)) != 3:
-        return  # nothing reads these keys there, which the notes on the JSON say
+        return  # the keys have no effect there, as the notes on the JSON say
     problems = []
     if quantized and device == "cpu":
         problems.append(f"{', '.join(quantized)}: DeepSpeed quantizes on a GPU alone; remove them to train on a CPU")

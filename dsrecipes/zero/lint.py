@@ -18,7 +18,7 @@ Json = dict[str, Any]
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 """Monitors of DeepSpeed -> the package that each needs."""
 _STAGE_3 = ("stage3_", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "sub_group_size")
-"""Beginnings of keys that DeepSpeed reads at stage 3 alone."""
+"""Prefixes of keys that DeepSpeed reads only at stage 3."""
 
 
 @functools.cache
@@ -42,10 +42,10 @@ def _installed() -> str | None:
 
 
 def lint(config: Json, path: Path) -> list[str]:
-    """Give old keys their new names, in place, and say which keys have no effect.
+    """Rename old keys in place, and report keys without effect.
 
     Returns:
-        a note for each renamed key and each key without effect.
+        A note for each renamed key and each key without effect.
 
     Raises:
         UserError: a key that no block has, that DeepSpeed has removed, or that the recipes do not support.
@@ -105,10 +105,10 @@ def _unknown(name: str, table: Json) -> str:
         return f"DeepSpeed has removed {name} ({table['removed'][name]})"
     if name in table["elsewhere"]:
         return f"{where} has no key {key!r}: use {table['elsewhere'][name]}"
-    homes = [f"{block}.{key}" if block else key for block, keys in table["sections"].items() if key in keys]
-    if len(homes) == 1:
-        return f"{where} has no key {key!r}: it belongs to {homes[0]}"
-    known = {each.lower(): each for each in table["sections"][section]}
+    owners = [f"{block}.{key}" if block else key for block, keys in table["sections"].items() if key in keys]
+    if len(owners) == 1:
+        return f"{where} has no key {key!r}: it belongs to {owners[0]}"
+    known = {known_key.lower(): known_key for known_key in table["sections"][section]}
     if key.lower() in known:
         return f"{where} has no key {key!r} (did you mean {known[key.lower()]}?)"
     return f"{where} has no key {key!r}{nearest(key, known.values())}"

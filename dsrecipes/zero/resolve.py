@@ -27,7 +27,7 @@ class Zero:
     path: Path
     json: Json
     notes: list[str] = field(default_factory=list)
-    """What of the JSON was renamed, or has no effect."""
+    """Keys that were renamed or have no effect, for the header."""
 
     @property
     def stage(self) -> int:
@@ -113,7 +113,7 @@ def check_with_deepspeed(config: Json, path: Path) -> None:
 
 
 def _section_of(config: Json, error: dict[str, Any]) -> str:
-    """The block that an error of pydantic's is about: the first that holds its key with its value."""
+    """The block that a pydantic error is about: the first that holds its key with its value."""
     if not error["loc"]:
         return ""
     key = error["loc"][0]
@@ -136,13 +136,13 @@ class Numbers:
     world: int
     precision: str
     train: Json
-    """The run's configuration, which has taken up what the JSON fixes."""
+    """The run's training values, which already hold what the JSON fixes."""
 
 
 def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: bool, notes: list[str]) -> Json:
-    """The JSON with the run's values in it; a scheduler's step counts that it leaves open stay for Trainer.
+    """The JSON with the run's values in it; Trainer fills in the step counts of a scheduler that it leaves open.
 
-    What had to be changed for a run that leaves a model, and a schedule of fixed length, is said in `notes`.
+    `notes` gets what had to be changed so that the run leaves a model, and the length of a fixed schedule.
     """
     config = json.loads(json.dumps(zero.json))
     config |= {
@@ -170,7 +170,7 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
 
 
 def _fixed_schedule(config: Json, zero: Zero) -> list[str]:
-    """In words how long a schedule is whose length the JSON fixes."""
+    """A note on a schedule whose length the JSON fixes."""
     steps = fixed_steps(config)
     if "total_num_steps" in steps:
         return [f"{zero.path} fixes the schedule: it ends at step {steps['total_num_steps']}, however long the run is"]

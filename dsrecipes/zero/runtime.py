@@ -170,12 +170,14 @@ def set_threads(ranks: Ranks, env: MutableMapping[str, str]) -> None:
 
 def computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 numbers in hardware (AVX-512 BF16)."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private in torch 2.13, and its only way to ask
+    supported = getattr(
+        torch.cpu, "_is_avx512_bf16_supported", None
+    )  # private in torch 2.13, which has no public way to ask
     return bool(supported and supported())
 
 
 def hardware(device: str) -> str:
-    """What decides how sums are rounded: the card, or the CPU's instruction set and the number of threads."""
+    """What rounding depends on: the GPU, or the CPU's instruction set and the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     if device != "cpu":
@@ -250,7 +252,7 @@ def train_alone(device: str) -> None:
     for key in RANK_KEYS:
         os.environ.pop(key, None)
     if device == "cuda":
-        # or Trainer would split each batch among all devices (DataParallel)
+        # else Trainer would split each batch among all devices (DataParallel)
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
