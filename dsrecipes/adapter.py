@@ -65,7 +65,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: {CONFIG} is damaged ({error})") from error
     if kind != "LORA":
-        raise UserError(f"{where}: this is a {kind} adapter; training continues from LoRA adapters alone")
+        raise UserError(f"{where}: this is a {kind} adapter; only LoRA adapters can be trained further")
     if not typed:
         raise UserError(f"{where}: {CONFIG} is damaged (r or target_modules has another type)")
     if not base or not isinstance(base, str):

@@ -1,4 +1,4 @@
-"""Global batch = micro batch x accumulation x ranks: what the user gave holds, defaults give way."""
+"""Global batch = micro batch x accumulation x ranks: the user's numbers hold, defaults are adjusted."""
 
 import pytest
 

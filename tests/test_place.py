@@ -152,7 +152,7 @@ ZEROPP = {"zero_quantized_weights": True, "zero_hpz_partition_size": 8, "zero_qu
 @pytest.mark.parametrize(
     ("section", "world", "device", "problem"),
     [
-        ({"stage": 3, **ZEROPP}, 1, "cpu", r"z\.json: zero_quantized_weights, zero_quantized_gradients: .*on a GPU alone.*; zero_hpz_partition_size is 8, which does not divide the 1 rank: set 1$"),
+        ({"stage": 3, **ZEROPP}, 1, "cpu", r"z\.json: zero_quantized_weights, zero_quantized_gradients: .*only on a GPU.*; zero_hpz_partition_size is 8, which does not divide the 1 rank: set 1$"),
         ({"stage": 3, **ZEROPP}, 4, "cuda", "zero_hpz_partition_size is 8, which does not divide the 4 ranks: set 1 or 2 or 4$"),
         ({"stage": 3, **ZEROPP}, 16, "cuda", None),
         ({"stage": 3, "zero_hpz_partition_size": 2}, 2, "cpu", None),
@@ -169,7 +169,7 @@ def test_zeropp_where_it_cannot_run(section, world, device, problem):
 
 @needs_shared
 def test_zeropp_json_of_others():
-    with pytest.raises(UserError, match=r"zeropp\.json: .*on a GPU alone; .*8, which does not divide"):
+    with pytest.raises(UserError, match=r"zeropp\.json: .*only on a GPU; .*8, which does not divide"):
         place(deepspeed=str(SHARED / "cases" / "zero" / "zeropp.json"))
 
 

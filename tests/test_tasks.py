@@ -97,7 +97,7 @@ def test_what_cannot_be_completed_is_refused(env, problem):
         adopt_ranks(dict(env))
 
 
-def test_a_process_beside_idle_tasks_is_noted():
+def test_one_process_with_idle_tasks_is_noted():
     assert "1 rank, although Slurm gave this job 3 tasks: `srun python -m dsrecipes.run" in str(idle_tasks(BATCH))
     assert idle_tasks(STEP) is idle_tasks(ONE) is idle_tasks(BATCH | {"RANK": "0"}) is idle_tasks({}) is None
 

@@ -100,7 +100,7 @@ def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -
         return  # the keys have no effect there, as the notes on the JSON say
     problems = []
     if quantized and device == "cpu":
-        problems.append(f"{', '.join(quantized)}: DeepSpeed quantizes on a GPU alone; remove them to train on a CPU")
+        problems.append(f"{', '.join(quantized)}: DeepSpeed quantizes only on a GPU; remove them to train on a CPU")
     if size != "auto" and (isinstance(size, bool) or not str(size).isdecimal() or int(size) < 1 or world % int(size)):
         fitting = " or ".join(str(part) for part in range(1, world + 1) if world % part == 0)
         problems.append(

@@ -66,13 +66,13 @@ def flash() -> Iterator[Callable[[str], PreTrainedModel]]:
 def _items(lengths):
     """Sequences of examples of these lengths."""
     draw = np.random.default_rng(0)
-    texts = [[draw.integers(3, 500, length) for length in each] for each in lengths]
-    return [[{"input_ids": ids, "labels": ids} for ids in each] for each in texts]
+    texts = [[draw.integers(3, 500, length) for length in row] for row in lengths]
+    return [[{"input_ids": ids, "labels": ids} for ids in row] for row in texts]
 
 
 def _logits(model, batch):
     with torch.no_grad():
-        return model(**{name: each for name, each in batch.items() if name != COUNTS}, use_cache=False).logits
+        return model(**{name: value for name, value in batch.items() if name != COUNTS}, use_cache=False).logits
 
 
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
@@ -80,19 +80,19 @@ def test_flash_attention_keeps_the_examples_of_a_micro_batch_apart(tiny, flash):
     sdpa = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation="sdpa").eval()
     model = flash(tiny())
     assert takes_segments(model) and not takes_segments(sdpa)
-    plain, told = CausalCollator(0, True), CausalCollator(0, True, flash=True)
+    plain, with_segments = CausalCollator(0, True), CausalCollator(0, True, flash=True)
     for lengths in ([(5, 9, 2)], [(5, 9), (3, 4)], [(4, 4), (4, 4)], [(5, 6), (16,), (2, 3, 4), (7,)], [(9,), (4,)]):
         items = _items(lengths)
         expected = _logits(sdpa, plain(items))
-        assert torch.allclose(_logits(model, told(items)), expected, atol=1e-5), lengths
-        leaks = len(lengths) > 1 and any(len(each) > 1 for each in lengths)
+        assert torch.allclose(_logits(model, with_segments(items)), expected, atol=1e-5), lengths
+        leaks = len(lengths) > 1 and any(len(row) > 1 for row in lengths)
         assert (_logits(model, plain(items)) - expected).abs().max().gt(1e-3) == leaks, lengths
 
 
-def test_the_check_refuses_flash_attention_that_is_not_told_where_examples_begin(flash):
+def test_the_check_refuses_flash_attention_without_the_boundaries_of_examples(flash):
     model = flash(tiny_llama())
-    plain, told = CausalCollator(0, True), CausalCollator(0, True, flash=True)
-    check_isolation(model, sample_of(model, told, batch=4))
+    plain, with_segments = CausalCollator(0, True), CausalCollator(0, True, flash=True)
+    check_isolation(model, sample_of(model, with_segments, batch=4))
     check_isolation(model, sample_of(model, plain, batch=1))  # transformers reads the position ids of a single row
     with pytest.raises(UserError, match=r"packing leaks.*--attn_implementation sdpa.*cu_seq_lens_q"):
         check_isolation(model, sample_of(model, plain, batch=2))
@@ -112,7 +112,7 @@ def test_a_run_with_flash_attention_has_the_losses_of_sdpa(one_rank: Ranks, smal
     changed = {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 4, "lora_dropout": 0.0}
     losses = []
     for case, attention in (("train", "sdpa"), ("train_with_flash", None)):
-        asked = small.values("lora", **changed, attn_implementation=attention, output_dir=str(tmp_path / case))
-        log = one_rank.run(case, **asked)[0]["log"]
+        values = small.values("lora", **changed, attn_implementation=attention, output_dir=str(tmp_path / case))
+        log = one_rank.run(case, **values)[0]["log"]
         losses.append([line[key] for line in log for key in ("loss", "grad_norm", "eval_loss") if key in line])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 5

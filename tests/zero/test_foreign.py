@@ -1,4 +1,4 @@
-"""ZeRO JSON files that tutorials pass on: they train as they stand, or one message says what DeepSpeed does with them."""
+"""ZeRO JSON files that tutorials pass on: they train unchanged, or one message says what DeepSpeed does with them."""
 
 from __future__ import annotations
 
