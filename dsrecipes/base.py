@@ -261,8 +261,8 @@ class RecipeBase(ABC):
                 self.watch.leave_if_lost(error)
             if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
                 raise UserError(
-                    f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). DSRECIPES_CACHE names "
-                    "another folder"
+                    f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). Set DSRECIPES_CACHE "
+                    "to another folder"
                 ) from error
             if is_out_of_memory(error) and hasattr(self, "place"):
                 raise UserError(out_of_memory(load_of(self), self.place.ranks.rank, error, self._stood_at())) from error

@@ -108,19 +108,18 @@ class Layers:
         """The layer of the run's ZeRO JSON, empty where there is none, or where it leaves everything to the run."""
         return next((layer for layer in self.layers if layer.zero), Layer("", {}))
 
-    def replaced_by_zero_json(self) -> dict[str, tuple[Any, Any]]:
-        """key -> (default, value of the ZeRO JSON), where the JSON overrides a default."""
-        below = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
-        ours = self.zero_json().values
-        return {key: (below[key][0], ours[key]) for key in ours if key in below and contradiction(below[key][0], ours[key])}
-
     def notes(self) -> list[str]:
         """What the run's ZeRO JSON changes of the defaults, and what of it this machine cannot do."""
-        zero, replaced = self.zero_json(), self.replaced_by_zero_json()
+        zero = self.zero_json()
         notes = [zero.note] if zero.note else []
-        if replaced:
-            changes = ", ".join(f"{key} {after} (not {before})" for key, (before, after) in replaced.items())
-            notes.append(f"{zero.origin} sets {changes}")
+        defaults = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
+        changes = [
+            f"{key} {value} (not {defaults[key][0]})"
+            for key, value in zero.values.items()
+            if key in defaults and contradiction(defaults[key][0], value)
+        ]
+        if changes:
+            notes.append(f"{zero.origin} sets {', '.join(changes)}")
         return notes
 
     def removed(self) -> set[str]:

@@ -45,7 +45,7 @@ def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
         _keep_hub(env, usual)
         env["XDG_CACHE_HOME"] = str(folder)
         if not own:
-            note = f"{usual or 'home directory'} cannot be written; using {folder} (DSRECIPES_CACHE names another folder)"
+            note = f"{usual or 'home directory'} cannot be written; using {folder} (set DSRECIPES_CACHE to choose another)"
     if home is None or not _writable(home):
         for key, name in _AT_HOME.items():
             env.setdefault(key, str(folder / name))

@@ -36,7 +36,7 @@ def test_caches_go_where_they_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null/x")
     note = redirect_caches(env)
     folder = tmp_path / f"dsrecipes-{os.getuid()}"
-    assert note == f"/dev/null/x/.cache cannot be written; using {folder} (DSRECIPES_CACHE names another folder)"
+    assert note == f"/dev/null/x/.cache cannot be written; using {folder} (set DSRECIPES_CACHE to choose another)"
     assert env["XDG_CACHE_HOME"] == str(folder) and env["TRITON_CACHE_DIR"] == str(folder / "triton")
     env = {"DSRECIPES_CACHE": str(tmp_path / "mine")}
     assert redirect_caches(env) is None and env["XDG_CACHE_HOME"] == str(tmp_path / "mine")
