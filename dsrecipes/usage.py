@@ -58,7 +58,7 @@ _SHORT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "engine": {
         "deepspeed": ("", "zero0 to zero3, *_offload, a JSON, or none"),
-        "bf16": ("true|false", "where not set: on a GPU that has it"),
+        "bf16": ("true|false", "unset: on if the GPU supports it"),
         "activation_checkpointing": ("true|false", "less memory, a third slower"),
     },
     "evaluation, saving, resume": {

@@ -158,7 +158,7 @@ ZEROPP = {"zero_quantized_weights": True, "zero_hpz_partition_size": 8, "zero_qu
         ({"stage": 3, "zero_hpz_partition_size": 2}, 2, "cpu", None),
         ({"stage": 2, "zero_hpz_partition_size": 8}, 2, "cpu", None),
         ({"stage": 3, "zero_hpz_partition_size": 0}, 2, "cuda", "zero_hpz_partition_size is 0"),
-        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, 2, "cpu", "zero_quantized_nontrainable_weights: .*GPU alone"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, 2, "cpu", "zero_quantized_nontrainable_weights: .*only on a GPU"),
         ({"stage": 3, "zero_quantized_weights": False, "zero_hpz_partition_size": 1}, 3, "cpu", None),
     ],
 )  # fmt: skip

@@ -49,7 +49,7 @@ def run_pytest(folder: Path, hang: str, *flags: str) -> tuple[int, str, int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -63,7 +63,7 @@ def test_a_test_that_hangs_fails_with_all_stacks_and_leaves_no_process(tmp_path:
 
 
 def test_one_that_hangs_in_compiled_code_ends_the_session(tmp_path: Path) -> None:
-    """A mutex locked twice while the interpreter's lock is held: no Python code runs any more, signal handlers neither."""
+    """A mutex locked twice while the interpreter's lock is held: no Python code runs any more, not even signal handlers."""
     hang = "import ctypes; lock = ctypes.PyDLL(None).pthread_mutex_lock; mutex = bytes(64); lock(mutex), lock(mutex)"
     code, out, child = run_pytest(tmp_path, hang)
     assert code == 1 and "Timeout (0:00:06)!" in out and "wait_in_a_thread" in out and "test_hangs" in out
