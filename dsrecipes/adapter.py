@@ -16,9 +16,6 @@ _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropou
 """Flag -> its name in adapter_config.json."""
 Given = dict[str, tuple[Any, str]]
 """Key -> (value, origin), as the layers of a configuration give them."""
-_DEFAULTS = ("recipe", "profile")
-
-
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -84,11 +81,12 @@ def base_model(name: str) -> str:
     return name if folder is None else str(read_adapter(folder)["base_model_name_or_path"])
 
 
-def take_settings(merged: Given, notes: list[str]) -> None:
+def take_settings(merged: Given, by_user: dict[str, str], notes: list[str]) -> None:
     """Put an adapter's own settings into the layered values, where the model is an adapter folder.
 
     Args:
-        merged: changed in place; recipe and profile give way to the adapter.
+        merged: changed in place; defaults give way to the adapter.
+        by_user: key -> origin of the values that the user gave.
         notes: gets a line on what gave way.
 
     Raises:
@@ -98,7 +96,7 @@ def take_settings(merged: Given, notes: list[str]) -> None:
     if folder is None:
         return
     values, origin, replaced = read_adapter(folder), str(folder / CONFIG), []
-    asked = {key: value for key, value in merged.items() if value[1] not in _DEFAULTS}
+    asked = {key: value for key, value in merged.items() if key in by_user}
     if str(asked.get("from_scratch", (False,))[0]).lower() == "true":
         raise UserError(f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag")
     if str(asked.get("lora_r", (1,))[0]) == "0":

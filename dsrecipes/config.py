@@ -187,10 +187,6 @@ class Config:
         origins = {layer.origin for layer in self.layers.layers if not (layer.default or layer.zero)}
         return {key: origin for key, origin in self.given.items() if origin in origins}
 
-    def by_zero_json(self, key: str) -> Any:
-        """A value that the ZeRO JSON fixes, or None."""
-        return self.layers.zero_json().values.get(key)
-
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -231,7 +227,7 @@ def build_config(layers: Layers) -> Config:
     # a flag with one value has that value, whatever its type can express
     merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
-    take_settings(merged, notes)
+    take_settings(merged, layers.by_user(), notes)
     given = {key: origin for key, (_, origin) in merged.items()}
     for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
         if key in layers.zero_json().values:
