@@ -15,7 +15,6 @@ from dsrecipes.flags import Merged
 CONFIG = "adapter_config.json"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules"}
 """Flag -> its name in adapter_config.json."""
-_DEFAULTS = ("recipe", "profile")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -81,11 +80,12 @@ def base_model(name: str) -> str:
     return name if folder is None else str(read_adapter(folder)["base_model_name_or_path"])
 
 
-def take_settings(merged: Merged, notes: list[str]) -> None:
+def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> None:
     """Replace the layered LoRA settings with the adapter's own, where the model is an adapter folder.
 
     Args:
-        merged: changed in place; the adapter overrides recipe and profile.
+        merged: changed in place; the adapter overrides defaults.
+        by_user: key -> origin of the values that the user gave.
         notes: gets a line on what was overridden.
 
     Raises:
@@ -95,7 +95,7 @@ def take_settings(merged: Merged, notes: list[str]) -> None:
     if folder is None:
         return
     values, origin, overridden = read_adapter(folder), str(folder / CONFIG), []
-    explicit = {key: value for key, value in merged.items() if value[1] not in _DEFAULTS}
+    explicit = {key: value for key, value in merged.items() if key in by_user}
     if str(explicit.get("from_scratch", (False,))[0]).lower() == "true":
         raise UserError(f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag")
     if str(explicit.get("lora_r", (1,))[0]) == "0":

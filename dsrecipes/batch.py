@@ -112,4 +112,4 @@ def batch_of(layers: Layers, ranks: int) -> dict[str, int]:
         values = {MICRO: 0}
     if min(values.values(), default=1) < 1:
         return {}  # the parser will refuse it, naming the value
-    return divide_batch(values, {key: origin for key in values if (origin := layers.by_user(key))}, ranks).values()
+    return divide_batch(values, layers.by_user(), ranks).values()

@@ -220,7 +220,7 @@ def build_config(layers: Layers) -> Config:
     # refuse_unsuited has seen that a fixed flag has its one value, which its type need not be able to express
     merged = {key: pair for key, pair in merged.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
-    take_settings(merged, notes)
+    take_settings(merged, layers.by_user(), notes)
     given = {key: origin for key, (_, origin) in merged.items()}
     for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
         if key in layers.zero_json().values:

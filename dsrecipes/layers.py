@@ -99,10 +99,10 @@ class Layers:
         hint = "" if self.why_profile == "the only one" else other[self.profile]
         return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
 
-    def by_user(self, key: str) -> str | None:
-        """The origin of a value that the user gave (in a flag, a YAML, Python or a ZeRO JSON), or None."""
-        origin = self.merged().get(key, (None, None))[1]
-        return next((layer.origin for layer in self.layers if layer.origin == origin and not layer.default), None)
+    def by_user(self) -> dict[str, str]:
+        """Key -> origin of the values that the user gave: in a flag, a YAML, Python or a ZeRO JSON."""
+        origins = {layer.origin for layer in self.layers if not layer.default}
+        return {key: origin for key, (_, origin) in self.merged().items() if origin in origins}
 
     def zero_json(self) -> Layer:
         """The layer of the run's ZeRO JSON, empty where there is none, or where it leaves everything to the run."""

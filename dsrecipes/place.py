@@ -192,7 +192,7 @@ def _bf16_hint(config: Config, device: str, precision: str) -> list[str]:
 def _batch(config: Config, world: int) -> tuple[Batch, str | None]:
     """The batch, and a note on the defaults that were changed; a run that resumes may need a smaller micro batch on more ranks."""
     values = {key: config.train[key] for key in BATCH_KEYS}
-    given = {key: origin for key in BATCH_KEYS if (origin := config.layers.by_user(key))}
+    given = config.layers.by_user()
     if config.train["resume_from_checkpoint"] and values["global_batch_size"]:
         given.pop(MICRO, None)
     batch = divide_batch(values, given, world)

@@ -52,7 +52,7 @@ def test_the_adapters_own_settings_replace_a_recipes(tmp_path):
     folder = adapter(tmp_path / "a")
     notes = []
     merged = {"model_name_or_path": (folder, "flag"), "lora_r": (16, "recipe"), "lora_dropout": (0.2, "flag")}
-    take_settings(merged, notes)
+    take_settings(merged, {key: origin for key, (_, origin) in merged.items() if origin == "flag"}, notes)
     origin = str(tmp_path / "a" / "adapter_config.json")
     assert merged["lora_r"] == (4, origin) and merged["lora_alpha"] == (8, origin)
     assert merged["lora_target_modules"] == (["v_proj", "q_proj"], origin) and merged["lora_dropout"] == (0.2, "flag")
@@ -67,7 +67,7 @@ def test_the_adapters_own_settings_replace_a_recipes(tmp_path):
         "lora_r": ("4", "a.yaml"),
         "lora_target_modules": ("q_proj,v_proj", "a"),
     }
-    take_settings(again, [])
+    take_settings(again, dict.fromkeys(again, "a.yaml"), [])
     assert again["lora_r"] == ("4", "a.yaml")
 
 

@@ -24,7 +24,7 @@ def from_yaml(tmp_path, text: str):
 def batch_of(config, ranks=1):
     """The batch of a step, with the user's values fixed."""
     values = {key: config.train[key] for key in BATCH_KEYS}
-    return divide_batch(values, {key: origin for key in values if (origin := config.layers.by_user(key))}, ranks)
+    return divide_batch(values, config.layers.by_user(), ranks)
 
 
 def from_flags(*argv: str):

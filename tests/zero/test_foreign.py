@@ -61,7 +61,7 @@ def rates(block: dict[str, Any], steps: int, peak: float) -> list[float]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", NOTES)
 def test_a_tutorials_json_trains_alone_with_its_own_values(one_rank: Ranks, small: Small, tmp_path: Path, name: str) -> None:
-    few = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    few = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     own = ("global_batch_size", "per_device_train_batch_size", "learning_rate", "warmup_steps")
     recipe, values = small.recipes["gpt2 without dropout"]
     case = {
