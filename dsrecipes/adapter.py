@@ -10,7 +10,7 @@ from typing import Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import read_text, starter_path, user_path
-from dsrecipes.flags import Merged
+from dsrecipes.flags import Merged, is_true
 
 CONFIG = "adapter_config.json"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules"}
@@ -96,7 +96,7 @@ def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> 
         return
     values, origin, overridden = read_adapter(folder), str(folder / CONFIG), []
     explicit = {key: value for key, value in merged.items() if key in by_user}
-    if str(explicit.get("from_scratch", (False,))[0]).lower() == "true":
+    if is_true(explicit.get("from_scratch", (False,))[0]):
         raise UserError(f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag")
     if str(explicit.get("lora_r", (1,))[0]) == "0":
         raise UserError(

@@ -160,13 +160,15 @@ class RecipeBase(ABC):
         """Everything up to a Trainer: data before the process group, the process group before the model."""
         train, data = self.config.train, self.config.data
         check_docstrings()
-        redirect_caches()  # for use from Python; dsrecipes.run has already done it
+        cache_note = redirect_caches()  # for use from Python; dsrecipes.run has already done it
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
             self.console.say(self.config.layers.first_line())
+        if cache_note:
+            self.console.say(f"{'cache':<10}{cache_note}")
         if not train["verbose"]:
             disable_progress_bar()  # transformers' own: of reading and writing shards
         named, candidates = choose_folder(self.config, self.place, self.console.say)
@@ -461,9 +463,9 @@ def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
     if recipe.auto_class.endswith("ForCausalLM"):
         figures.append("perplexity")
     elif (metrics := recipe.metrics(recipe.splits["validation"])) is not None:
-        labels = np.asarray(recipe.splits["validation"].data["labels"][:])
-        classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
         try:
+            labels = np.asarray(recipe.splits["validation"].data["labels"][:])
+            classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
         except Exception:
             return None

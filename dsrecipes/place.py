@@ -63,17 +63,15 @@ class Place:
         if self.zero is None:
             return None
         numbers = Numbers(self.micro, self.accumulation, self.ranks.world, self.precision, config.train)
-        self.engine = resolve(self.zero, model, numbers, self.device != "cpu", self.notes)
+        self.engine = resolve(self.zero, model, numbers, self.notes)
         check_with_deepspeed(self.engine, self.zero.path)
         check_blocks(self.engine, self.zero.path, self.device != "cpu")
         return self.engine
 
     def optimizer(self, asked: str) -> str:
         """The optimizer in words, and where its states are kept."""
-        if self.zero is None or not self.zero.offloads_optimizer:
-            return self.engine.get("optimizer", {}).get("type", asked)
-        ours = self.engine.get("zero_force_ds_cpu_optimizer", True)
-        return f"{'DeepSpeed CPU Adam' if ours else f'{asked} (torch; no compiler needed)'}, states offloaded"
+        name = self.engine.get("optimizer", {}).get("type", asked)
+        return f"{name}, states offloaded" if self.zero and self.zero.offloads_optimizer else name
 
     def name(self) -> str:
         """The engine in words."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json, read_text
+from dsrecipes.flags import is_true
 
 _FLAGS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -81,7 +82,9 @@ def zero_values(path: Path) -> dict[str, Any]:
 
 
 def contradiction(theirs: Any, ours: Any) -> bool:
-    """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "True"."""
+    """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "yes"."""
+    if isinstance(theirs, bool) or isinstance(ours, bool):
+        return is_true(theirs) != is_true(ours)
     if isinstance(theirs, dict) or isinstance(ours, dict):
         return theirs != ours
     try:

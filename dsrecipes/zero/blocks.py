@@ -36,17 +36,16 @@ def torch_optimizer(kind: str, params: Json) -> type[torch.optim.Optimizer] | No
     return built if isinstance(built, type) and issubclass(built, torch.optim.Optimizer) else None
 
 
-def fill_optimizer(block: Json, train: Json, ds_adam: bool) -> None:
+def fill_optimizer(block: Json, train: Json) -> None:
     """Put the run's values into an optimizer block.
 
     Args:
         block: changed in place.
         train: the run's training values, which already hold what the JSON fixes.
-        ds_adam: whether DeepSpeed's own Adam is to be built; it compiles for a minute or more, torch's does not.
     """
     params = block.setdefault("params", {})
     kind = block["type"]
-    if kind.lower() in _ADAM and not ds_adam:
+    if kind.lower() in _ADAM:  # DeepSpeed's own compiles for a minute or more at first use
         params.setdefault("torch_adam", True)
         if params.get("bias_correction") is True:  # torch's always corrects, and has no such parameter
             del params["bias_correction"]

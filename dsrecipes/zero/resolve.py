@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ class Numbers:
     """The run's training values, which already hold what the JSON fixes."""
 
 
-def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: bool, notes: list[str]) -> Json:
+def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, notes: list[str]) -> Json:
     """The JSON with the run's values in it; Trainer fills in the step counts of a scheduler that it leaves open.
 
     `notes` gets what had to be changed so that the run leaves a model, and the length of a fixed schedule.
@@ -158,11 +157,10 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, accelerator: 
     if zero.stage == 3 and section.get("stage3_gather_16bit_weights_on_model_save") is not True:
         section["stage3_gather_16bit_weights_on_model_save"] = True
         notes.append(f"{zero.path} does not gather the weights on saving; turned on, else no loadable model would be left")
-    ds_adam = accelerator and has_compiler() and zero.offloads_optimizer
-    if zero.offloads_optimizer and not ds_adam:
+    if zero.offloads_optimizer:  # torch's optimizers are as fast on the host, and DeepSpeed's compile for a minute
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if "optimizer" in config:
-        fill_optimizer(config["optimizer"], numbers.train, ds_adam)
+        fill_optimizer(config["optimizer"], numbers.train)
     if "scheduler" in config:
         fill_scheduler(config["scheduler"], numbers.train["learning_rate"])
         notes += _fixed_schedule(config, zero)
@@ -209,8 +207,3 @@ def _fill_zero(section: Json, model: PretrainedConfig) -> None:
                 part[key] = values[key]
                 if key == "nvme_path":
                     Path(nvme).mkdir(parents=True, exist_ok=True)
-
-
-def has_compiler() -> bool:
-    """Whether DeepSpeed could compile its CPU Adam here."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++")) and bool(shutil.which("ninja"))

@@ -103,7 +103,7 @@ def test_zero_json(name: str) -> None:
     def read() -> None:
         config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
         zero = read_zero(path)
-        engine = resolve(zero, model, Numbers(4, 2, 1, "fp32", config.train), False, [])
+        engine = resolve(zero, model, Numbers(4, 2, 1, "fp32", config.train), [])
         check_with_deepspeed(engine, path)
         check_blocks(engine, path, False)
 

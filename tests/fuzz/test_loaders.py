@@ -154,7 +154,7 @@ def test_zero(folder: Path, raw: bytes) -> None:
         config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
         zero = read_zero(path)
         _ = zero.stage, zero.uses_nvme, zero.uses_muon, zero.offloads_optimizer
-        engine = resolve(zero, _gpt2_config(), Numbers(4, 2, 1, "fp32", config.train), False, [])
+        engine = resolve(zero, _gpt2_config(), Numbers(4, 2, 1, "fp32", config.train), [])
         check_with_deepspeed(engine, path)
         check_blocks(engine, path, False)
 

@@ -102,7 +102,7 @@ def test_what_deepspeed_refuses_or_ignores_ends_before_weights(
         (["--lr_scheduler_type", "cosine"], ["lr_scheduler_type is WarmupLR in", "cosine (flag)"]),
         (["--optim", "adafactor"], ["optim is AdamW in", "adafactor (flag)"]),
         (["--learning_rate", "1e-4"], ["learning_rate is 2e-05 in", "1e-4 (flag)"]),
-        (["--bf16", "true"], ["fp16 is on in", "bf16 is on (flag)"]),
+        (["--bf16", "yes"], ["fp16 is on in", "bf16 is on (flag)"]),
         (["--max_grad_norm", "0.5", "--warmup_steps", "7"], ["max_grad_norm is 1.0 in", "0.5 (flag)", "warmup_steps is 3 in"]),
         (["--gradient_accumulation_steps", "4"], ["gradient_accumulation_steps is 2 in", "4 (flag)"]),
         (["--global_batch_size", "6"], ["global_batch_size 6 (flag)", "gradient_accumulation_steps 2", "no whole solution"]),

@@ -44,7 +44,7 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         assert zero.json["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     for precision in ("fp32", "bf16", "fp16"):
         notes = []
-        engine = resolve(zero, LlamaConfig(hidden_size=64), numbers(precision), False, notes)
+        engine = resolve(zero, LlamaConfig(hidden_size=64), numbers(precision), notes)
         assert '"auto"' not in json.dumps(engine) and notes == []
         assert (engine["train_batch_size"], engine["train_micro_batch_size_per_gpu"]) == (16, 2)
         assert (engine["gradient_accumulation_steps"], engine["gradient_clipping"]) == (4, 1.0)
@@ -181,7 +181,7 @@ def test_the_key_table_is_what_the_installed_deepspeed_reads():
 )  # fmt: skip
 def test_what_deepspeed_refuses_is_one_message(tmp_path, config, parts):
     zero = zero_of(tmp_path, config)
-    engine = resolve(zero, GPT2Config(), numbers(), False, [])
+    engine = resolve(zero, GPT2Config(), numbers(), [])
     refused(lambda: check_with_deepspeed(engine, zero.path), str(zero.path), *parts)
 
 
@@ -207,7 +207,7 @@ def test_what_deepspeed_refuses_is_one_message(tmp_path, config, parts):
 )  # fmt: skip
 def test_blocks_that_cannot_be_built_are_refused_before_weights_are_loaded(tmp_path, config, parts):
     zero = zero_of(tmp_path, config)
-    engine = resolve(zero, GPT2Config(), numbers(), False, [])
+    engine = resolve(zero, GPT2Config(), numbers(), [])
     refused(lambda: check_blocks(engine, zero.path, False), str(zero.path), *parts)
 
 
@@ -217,7 +217,7 @@ def test_the_runs_values_are_filled_in(tmp_path):
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"}},
         "zero_optimization": {"stage": "2"},
     }  # fmt: skip
-    engine = resolve(zero_of(tmp_path, config), GPT2Config(), numbers(), False, [])
+    engine = resolve(zero_of(tmp_path, config), GPT2Config(), numbers(), [])
     assert engine["optimizer"]["params"] == {
         "lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True
     }  # fmt: skip
@@ -226,7 +226,7 @@ def test_the_runs_values_are_filled_in(tmp_path):
 
 def test_zero3_that_would_leave_no_model_is_changed_with_a_note(tmp_path):
     zero, notes = zero_of(tmp_path, {"zero_optimization": {"stage": 3}}), []
-    engine = resolve(zero, GPT2Config(), numbers(), False, notes)
+    engine = resolve(zero, GPT2Config(), numbers(), notes)
     assert engine["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert len(notes) == 1 and "mine.json" in notes[0] and "stage3_gather" not in json.dumps(zero.json)
 
@@ -236,7 +236,7 @@ def test_zero3_that_would_leave_no_model_is_changed_with_a_note(tmp_path):
 )
 def test_bucket_sizes_follow_the_width(model, width, tmp_path):
     assert hidden_size(model) == width
-    section = resolve(read_zero(find_zero("zero3")), model, numbers(), True, [])["zero_optimization"]
+    section = resolve(read_zero(find_zero("zero3")), model, numbers(), [])["zero_optimization"]
     assert section["reduce_bucket_size"] == 1_000_000 and section["stage3_param_persistence_threshold"] == 10 * width
-    wide = resolve(read_zero(find_zero("zero3")), LlamaConfig(hidden_size=4096), numbers(), True, [])["zero_optimization"]
+    wide = resolve(read_zero(find_zero("zero3")), LlamaConfig(hidden_size=4096), numbers(), [])["zero_optimization"]
     assert wide["reduce_bucket_size"] == 4096**2 and wide["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
