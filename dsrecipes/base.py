@@ -39,7 +39,7 @@ from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
 from dsrecipes.errors import UserError, inflect, nearest
-from dsrecipes.find import RecipeFiles
+from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
@@ -75,7 +75,7 @@ from dsrecipes.runs.watch import Watch
 from dsrecipes.saving import Keeping, step_of
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
-from dsrecipes.zero.blocks import keep_fixed_steps
+from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
 from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
 
 
@@ -204,6 +204,8 @@ class RecipeBase(ABC):
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
         self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
+        if engine is not None and not is_shipped(self.place.zero.path) and not self.place.zero.uses_nvme:
+            try_engine(engine, self.place.zero.path)
         self._check_best_metric()
         if train["neftune_noise_alpha"] and packs:
             self.place.notes.append(

@@ -139,9 +139,9 @@ def find_config(name: str) -> Path:
     )
 
 
-def is_shipped(config: Path) -> bool:
-    """Whether a YAML is one of the shipped variants."""
-    return config.parent.resolve() == _room("recipes").resolve()
+def is_shipped(path: Path) -> bool:
+    """Whether a file is one of the shipped variants or ZeRO JSON files."""
+    return path.parent.resolve() in (_room("recipes").resolve(), _room("ds_configs").resolve())
 
 
 def find_zero(name: str) -> Path | None:

@@ -247,13 +247,15 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
         UserError: the user gives a value that contradicts the JSON's; both are shown with their origins.
     """
     name = next((layer.values["deepspeed"] for layer in reversed(layers) if "deepspeed" in layer.values), None)
+    if isinstance(name, dict) or str(name).lstrip().startswith("{"):
+        raise UserError("--deepspeed takes a name or a path: write the JSON into a file and give its path")
     path = find_zero(str(name or "none"))
     values = zero_values(path) if path else {}
     if not values:
         return layers
     given = [layer for layer in layers if not layer.default]
     clashes = [
-        f"{key} is {values[key]} in {path}, but {layer.values[key]} ({layer.origin})"
+        f"{key} is {_in_json(key, values)} in {path}, but {layer.values[key]} ({layer.origin})"
         for layer in given
         for key in values
         if layer.values.get(key) is not None and contradiction(layer.values[key], values[key])
@@ -262,7 +264,7 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
         f"{other} is on in {path}, but {mine} is on ({layer.origin})"
         for layer in given
         for mine, other in (("bf16", "fp16"), ("fp16", "bf16"))
-        if values.get(other) is True and str(layer.values.get(mine)).lower() == "true"
+        if values.get(other) is True and is_true(layer.values.get(mine))
     ]
     if clashes:
         raise UserError("; ".join(clashes) + '. Set the JSON\'s value to "auto", or drop the other one')
@@ -270,6 +272,13 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
     if values.get("fp16") is True and (_is_on(layers, "use_cpu") or not accelerators()):
         values["fp16"], note = False, f"{path} asks for fp16, which needs a GPU: the CPU computes in fp32"
     return [*(layer for layer in layers if layer.default), Layer(str(path), values, zero=True, note=note), *given]
+
+
+def _in_json(key: str, values: Mapping[str, Any]) -> str:
+    """A value of a ZeRO JSON in words; None is a flag that its optimizer or scheduler does not take."""
+    if values[key] is not None:
+        return str(values[key])
+    return f"not taken by {values['optim'] if key == 'optim_args' else values['lr_scheduler_type']}"
 
 
 def _is_on(layers: list[Layer], key: str) -> bool:

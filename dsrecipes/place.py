@@ -66,6 +66,8 @@ class Place:
         self.engine = resolve(self.zero, model, numbers, self.notes)
         check_with_deepspeed(self.engine, self.zero.path)
         check_blocks(self.engine, self.zero.path, self.device != "cpu")
+        if "optimizer" in self.engine:
+            self.notes += _idle_values(config, self.engine["optimizer"])
         return self.engine
 
     def optimizer(self, asked: str) -> str:
@@ -145,6 +147,16 @@ def _words(made: dict[str, Any]) -> str:
         return "any number of ranks"
     engine = "plain PyTorch" if made["zero"] is None else f"ZeRO-{made['zero']}"
     return f"{plural(made['ranks'], 'rank')}, {engine}"
+
+
+def _idle_values(config: Config, optimizer: dict[str, Any]) -> list[str]:
+    """Notes on values of the user's that an optimizer block does not take."""
+    params = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps", "weight_decay": "weight_decay"}
+    return [
+        f"{key} has no effect: the optimizer is {optimizer['type']} ({config.own[key]})"
+        for key, name in params.items()
+        if key in config.own and name not in optimizer["params"]
+    ]
 
 
 def find_place(config: Config) -> Place:
@@ -236,12 +248,17 @@ def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None, li
 def _precision(config: Config, launch: Launch, device: str) -> str:
     """The asked-for precision, else fp32 on CPU and bf16 or fp16 on a GPU."""
     asked = [name for name in ("bf16", "fp16") if config.train[name]]
-    explicit = {"bf16", "fp16"} & set(config.given)
+    zero = config.layers.zero_json()
+    explicit = {key for key in ("bf16", "fp16") if key in config.given and config.given[key] != zero.origin}
     precision = asked[0] if asked else "fp32" if explicit else launch.precision
     if precision is None:
-        if device != "cuda":
+        # a ZeRO JSON may turn one off and leave the other to the run
+        open_to_run = [name for name in ("bf16", "fp16") if zero.values.get(name) is not False]
+        if device != "cuda" or not open_to_run:
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if "bf16" in open_to_run and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if "fp16" in open_to_run else "fp32"
     if precision == "fp16" and device == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU give --fp16 false (fp32) or --bf16 true")
     return precision

@@ -5,6 +5,7 @@ Like layers.py this imports neither torch nor transformers: `dsrecipes show` rea
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ _OBJECTS = (
     "bfloat16",
     "zero_optimization",
 )
+_SET_BY_SCHEDULER = {
+    "OneCycle": ("learning_rate", "warmup_steps", "adam_beta1", "adam_beta2"),
+    "LRRangeTest": ("learning_rate", "warmup_steps"),
+}
+"""Scheduler of DeepSpeed's -> flags that it overwrites at each step with parameters of its own."""
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+"""What DeepSpeed's configuration takes for a switch (pydantic), among others."""
 
 
 def read_zero_json(path: Path) -> dict[str, Any]:
@@ -47,7 +55,7 @@ def read_zero_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not JSON (with line and column), not an object, has a key twice, or a block that is no object.
     """
-    config = parse_json(read_text(path), str(path), unique_keys=True)
+    config = _without_comments(parse_json(read_text(path), str(path), unique_keys=True))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object")
     for name in _OBJECTS:
@@ -61,8 +69,17 @@ def read_zero_json(path: Path) -> dict[str, Any]:
     return config
 
 
+def _without_comments(value: Any) -> Any:
+    """A JSON value without keys such as `_comment` and `//`, which DeepSpeed refuses in some blocks."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_comments(inner) for key, inner in value.items() if not key.startswith(("_", "//", "#"))}
+
+
 def zero_values(path: Path) -> dict[str, Any]:
     """The run's values that a ZeRO JSON fixes; what it leaves out or sets to "auto" is not among them.
+
+    None stands for a flag that has no meaning beside the JSON's optimizer or scheduler.
 
     Raises:
         UserError: the file cannot be read as a ZeRO JSON.
@@ -70,14 +87,17 @@ def zero_values(path: Path) -> dict[str, Any]:
     config = read_zero_json(path)
     values = {flag: value for key, flag in _FLAGS.items() if _fixed(value := _at(config, key))}
     betas = _at(config, "optimizer.params.betas")
-    if _fixed(betas):
+    if _fixed(betas) and betas != ["auto", "auto"]:
         if not isinstance(betas, list) or len(betas) != 2:
             raise UserError(f"{path}: optimizer.params.betas is {betas!r}; give two numbers, such as [0.9, 0.999]")
         values |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
-    for block, flag in (("optimizer", "optim_args"), ("scheduler", "lr_scheduler_kwargs")):
-        rest = _rest(config, block)
-        if rest:
-            values[flag] = rest if flag == "lr_scheduler_kwargs" else ",".join(f"{key}={rest[key]}" for key in rest)
+    if "optimizer" in config:
+        values["optim_args"] = ",".join(f"{key}={value}" for key, value in _rest(config, "optimizer").items()) or None
+    if "scheduler" in config:
+        values["lr_scheduler_kwargs"] = _rest(config, "scheduler") or None
+        overwritten = _SET_BY_SCHEDULER.get(_at(config, "scheduler.type"), ())
+        keeps_betas = _at(config, "scheduler.params.cycle_momentum") is False
+        values |= {key: None for key in overwritten if not (keeps_betas and key.startswith("adam_"))}
     return values | _precision(config, path)
 
 
@@ -85,12 +105,22 @@ def contradiction(theirs: Any, ours: Any) -> bool:
     """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "yes"."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return is_true(theirs) != is_true(ours)
+    if theirs is None or ours is None:
+        return theirs is not ours
     if isinstance(theirs, dict) or isinstance(ours, dict):
-        return theirs != ours
+        return _as_dict(theirs) != _as_dict(ours)
     try:
         return float(theirs) != float(ours)
     except (TypeError, ValueError, OverflowError):
         return str(theirs).lower() != str(ours).lower()
+
+
+def _as_dict(value: Any) -> Any:
+    """A value that may be the text of a JSON object."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _fixed(value: Any) -> bool:
@@ -111,14 +141,17 @@ def _rest(config: dict[str, Any], block: str) -> dict[str, Any]:
 
 
 def _precision(config: dict[str, Any], path: Path) -> dict[str, bool]:
-    """bf16 or fp16 where the JSON turns it on; both off (fp32) where it turns one off and leaves the other out."""
+    """bf16 or fp16 where the JSON turns it on or off; both off (fp32) where it turns one off and leaves the other out."""
     switches = {"fp16": _at(config, "fp16.enabled"), "bf16": _at(config, "bf16.enabled")}
     if switches["bf16"] is None:
         switches["bf16"] = _at(config, "bfloat16.enabled")  # the old name, which DeepSpeed still reads
-    switches = {name: str(value).lower() for name, value in switches.items() if value is not None}
-    on = {name: True for name, value in switches.items() if value == "true"}
-    if len(on) > 1:
+    words = {name: str(value).lower() for name, value in switches.items() if value is not None}
+    for name, word in words.items():
+        if word != "auto" and word not in _WORDS:
+            raise UserError(f'{path}: {name}.enabled is {word!r}; choose true, false or "auto"')
+    found = {name: _WORDS[word] for name, word in words.items() if word != "auto"}
+    if len(found) == 2 and all(found.values()):
         raise UserError(f"{path}: bf16.enabled and fp16.enabled are both true; keep one")
-    if on or "auto" in switches.values():
-        return on
-    return {name: False for name, value in switches.items() if value == "false"}
+    if found and not any(found.values()) and "auto" not in words.values():
+        return {"fp16": False, "bf16": False}
+    return found

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.prepare import dropped_words
 from dsrecipes.errors import plural
@@ -183,7 +184,8 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
     if "." in str(config.layers.recipe.module) and not str(config.layers.recipe.module).startswith("dsrecipes.recipes."):
         values["recipe"] = str(config.layers.recipe.module)
     values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
-    typed = {**vars(config.model), **vars(config.data), **config.train}
+    batch = Batch(place.micro, place.accumulation, place.ranks.world).values()  # defaults among them may have given way
+    typed = {**vars(config.model), **vars(config.data), **config.train, **batch}
     by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the recorded JSON sets them again
     idle = idle_values(typed, place.zero is not None)
     for key in config.given:

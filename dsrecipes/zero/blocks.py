@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _DEEPSPEED = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "
 _ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay"}
 _OWN_PARAMS = {"lion": _ADAM_PARAMS - {"eps"}, "muon": {"lr", "weight_decay"}, "musgd": {"lr", "weight_decay"}}
 """The run's values that an optimizer of DeepSpeed's takes, where they are fewer than those of an Adam."""
+_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "comms_logger")
+_TRIAL_WIDTH = 8
 _ENGINE_PARAMS = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 """Parameters that DeepSpeed removes before it builds an Adam."""
 
@@ -105,6 +108,11 @@ def _check_optimizer(block: Json, config: Json, path: Path, accelerator: bool) -
     untested = built is not None and kind.lower() not in _DEEPSPEED
     if untested and stage and not config.get("zero_allow_untested_optimizer"):
         raise UserError(f'{where} is not tested with ZeRO: set "zero_allow_untested_optimizer": true in the JSON to use it')
+    if built is torch.optim.Adagrad and stage and "scheduler" not in config:
+        raise UserError(
+            f"{where} under ZeRO-{stage}: DeepSpeed rebuilds it without the schedule of the run; give a scheduler block too, or "
+            "another optimizer"
+        )
     if built is not None:
         params = {name: value for name, value in params.items() if name not in _ENGINE_PARAMS}
         _build(built, [torch.nn.Parameter(torch.zeros(1))], params, where)
@@ -125,6 +133,9 @@ def _check_scheduler(block: Json, path: Path) -> None:
         raise UserError(
             f"{where}: there is no such scheduler{nearest(kind, lr_schedules.VALID_LR_SCHEDULES)}; there are {known}"
         )
+    total = block["params"].get("total_num_steps", 1)
+    if total != "auto" and (not float(total).is_integer() or total < 1):
+        raise UserError(f"{where}: total_num_steps is {total}; give a whole number of steps, 1 or more")
     if block["params"].get("warmup_type", "log") not in ("log", "linear"):
         raise UserError(f"{where}: warmup_type is {block['params']['warmup_type']!r}; choose log or linear")
     params = {name: 10 if value == "auto" else value for name, value in block["params"].items()}
@@ -139,6 +150,41 @@ def _build(kind: type, first: Any, params: Json, where: str) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} cannot be built with params {params}: {reason}") from error
+
+
+def try_engine(config: Json, path: Path) -> None:
+    """Start DeepSpeed with a tiny layer and take one step; all ranks must call it together, with a process group.
+
+    The engine checks much that its configuration does not, such as an optimizer that cannot update shards.
+
+    Raises:
+        UserError: the engine does not start, or takes no step.
+    """
+    import deepspeed
+
+    trial = {key: value for key, value in config.items() if key not in (*_MONITORS, "steps_per_print", "dump_state")}
+    trial |= {"gradient_accumulation_steps": 1}
+    del trial["train_batch_size"]
+    scheduler = config.get("scheduler")
+    if scheduler:
+        params = {name: 10 if value == "auto" else value for name, value in scheduler["params"].items()}
+        trial["scheduler"] = scheduler | {"params": params}
+    layer = torch.nn.Linear(_TRIAL_WIDTH, _TRIAL_WIDTH, bias=False)
+    optimizer = None
+    if "optimizer" not in config:
+        optimizer, trial["zero_allow_untested_optimizer"] = torch.optim.AdamW(layer.parameters()), True
+    try:
+        engine = deepspeed.initialize(
+            model=layer, model_parameters=list(layer.parameters()), optimizer=optimizer, config=json.loads(json.dumps(trial))
+        )[0]
+        inputs = torch.ones(1, _TRIAL_WIDTH, device=engine.device, dtype=next(engine.module.parameters()).dtype)
+        engine.set_gradient_accumulation_boundary(True)  # as accelerate does
+        engine.backward(engine(inputs).float().mean())
+        engine.step()
+        engine.destroy()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: DeepSpeed cannot train with it: {reason}") from error
 
 
 def fixed_steps(config: Json) -> dict[str, int]:

@@ -51,11 +51,16 @@ def lint(config: Json, path: Path) -> list[str]:
         UserError: a key that no block has, that DeepSpeed has removed, or that the recipes do not support.
     """
     table = key_table(_installed())
+    for part in ("offload_optimizer", "offload_param"):
+        block, name = _block(config, f"zero_optimization.{part}")
+        if block.get(name, ()) is None:
+            del block[name]
     notes = [_rename(config, old, new, table, path) for old, new in table["renamed"].items() if _has(config, old)]
+    notes = [note for note in notes if note]
     _refuse_unknown(config, "", table, path)
     _refuse_unsupported(config, path)
     notes += [f"{path}: {key} has no effect: {why}" for key, why in table["unused"].items() if _has(config, key)]
-    return notes + _dead_at_stage(config, path)
+    return notes + _dead_at_stage(config, path) + _written_elsewhere(config, path)
 
 
 def _block(config: Json, key: str) -> tuple[Json, str]:
@@ -72,25 +77,28 @@ def _has(config: Json, key: str) -> bool:
     return name in block
 
 
-def _rename(config: Json, old: str, new: str, table: Json, path: Path) -> str:
+def _rename(config: Json, old: str, new: str, table: Json, path: Path) -> str | None:
     block, name = _block(config, old)
     value, target = block.pop(name), new.rpartition(".")[2]
+    if value is False:
+        return None
     if target in block:
         raise UserError(f"{path}: {old} and {new} are both given; keep {new}")
     if new in table["sections"] and isinstance(value, bool):  # cpu_offload: true
-        value = {"device": "cpu"} if value else None
-    if value is not None:
-        block[target] = value
+        value = {"device": "cpu"}
+    block[target] = value
     return f"{path}: {old} is an old name, read as {new}" + (f" {json.dumps(value)}" if isinstance(value, dict) else "")
 
 
 def _refuse_unknown(config: Json, section: str, table: Json, path: Path) -> None:
-    """Refuse keys that no table has; DeepSpeed ignores most of them. `_comment` and `//` are comments."""
+    """Refuse keys that no table has, most of which DeepSpeed ignores, and blocks that are no objects."""
     sections = table["sections"]
     for key, value in config.items():
         name = f"{section}.{key}" if section else key
-        if section in sections and key not in sections[section] and not key.startswith(("_", "//", "#")):
+        if section in sections and key not in sections[section]:
             raise UserError(f"{path}: {_unknown(name, table)}")
+        if name in sections and not isinstance(value, dict):
+            raise UserError(f"{path}: {name} must be an object")
         if isinstance(value, dict):
             _refuse_unknown(value, name, table, path)
     max_norm = "optimizer.params.max_grad_norm"
@@ -127,13 +135,28 @@ def _refuse_unsupported(config: Json, path: Path) -> None:
     for key in ("expert_parallel", "hybrid_engine"):
         if _is_on(config, f"{key}.enabled"):
             raise UserError(f"{path}: {key} is not supported by the recipes; take the block out")
-    for key in ("tensor_parallel.autotp_size", "sequence_parallel_size"):
+    if _is_on(config, "torch_autocast.enabled"):
+        raise UserError(f"{path}: torch_autocast is not supported by the recipes; turn bf16 or fp16 on instead")
+    if str(config.get("gradient_allreduce_op", "mean")).lower() != "mean":
+        raise UserError(
+            f"{path}: gradient_allreduce_op sum would multiply the gradients by the number of ranks; take it out"
+        )
+    for key in ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size", "sequence_parallel_size"):
         block, name = _block(config, key)
         if block.get(name) not in (None, 0, 1):
             raise UserError(
                 f"{path}: {key} {block[name]} is not supported by the recipes, whose ranks each take rows of their own; "
                 "remove it. ZeRO-3 shards the model over the ranks too"
             )
+
+
+def _written_elsewhere(config: Json, path: Path) -> list[str]:
+    """Notes on monitors of DeepSpeed's that write files outside the run folder."""
+    return [
+        f"{path}: {key} writes into {config[key].get('output_path') or 'a folder of its own'}, outside the run folder"
+        for key in ("tensorboard", "csv_monitor")
+        if _is_on(config, f"{key}.enabled")
+    ]
 
 
 def _dead_at_stage(config: Json, path: Path) -> list[str]:

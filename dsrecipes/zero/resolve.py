@@ -19,6 +19,10 @@ from dsrecipes.zero_values import read_zero_json
 Json = dict[str, Any]
 
 
+_FILLED_BY_TRAINER = tuple(f"scheduler.params.{key}" for key in ("warmup_num_steps", "total_num_steps", "warmup_min_lr"))
+"""Values that transformers fills in when training begins (integrations/deepspeed.py)."""
+
+
 @dataclass(frozen=True)
 class Zero:
     """A ZeRO JSON as read: stage 0 to 3, where optimizer states go, and the JSON itself."""
@@ -161,17 +165,37 @@ def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, notes: list[s
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if "optimizer" in config:
         fill_optimizer(config["optimizer"], numbers.train)
+        if config["optimizer"]["params"].get("torch_adam") is False:
+            notes.append(f"{zero.path}: torch_adam false builds DeepSpeed's own Adam, which compiles at first use (minutes)")
     if "scheduler" in config:
         fill_scheduler(config["scheduler"], numbers.train["learning_rate"])
         notes += _fixed_schedule(config, zero)
+    dropped = _drop_auto(config, "")
+    if dropped:
+        notes.append(f'{zero.path}: DeepSpeed\'s default for {", ".join(dropped)}, which nothing here fills in for "auto"')
     return config
+
+
+def _drop_auto(block: Json, path: str) -> list[str]:
+    """Remove every "auto" that is left, but for a scheduler's step counts; returns the keys."""
+    dropped = []
+    for key in list(block):
+        name = f"{path}.{key}" if path else key
+        if isinstance(block[key], dict):
+            dropped += _drop_auto(block[key], name)
+        elif block[key] == "auto" and name not in _FILLED_BY_TRAINER:
+            del block[key]
+            dropped.append(name)
+    return dropped
 
 
 def _fixed_schedule(config: Json, zero: Zero) -> list[str]:
     """A note on a schedule whose length the JSON fixes."""
     steps = fixed_steps(config)
     if "total_num_steps" in steps:
-        return [f"{zero.path} fixes the schedule: it ends at step {steps['total_num_steps']}, however long the run is"]
+        total, warmup = steps["total_num_steps"], steps.get("warmup_num_steps", 0)
+        short = f"; its warm-up takes {warmup} of them, so it never decays" if total <= warmup else ""
+        return [f"{zero.path} fixes the schedule to {total} steps, however long the run is{short}"]
     if "warmup_num_steps" in steps:
         return [f"{zero.path} fixes the warm-up: {steps['warmup_num_steps']} steps, however long the run is"]
     return []

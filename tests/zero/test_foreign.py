@@ -20,8 +20,13 @@ LAB = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "glo
 G2M = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "global_batch_size": 8, "max_grad_norm": 1.0,
        "optimizer": "AdamW"}  # fmt: skip
 NOTES = {
-    "z2_lab": ["asks for fp16", "the CPU computes in fp32", "sets per_device_train_batch_size", "it ends at step 1000"],
-    "z2_lab_fp32": ["it ends at step 1000"],
+    "z2_lab": [
+        "asks for fp16",
+        "the CPU computes in fp32",
+        "sets per_device_train_batch_size",
+        "fixes the schedule to 1000 steps",
+    ],
+    "z2_lab_fp32": ["fixes the schedule to 1000 steps"],
     "g2m": ["the CPU computes in fp32"],
     "g2m_fp32": [],
     "z1_gallery": [],
@@ -38,6 +43,13 @@ VALUES: dict[str, dict[str, Any]] = {
     "z2_lab": LAB, "z2_lab_fp32": LAB, "g2m": G2M, "g2m_fp32": G2M, "bfloat16key": {"precision": "bf16"},
     "warm500": {"scheduler": "WarmupLR"}, "hf_z2": {"scheduler": "WarmupLR", "eps": 1e-8}, "nozero": {"optimizer": "AdamW"},
 }  # fmt: skip
+STARTS_NOT: dict[str, dict[str, Any]] = {
+    "managed_gradient_accumulation": {"managed_gradient_accumulation": False},
+    "legacy_stage1": {"zero_optimization": {"stage": 1, "legacy_stage1": True}},
+    "grad_accum_dtype": {"data_types": {"grad_accum_dtype": "float99"}, "zero_optimization": {"stage": 2}},
+    "LBFGS": {"optimizer": {"type": "LBFGS"}, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}},
+}
+"""JSON that DeepSpeed's configuration takes and its engine does not."""
 REFUSED = {
     "z2_gallery": ["offload_param needs stage 3", "only ZeRO-3"],
     "amp": ["removed amp", "fp16, bf16"],
@@ -96,9 +108,22 @@ def test_what_deepspeed_refuses_or_ignores_ends_before_weights(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", STARTS_NOT)
+def test_what_the_engine_refuses_is_known_before_weights_are_loaded(
+    one_rank: Ranks, small: Small, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(STARTS_NOT[name]))
+    run = one_rank.run("try_values", **small.values("gpt2", deepspeed=str(path), output_dir=str(tmp_path / "run")))[0]
+    assert str(path) in run["refused"] and not run["loaded"], run
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
+        (["--optim_args", "foo=1"], ["optim_args is not taken by AdamW in", "foo=1 (flag)"]),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 2}'], ["lr_scheduler_kwargs is not taken by WarmupLR in"]),
         (["--lr_scheduler_type", "cosine"], ["lr_scheduler_type is WarmupLR in", "cosine (flag)"]),
         (["--optim", "adafactor"], ["optim is AdamW in", "adafactor (flag)"]),
         (["--learning_rate", "1e-4"], ["learning_rate is 2e-05 in", "1e-4 (flag)"]),

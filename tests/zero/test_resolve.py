@@ -93,6 +93,11 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         ({"wandb": {"enabled": "true"}}, ["needs the package wandb"]),
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine is not supported"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size 2 is not supported"]),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, ["tensor_parallel.tp.tp_size 2 is not supported"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast is not supported", "bf16"]),
+        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op sum would multiply"]),
+        ({"data_types": "fp32"}, ["data_types must be an object"]),
+        ({"zero_stage": 3}, ["use zero_optimization.stage"]),
     ],
 )  # fmt: skip
 def test_a_wrong_json_says_what_is_wrong(tmp_path, config, parts):
@@ -110,14 +115,17 @@ def test_two_precisions_are_refused(tmp_path, config):
 @pytest.mark.parametrize(
     ("config", "values"),
     [
-        ({"fp16": {"enabled": False}}, {"fp16": False}),
-        ({"fp16": {"enabled": False}, "bf16": {"enabled": "auto"}}, {}),
-        ({"bf16": {"enabled": "true"}, "fp16": {"enabled": False}}, {"bf16": True}),
+        ({"fp16": {"enabled": False}}, {"fp16": False, "bf16": False}),
+        ({"fp16": {"enabled": False}, "bf16": {"enabled": "auto"}}, {"fp16": False}),
+        ({"bf16": {"enabled": "yes"}, "fp16": {"enabled": 0}}, {"bf16": True, "fp16": False}),
         ({"bfloat16": {"enabled": True}}, {"bf16": True}),
         ({"train_batch_size": "auto", "gradient_clipping": 0}, {"max_grad_norm": 0}),
         ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}, {"optim": "SGD", "learning_rate": 0.1, "optim_args": "momentum=0.9"}),
         ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": [0.8, 0.9]}}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2, "warmup_num_steps": 5}}},
-         {"optim": "Adam", "learning_rate": 2, "adam_beta1": 0.8, "adam_beta2": 0.9, "lr_scheduler_type": "WarmupLR", "warmup_steps": 5}),
+         {"optim": "Adam", "learning_rate": 2, "adam_beta1": 0.8, "adam_beta2": 0.9, "lr_scheduler_type": "WarmupLR", "warmup_steps": 5, "optim_args": None, "lr_scheduler_kwargs": None}),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", "auto"]}}, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1}}},
+         {"optim": "AdamW", "optim_args": None, "lr_scheduler_type": "OneCycle", "lr_scheduler_kwargs": {"cycle_min_lr": 1},
+          "learning_rate": None, "warmup_steps": None, "adam_beta1": None, "adam_beta2": None}),
     ],
 )  # fmt: skip
 def test_what_a_json_fixes_of_the_run(tmp_path, config, values):
@@ -133,13 +141,27 @@ def test_what_a_json_fixes_of_the_run(tmp_path, config, values):
         ({"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}}, "read as zero_optimization.stage3_gather_16bit_weights"),
         ({"activation_checkpointing": {"profile": True}}, "activation_checkpointing has no effect"),
         ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, "zero_quantized_weights has no effect at stage 2"),
-        ({"_comment": "mine", "zero_optimization": {"stage": 1}}, None),
+        ({"_comment": "mine", "zero_optimization": {"stage": 1, "_comment": "x", "//": 1}}, None),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": None, "cpu_offload": False}}, None),
+        ({"tensorboard": {"enabled": True, "output_path": "tb"}}, "tensorboard writes into tb, outside the run folder"),
     ],
 )  # fmt: skip
 def test_old_names_are_read_and_dead_keys_are_named(tmp_path, config, note):
     zero = zero_of(tmp_path, config)
     assert [note in each for each in zero.notes] == [True] if note else not zero.notes
     assert "cpu_offload" not in zero.json["zero_optimization"]
+
+
+def test_a_left_over_auto_is_deepspeeds_default_with_a_note(tmp_path):
+    zero, notes = zero_of(tmp_path, {
+        "fp16": {"loss_scale": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "fused": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2, "overlap_comm": "auto", "reduce_bucket_size": "auto"},
+    }), []  # fmt: skip
+    engine = resolve(zero, GPT2Config(), numbers(), notes)
+    assert json.dumps(engine).count('"auto"') == 1 == engine["scheduler"]["params"].pop("warmup_num_steps").count("auto")
+    assert len(notes) == 1
+    assert all(key in notes[0] for key in ("fp16.loss_scale", "optimizer.params.fused", "zero_optimization.overlap_comm"))
 
 
 def test_the_key_table_is_what_the_installed_deepspeed_reads():
@@ -174,7 +196,6 @@ def test_the_key_table_is_what_the_installed_deepspeed_reads():
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, ["offload_param.device", "'gpu'"]),
         ({"zero_optimization": {"stage": 3, "sub_group_size": 0.5}}, ["sub_group_size", "0.5"]),
         ({"communication_data_type": "float16"}, ["communication_data_type", "fp16"]),
-        ({"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, ["gradient_allreduce_op", "stage 3"]),
         ({"fp16": {"loss_scale": "big"}}, ["fp16.loss_scale", "'big'"]),
         ({"comms_logger": {"enabled": "maybe"}}, ["enabled", "'maybe'"]),
     ],
@@ -203,6 +224,8 @@ def test_what_deepspeed_refuses_is_one_message(tmp_path, config, parts):
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}, ["cannot be built", "warmup_num_steps"]),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, ["warmup_type is 'cubic'"]),
         ({"scheduler": {"type": "OneCycle"}}, ["cannot be built", "cycle_min_lr"]),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 10.5}}}, ["total_num_steps is 10.5"]),
+        ({"optimizer": {"type": "Adagrad"}, "zero_optimization": {"stage": 1}}, ["Adagrad under ZeRO-1", "scheduler block"]),
     ],
 )  # fmt: skip
 def test_blocks_that_cannot_be_built_are_refused_before_weights_are_loaded(tmp_path, config, parts):
