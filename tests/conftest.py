@@ -76,12 +76,16 @@ def _ranks(world: int, folder: Path) -> Iterator[Ranks]:
 
 @pytest.fixture(autouse=True)
 def _environment(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a run in this process leaves in the environment, and processes that a test leaves, do not reach the next test."""
+    """The environment, signal handlers and processes that a test leaves do not reach the next test."""
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     os.environ[reaper.TAG] = f"{_TAG}{request.node.nodeid}"
     yield
     os.environ.clear()
     os.environ |= before
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
     reaper.kill_tagged(f"{_TAG}{request.node.nodeid}\0")
 
 

@@ -163,7 +163,10 @@ def test_a_drawn_configuration_runs_as_shown_or_is_refused(
                 refused += 1
                 assert not run["loaded"] and not (folder / "run").exists(), run
             else:
-                check_run(run, shown(values, ranks, capsys))
+                said = shown(values, ranks, capsys)
+                check_run(run, said)
+                again = shown({"config": str(folder / "run" / "config.yaml")}, ranks, capsys)
+                assert {key: again.get(key) for key in BATCH} == {key: said[key] for key in BATCH}, "config.yaml"
         except AssertionError as error:
             raise AssertionError(
                 f"seed {100 * seed + number}, {ranks} ranks, {values}, {sorted(folder.glob('*.*'))}: {run}"
