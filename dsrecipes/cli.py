@@ -154,9 +154,6 @@ def _use(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,18 +161,23 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
     commands |= {name: partial(_use, name) for name in _USES}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(textwrap.dedent(_USAGE), end="")
-        return 0 if argv else EXIT_CODE
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(textwrap.dedent(_USAGE), end="", flush=True)
+            return 0 if argv else EXIT_CODE
         if argv[0] not in commands:
             raise UserError(
                 f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
             )
-        return commands[argv[0]](argv[1:])
+        code = commands[argv[0]](argv[1:])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -166,3 +167,10 @@ def test_the_real_command_ends_with_code_two(argv, parts):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
     assert all(part in errors[0] for part in parts), errors
+
+
+@pytest.mark.parametrize("argv", [["show", "gpt2_clm"], ["list"], ["--help"], ["train", "--help", "all"]], ids=" ".join)
+def test_a_reader_that_ends_early_gets_no_traceback(argv):
+    words = shlex.join([sys.executable, "-m", "dsrecipes.cli", *argv])
+    piped = subprocess.run(["bash", "-c", f"{words} | sed q"], capture_output=True, text=True, cwd=ROOT)
+    assert len(piped.stdout.splitlines()) == 1 and not piped.stderr, piped.stderr
