@@ -113,13 +113,17 @@ class Layers:
         zero = self.zero_json()
         notes = [zero.note] if zero.note else []
         defaults = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
-        changes = [
-            f"{key} {value} (not {defaults[key][0]})"
-            for key, value in zero.values.items()
-            if key in defaults and contradiction(defaults[key][0], value)
-        ]
+        differing = {
+            key: value for key, value in zero.values.items() if key in defaults and contradiction(defaults[key][0], value)
+        }
+        changes = [f"{key} {value} (not {defaults[key][0]})" for key, value in differing.items() if value is not None]
+        unused = [key for key, value in differing.items() if value is None]
         if changes:
             notes.append(f"{zero.origin} sets {', '.join(changes)}")
+        if unused:
+            notes.append(
+                f"{zero.origin} does not use {', '.join(unused)}: its optimizer and scheduler have values of their own"
+            )
         return notes
 
     def removed(self) -> set[str]:
