@@ -161,6 +161,7 @@ class Console:
         """A line for the person, on rank 0."""
         if self.main:
             tqdm.write(text, file=self.out)
+            self.out.flush()  # a pipe would keep it back until a block is full
 
     def progress(self, what: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
         """A progress bar on rank 0; in a file or pipe it moves every ten seconds instead of ten times a second."""
