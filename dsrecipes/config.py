@@ -261,7 +261,8 @@ _OFF_WORD = {"deepspeed": "none", "report_to": "none", "debug": None, "time_limi
 
 def _spelled(key: str, value: Any) -> Any:
     """`on` and `off` as true and false for a switch, and a false as the word that a flag with words has for it."""
-    text = str(value).lower()
+    is_list_of_one = isinstance(value, (list, tuple)) and len(value) == 1
+    text = str(value[0] if is_list_of_one and key in _OFF_WORD else value).lower()
     if text not in ("on", "off", "no", "false"):
         return None if text == "" and _OFF_WORD.get(key, "none") is None else value
     if key in _switches():

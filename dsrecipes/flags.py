@@ -84,7 +84,6 @@ WORKS = frozenset(
 
 REMOVED = {
     "adafactor": "--optim adafactor",
-    "cuda": "--use_cpu true for no_cuda",
     "dispatch_batches": _ONE_WAY,
     "evaluation_strategy": "--eval_strategy",
     "fp16_backend": "--fp16 true",
@@ -98,6 +97,7 @@ REMOVED = {
     "jit_mode_eval": "--torch_compile true",
     "logging_dir": "TensorBoard's files are always in RUN/tensorboard",
     "mp_parameters": "--deepspeed zero3",
+    "no_cuda": "--use_cpu true",
     "past_index": _ONE_WAY,
     "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",

@@ -16,12 +16,12 @@ from typing import Any
 
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import RecipeFiles, find_config, find_recipe, find_zero, is_shipped, read_yaml, recipe_names
-from dsrecipes.flags import is_true
+from dsrecipes.flags import REMOVED, is_true
 from dsrecipes.zero_values import contradiction, zero_values
 
 PROFILES = ("auto", "full", "starter")
 ABOUT_KEYS = ("about", "machine", "starter")
-"""Keys of a recipe's YAML that are not flags: two lines for `dsrecipes list`, and the starter profile's values."""
+"""Keys of a YAML that are not flags: two lines for `dsrecipes list`, and the starter profile's values."""
 BELONGS_TO = {
     "dataset": ("dataset_config", "eval_dataset", "skip_bad_rows"),
     "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
@@ -41,6 +41,8 @@ ALIASES = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 """Old names of transformers, which it reads only where the new name is not set."""
+_YES, _NO = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
+"""Words that turn a switch on and off."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,11 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values under their one name: `no_packing` true is `packing` false, an old name is the new one."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if key.startswith("no_") and str(value).lower() in ("true", "false"):
-            key, value = key[3:], str(value).lower() == "false"
+        word = str(value).strip().lower()
+        if key.startswith("no_") and key not in REMOVED and word in (*_YES, *_NO):
+            key, value = key[3:], word in _NO
+        if key == "optim_args" and isinstance(value, Mapping):
+            value = ",".join(f"{name}={setting}" for name, setting in value.items())
         result[ALIASES.get(key, key)] = None if value == [] else value
     return result
 
@@ -200,6 +205,24 @@ def _profile(asked: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
     return ("full", plural(count, "accelerator")) if count else ("starter", "no accelerator")
 
 
+def _recipe(flag: Any, in_config: Any, config_path: Path | None) -> RecipeFiles:
+    """The recipe that the flag or the --config YAML names; refused where they name two."""
+    if not (flag or in_config):
+        raise UserError(f"no recipe given: --recipe NAME. The recipes are: {', '.join(recipe_names())}")
+    recipe = find_recipe(str(flag or in_config))
+    if flag and in_config and str(flag) != str(in_config) and find_recipe(str(in_config)) != recipe:
+        raise UserError(f"the recipe is {flag}, but {config_path} has `recipe: {in_config}`: drop one of them")
+    return recipe
+
+
+def _starter(values: Mapping[str, Any], path: Path | None) -> dict[str, Any] | None:
+    """The starter section of a YAML."""
+    starter = values.get("starter")
+    if starter is not None and not isinstance(starter, dict):
+        raise UserError(f"{path}: `starter:` must hold `key: value` lines")
+    return starter
+
+
 def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     """Layer recipe YAML, profile, --config and flags into what the run is asked for.
 
@@ -220,26 +243,23 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     config_path = find_config(str(flags.pop("config"))) if flags.get("config") else None
     flags.pop("config", None)
     config = read_yaml(config_path) if config_path else {}
-    name = flags.pop("recipe", None) or config.get("recipe")
-    if not name:
-        raise UserError(f"no recipe given: --recipe NAME. The recipes are: {', '.join(recipe_names())}")
-    recipe = find_recipe(str(name))
+    recipe = _recipe(flags.pop("recipe", None), config.get("recipe"), config_path)
     base = read_yaml(recipe.yaml) if recipe.yaml else {}
-    starter = base.get("starter")
-    if starter is not None and not isinstance(starter, dict):
-        raise UserError(f"{recipe.yaml}: `starter:` must hold `key: value` lines")
+    starters = (_starter(base, recipe.yaml), _starter(config, config_path))
     asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
     use_cpu = is_true(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", False))))
-    profile, why = _profile(asked, starter is not None, use_cpu)
+    profile, why = _profile(asked, starters != (None, None), use_cpu)
 
     def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
         return _named({key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
 
     layers = [Layer("recipe", values(base), default=True)]
     if profile == "starter":
-        layers.append(Layer("profile", values(starter or {}), default=True))
+        layers.append(Layer("profile", values(starters[0] or {}), default=True))
     if config_path:
         layers.append(Layer(str(config_path), values(config), default=is_shipped(config_path)))
+    if profile == "starter" and starters[1]:
+        layers.append(Layer(f"{config_path}, starter", values(starters[1]), default=is_shipped(config_path)))
     layers.append(Layer(origin, _named(flags)))
     return Layers(recipe, profile, tuple(_with_zero_json(layers)), why)
 

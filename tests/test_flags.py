@@ -44,7 +44,27 @@ def test_a_flag_that_would_do_nothing_is_refused(flag):
 def test_what_transformers_has_removed_is_named(flag):
     with pytest.raises(UserError, match="transformers has removed") as error:
         build_config(layer({**BASE, flag: "true"}))
-    assert REMOVED[flag.removeprefix("no_")] in str(error.value)
+    assert REMOVED[flag] in str(error.value)
+
+
+YAMLS = {
+    "no_packing: yes": ("packing", False),
+    "no_packing: on": ("packing", False),
+    "no_packing: 1": ("packing", False),
+    "no_packing: no": ("packing", True),
+    "report_to: [off]": ("report_to", ["none"]),
+    "report_to: [no]": ("report_to", ["none"]),
+    "debug: [no]": ("debug", None),
+    "optim: sgd\noptim_args: {momentum: 0.9, nesterov: true}": ("optim_args", "momentum=0.9,nesterov=True"),
+}
+
+
+@pytest.mark.parametrize("text", YAMLS)
+def test_a_yaml_may_spell_a_value_in_several_ways(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    key, value = YAMLS[text]
+    config = build_config(layer({**BASE, "config": str(tmp_path / "c.yaml")}))
+    assert {**vars(config.data), **config.train}[key] == value
 
 
 IDLE = {

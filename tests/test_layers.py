@@ -31,6 +31,25 @@ def test_later_layers_win_and_null_removes(tmp_path):
     assert layer({"recipe": str(recipe), "profile": "full"}).merged()["seed"] == ("1", "recipe")
 
 
+def test_a_yaml_has_a_starter_section_and_names_the_same_recipe(tmp_path):
+    recipe, config = tmp_path / "mine.py", tmp_path / "more.yaml"
+    recipe.write_text(TWO_METHODS)
+    config.write_text(
+        f"recipe: {recipe}\nseed: 1\nmodel_name_or_path: big\nmodel_revision: v2\nstarter:\n  model_name_or_path: small\n"
+    )
+    flags = {"config": str(config), "seed": 2}
+    assert layer({**flags, "profile": "starter"}).merged() == {
+        "model_name_or_path": ("small", f"{config}, starter"), "seed": (2, "flag"),
+    }  # fmt: skip
+    assert layer({**flags, "profile": "full"}).merged()["model_name_or_path"] == ("big", str(config))
+    assert layer({**flags, "recipe": str(recipe)}).recipe == layer(flags).recipe
+    with pytest.raises(UserError, match=f"the recipe is gpt2_clm, but {config} has `recipe: {recipe}`"):
+        layer({**flags, "recipe": "gpt2_clm"})
+    config.write_text("starter: 1\n")
+    with pytest.raises(UserError, match=f"{config}: `starter:` must hold"):
+        layer({**flags, "recipe": "gpt2_clm"})
+
+
 def test_profiles(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert accelerators() == 0
