@@ -44,6 +44,18 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
   report RUN [RUN ...]               one HTML file about a run, or several side by side
   reshape RUN                        a checkpoint in one folder, for any number of ranks and any ZeRO stage
 """
+_HELP = {
+    "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
+    "show": """\
+usage: dsrecipes show RECIPE [--flag value ...] [--all]
+
+The resolved configuration and where each value comes from.
+  --all      the defaults too
+  --procs N  ranks to derive the batch for (default: one for each GPU)
+`dsrecipes train RECIPE --help` lists the other flags.
+""",
+}
+"""Command -> its help; the other commands print their own."""
 
 
 def _take(argv: list[str], name: str) -> str | None:
@@ -169,6 +181,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
             )
+        if argv[0] in _HELP and asks_for_help(argv[1:]):
+            print(_HELP[argv[0]], end="", flush=True)
+            return 0
         code = commands[argv[0]](argv[1:])
         sys.stdout.flush()
         return code

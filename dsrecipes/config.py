@@ -244,6 +244,9 @@ def build_config(layers: Layers) -> Config:
         for key in BATCH_KEYS:
             if key not in merged:
                 train[key] = None  # derived, once the number of ranks is known
+        if "torch_compile" in given and not train["torch_compile"]:
+            # transformers would take either as a request to compile
+            train["torch_compile_backend"] = train["torch_compile_mode"] = None
         _check_train(train, given)
     except ValueError as error:
         named = re.search(r"--(\w+)", str(error))
@@ -326,7 +329,7 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         "tpu_metrics_debug" not in (train["debug"] or ()),
         "--debug tpu_metrics_debug: no TPU trains here; choose underflow_overflow",
     )
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "hang_timeout", "neftune_noise_alpha"):
         _require(train[name] is None or train[name] >= 0, f"--{name} is {train[name]}: give 0 or more")
     if train["time_limit"]:
         seconds_of(train["time_limit"])
@@ -336,10 +339,11 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         patience is None or train["eval_strategy"] != "no",
         "--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch",
     )
-    for name, value in (("save_strategy", "best"), *(("lr_scheduler_type", schedule) for schedule in JUDGED_SCHEDULES)):
+    judged = [("lr_scheduler_type", schedule) for schedule in JUDGED_SCHEDULES]
+    for name, value in (("save_strategy", "best"), ("load_best_model_at_end", True), *judged):
         _require(
             train[name] != value or train["eval_strategy"] != "no",
-            f"--{name} {value} needs evaluations: give --eval_strategy steps or epoch",
+            f"--{name} {str(value).lower()} needs evaluations: give --eval_strategy steps or epoch",
         )
     _require(not (train["fp16"] and train["bf16"]), "--fp16 and --bf16 are both on: choose one")
     _require(train["global_batch_size"] is None or train["global_batch_size"] > 0, "--global_batch_size must be above 0")
@@ -348,8 +352,8 @@ def _check_train(train: dict[str, Any], given: dict[str, str]) -> None:
         "--save_only_model leaves nothing for --load_best_model_at_end to load: drop one of them",
     )
     _require(
-        not train["load_best_model_at_end"] or train["eval_strategy"] == train["save_strategy"],
-        "--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same",
+        not train["load_best_model_at_end"] or train["save_strategy"] in ("best", train["eval_strategy"]),
+        "--load_best_model_at_end needs --save_strategy best, or the same as --eval_strategy",
     )
     _require(
         train["train_sampling_strategy"] in ("random", "sequential"),

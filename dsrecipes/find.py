@@ -43,6 +43,14 @@ def user_path(name: str | Path) -> Path:
     return path
 
 
+def flag_path(flag: str, name: str) -> Path:
+    """The path that a flag gives; like user_path, with the flag in the message."""
+    try:
+        return user_path(name)
+    except UserError as error:
+        raise UserError(f"--{flag} {error}") from None
+
+
 def _room(name: str) -> Path:
     spec = importlib.util.find_spec(f"dsrecipes.{name}")
     assert spec is not None and spec.submodule_search_locations, f"{name}/ is missing from the installation"

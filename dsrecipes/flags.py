@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import starter_path, user_path
 
 Merged = dict[str, tuple[Any, str]]
 """Key -> (value, origin), as the layers of a configuration give them."""
@@ -194,6 +195,11 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
         "num_train_epochs": f"max_steps {values['max_steps']} sets the length" if values["max_steps"] > 0 else None,
         "run_name": None if set(trackers) - {"none", "tensorboard"} else "report_to names no tracker that shows it",
     }
+    if user_path(starter_path(str(values["model_name_or_path"]))).is_dir():
+        reasons["model_revision"] = "model_name_or_path is a folder"
+    for name in ("backend", "mode"):  # either alone turns torch_compile on
+        if not values["torch_compile"] and values[f"torch_compile_{name}"] is None:
+            reasons[f"torch_compile_{name}"] = "torch_compile is false"
     for name in ("eval", "save", "logging"):
         strategy = values[f"{name}_strategy"]
         reasons[f"{name}_steps"] = None if strategy == "steps" else f"{name}_strategy is {strategy}"

@@ -167,7 +167,12 @@ def _matters(args: TrainConfig, key: str) -> bool:
 
 def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
     kind = args.lr_scheduler_type.value
-    options = f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+    given = args.lr_scheduler_kwargs or {}
+    options = f" --lr_scheduler_kwargs {given}" if given else ""
+    if "last_epoch" in given:
+        raise UserError(
+            "--lr_scheduler_kwargs: leave out last_epoch; --resume_from_checkpoint sets where a schedule resumes"
+        )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     warmup = args.get_warmup_steps(steps)
     with _refusing(f"--lr_scheduler_type {kind}{options}, {steps} steps, {warmup} of them warm-up"):
@@ -176,6 +181,13 @@ def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
             for step in sorted({0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}):
                 if not math.isfinite(factor(step)):
                     raise ValueError(f"the learning rate of step {step} is not finite")
+    decay = given.get("num_decay_steps", 0)
+    stable = given.get("num_stable_steps") or 0
+    if kind == "warmup_stable_decay" and steps < warmup + stable + decay:
+        return [
+            f"{kind}: {warmup} steps of warm-up, {stable} stable and {decay} of decay are more than the run's {steps}, so the "
+            "learning rate does not decay to its end"
+        ]
     if warmup >= steps and hasattr(scheduler, "lr_lambdas") and kind != "constant":
         return [
             f"the warm-up takes {warmup} steps and the run {steps}, so the learning rate never reaches {args.learning_rate:g}"
@@ -190,17 +202,20 @@ def _check_trackers(names: list[str]) -> None:
     if not names:
         return
     # imports pandas, which few runs need
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+    from transformers.integrations import integration_utils
 
+    known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
+        if name not in known:
             raise UserError(
-                f"--report_to {name}: unknown tracker{nearest(name, INTEGRATION_TO_CALLBACK)}; "
-                f"choose from {', '.join(INTEGRATION_TO_CALLBACK)}, all, none"
+                f"--report_to {name}: unknown tracker{nearest(name, known)}; choose from {', '.join(known)}, all, none"
             )
+        # without its package, a callback that has a __del__ would print a traceback when it is deleted
+        if hasattr(known[name], "__del__") and not getattr(integration_utils, f"is_{name}_available")():
+            packages = "dagshub mlflow" if name == "dagshub" else name
+            raise UserError(f"--report_to {name}: its package is not installed. Run `pip install {packages}`")
         with _refusing(f"--report_to {name}"):
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
+            known[name]()
 
 
 def _check_helpers(args: TrainConfig) -> None:

@@ -67,7 +67,39 @@ def test_a_yaml_may_spell_a_value_in_several_ways(text, tmp_path):
     assert {**vars(config.data), **config.train}[key] == value
 
 
+REFUSED = {
+    "the best of no evaluation": (
+        {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
+        "--load_best_model_at_end true needs evaluations",
+    ),
+    "the best of other steps": (
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
+        "--load_best_model_at_end needs --save_strategy best, or the same as --eval_strategy",
+    ),
+    "negative noise": ({"neftune_noise_alpha": -1}, "--neftune_noise_alpha is -1.0: give 0 or more"),
+    "no target": ({"lora_r": 4, "lora_target_modules": ""}, "--lora_target_modules is empty"),
+    "a list of no targets": ({"lora_r": 4, "lora_target_modules": "[]"}, "--lora_target_modules is empty"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_that_do_not_go_together_are_refused(name):
+    values, message = REFUSED[name]
+    with pytest.raises(UserError) as error:
+        build_config(layer({**BASE, **values}))
+    assert message in str(error.value)
+
+
+def test_torch_compile_false_prevails_over_its_options():
+    values = {"torch_compile_backend": "eager", "torch_compile_mode": "default"}
+    for switch, backend in (({"torch_compile": False}, None), ({}, "eager"), ({"torch_compile": True}, "eager")):
+        config = build_config(layer({**BASE, **values, **switch}))
+        assert config.train["torch_compile_backend"] == backend
+
+
 IDLE = {
+    "torch_compile_backend": {"torch_compile": False, "torch_compile_backend": "eager"},
+    "model_revision": {"model_name_or_path": "/tmp", "model_revision": "v2"},
     "eval_steps": {"eval_strategy": "no", "eval_steps": 5},
     "save_steps": {"save_strategy": "epoch", "save_steps": 5},
     "logging_steps": {"logging_strategy": "epoch", "logging_steps": 5},
@@ -121,6 +153,12 @@ def test_which_evaluation_is_the_best(values, expected):
 EVALUATED = {"eval_strategy": "steps", "eval_steps": "1", "validation_split": "0.3"}
 BROKEN = {
     "a tracker without its package": ({"report_to": "wandb"}, ["--report_to wandb", "pip install wandb"]),
+    "mlflow": ({"report_to": "mlflow"}, ["--report_to mlflow", "pip install mlflow"]),
+    "neptune": ({"report_to": "neptune"}, ["--report_to neptune", "pip install neptune"]),
+    "dagshub": ({"report_to": "dagshub"}, ["--report_to dagshub", "pip install dagshub mlflow"]),
+    "last_epoch": ({"lr_scheduler_kwargs": '{"last_epoch": 3}'}, ["--lr_scheduler_kwargs: leave out last_epoch"]),
+    "a name too long": ({"output_dir": "x" * 300}, ["--output_dir x", "File name too long"]),
+    "a folder of the kernel": ({"output_dir": "/proc/x"}, ["--output_dir /proc/x", "/proc stores no files"]),
     "an unknown tracker": ({"report_to": "wandbb"}, ["--report_to wandbb", "did you mean wandb?", "mlflow"]),
     "galore": ({"optim": "galore_adamw", "optim_target_modules": "attn"}, ["--optim galore_adamw", "galore_torch"]),
     "lomo": ({"optim": "lomo"}, ["--optim lomo", "lomo"]),
@@ -189,6 +227,10 @@ REMARKS = {
     "a stable schedule": (
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'}, None,
     ),
+    "a decay that is cut off": (
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 5}'},
+        "1 steps of warm-up, 0 stable and 5 of decay are more than the run's 2",
+    ),
     "neftune": ({"neftune_noise_alpha": 5}, "NEFTune scales its noise"),
     "all trackers": ({"report_to": "all"}, None),
 }  # fmt: skip
@@ -255,6 +297,21 @@ def test_unusual_flags_train_on_a_real_engine(engine, one_rank, small, tmp_path)
     assert read_yaml(tmp_path / "run" / "config.yaml")["optim"] == WHOLE[engine]["optim"]
     folders = {path.name for path in (tmp_path / "run").iterdir()}
     assert "runs" not in folders  # of Trainer's own TensorBoard
+
+
+@pytest.mark.ranks
+def test_the_best_of_the_checkpoints_that_were_saved_as_the_best(one_rank, small, tmp_path):
+    case = small.values(
+        "gpt2", output_dir=str(tmp_path / "run"), max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="best",
+        load_best_model_at_end=True, greater_is_better=True, metric_for_best_model="loss", learning_rate=1e-2,
+        global_batch_size=1,
+    )  # fmt: skip
+    facts = one_rank.run("train", **case)[0]
+    losses = {line["step"]: line["eval_loss"] for line in facts["log"] if "eval_loss" in line}
+    saved = {int(path.name[11:]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    best = max(losses, key=losses.__getitem__)
+    assert best in saved and best < 4, losses
+    assert facts["metrics"]["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
 @needs_shared

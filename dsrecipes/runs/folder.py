@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsrecipes.errors import UserError
-from dsrecipes.find import user_path
-from dsrecipes.runs.checkpoint import fault, is_whole
+from dsrecipes.find import flag_path
+from dsrecipes.runs.checkpoint import MANIFEST, fault, is_whole
 from dsrecipes.runs.disk import SPARE_BYTES, existing_parent
 
 
@@ -79,7 +79,9 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
         raise UserError(f"--output_dir {path}: {ancestor} is a file; choose another folder")
     if not os.access(ancestor, os.W_OK):
         raise UserError(f"--output_dir {path}: no permission to write into {ancestor}")
-    free = shutil.disk_usage(ancestor).free
+    total, _, free = shutil.disk_usage(ancestor)
+    if not total:  # such as /proc
+        raise UserError(f"--output_dir {path}: the file system of {ancestor} stores no files; choose another folder")
     if free < SPARE_BYTES:
         raise UserError(f"--output_dir {path}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
 
@@ -101,7 +103,7 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
             )
         path = folder.checkpoints / f"checkpoint-{asked[4:]}"
     else:
-        path = user_path(asked)
+        path = flag_path("resume_from_checkpoint", asked)
         if path.name == "checkpoints":
             path = path.parent
         if path.name == "model" and (path.parent / "config.yaml").is_file():
@@ -118,7 +120,10 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
         whole = folder.whole_checkpoints() if folder else []
         known = ", ".join(f"step{each.name[11:]}" for each in whole) or "none"
         hint = f"whole ones of this run: {known}" if folder else "`auto` takes the newest whole one of --output_dir"
-        raise UserError(f"--resume_from_checkpoint {asked}: {path} {problem}; {hint}")
+        if path.is_dir() and not (path / MANIFEST).exists() and not path.name.startswith("checkpoint"):
+            problem = "neither a checkpoint nor a run folder (it has no manifest.json and no checkpoints/)"
+        where = "" if str(path) == asked else f"{path}: "
+        raise UserError(f"--resume_from_checkpoint {asked}: {where}{problem}; {hint}")
     return [path]
 
 

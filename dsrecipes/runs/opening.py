@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from dsrecipes.config import Config
 from dsrecipes.errors import UserError
-from dsrecipes.find import user_path
+from dsrecipes.find import flag_path
 from dsrecipes.place import Place
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
 from dsrecipes.runs.orders import Orders
@@ -27,7 +27,7 @@ def choose_folder(config: Config, place: Place, say: Callable[[str], None]) -> t
         UserError: the folder may not be written, or there is no such checkpoint, or none that fits these ranks.
     """
     asked, resume = config.train["output_dir"], config.train["resume_from_checkpoint"]
-    path = user_path(asked) if asked else None
+    path = flag_path("output_dir", asked) if asked else None
     auto = resume is not None and resume.lower() in ("auto", "true")
     if auto and path is None:
         raise UserError("--resume_from_checkpoint auto: name the run with --output_dir, which stays the same on every start")
