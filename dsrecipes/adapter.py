@@ -24,11 +24,12 @@ def lora_targets(values: list[str]) -> list[str] | str:
     Raises:
         ValueError: empty text, not a regular expression, or all-linear together with other values.
     """
+    is_given = bool(values)
     if len(values) == 1 and values[0].lstrip().startswith("["):
         with contextlib.suppress(ValueError):  # a regular expression can begin with a character class
             values = [str(name) for name in json.loads(values[0])]
     names = [part.strip() for value in values for part in value.split(",") if part.strip()]
-    if values and not names:
+    if is_given and not names:
         raise ValueError("--lora_target_modules is empty: give names of layers, or all-linear")
     if "all-linear" in names or not names:
         if len(names) > 1:

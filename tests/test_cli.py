@@ -72,6 +72,9 @@ def test_show_says_where_each_value_comes_from(tmp_path, capsys):
 def test_help(capfd):
     assert cli.main(["--help"]) == 0 and "train RECIPE" in capfd.readouterr().out
     assert cli.main([]) == 2 and "usage" in capfd.readouterr().out
+    for argv in (["list", "--help"], ["show", "--help"], ["show", "-h"], ["show", "gpt2_clm", "--help"]):
+        assert cli.main(argv) == 0
+        assert capfd.readouterr().out.startswith(f"usage: dsrecipes {argv[0]}")
 
 
 def help_of(argv, capfd):

@@ -138,7 +138,9 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path
     [
         ("step7", ["checkpoint-7", "does not exist", "step5"]),
         ("step200", ["checkpoint-200", "manifest.json is missing: a save was cut off", "step5"]),
-        ("no/such", ["no/such", "does not exist", "step5"]),
+        ("no/such", ["--resume_from_checkpoint no/such: does not exist", "step5"]),
+        ("/usr", ["--resume_from_checkpoint /usr: neither a checkpoint nor a run folder", "step5"]),
+        ("x" * 300, ["--resume_from_checkpoint xxx", "File name too long"]),
     ],
 )
 def test_a_checkpoint_that_cannot_be_taken(tmp_path, asked, parts):
