@@ -68,7 +68,7 @@ from dsrecipes.runs.disk import is_disk_full, is_write_error, put_in_place, sync
 from dsrecipes.runs.expected import record
 from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
 from dsrecipes.runs.first_step import FirstStep
-from dsrecipes.runs.opening import choose_folder, take_folder
+from dsrecipes.runs.opening import choose_folder, delete_replaced, leave_folder, take_folder
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.runs.watch import Watch
@@ -213,7 +213,9 @@ class RecipeBase(ABC):
             )
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         self.orders = Orders(limit, self.args.ddp_timeout_delta)
-        self.folder, self._lock = take_folder(named, self.config, self.orders, self.console.main)
+        self.folder, self._lock, self._made_folder = take_folder(
+            named, candidates, self.config, self.orders, self.console.main
+        )
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.gathered(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
@@ -254,7 +256,14 @@ class RecipeBase(ABC):
         began = time.monotonic()
         before = {key: os.environ.get(key) for key in (*RANK_KEYS, *DEVICE_KEYS)}
         try:
-            trainer = self.build_trainer()
+            try:
+                trainer = self.build_trainer()
+            except UserError:
+                if hasattr(self, "folder") and (self.console.main or self.config.train["dry_run"]):
+                    leave_folder(self.folder, self._made_folder)  # the corrected command needs no other --output_dir
+                raise
+            if self.console.main:
+                delete_replaced(self.folder)
             try:
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             except _DryRunEnds:

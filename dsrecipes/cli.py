@@ -6,6 +6,7 @@ dsrecipes show alpaca_llama_sft --lora_r 8
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -147,6 +148,8 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+_READER_ENDED = 141
+"""A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
 _USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report", "reshape")
 """The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
 
@@ -171,6 +174,8 @@ def _use(command: str, argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `dsrecipes` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w")
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
     commands |= {name: partial(_use, name) for name in _USES}
     try:
@@ -190,9 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
-    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if error.errno == errno.EPIPE:  # the reader of the output has ended, as `head` does
+            return _READER_ENDED
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_CODE
 
 
 if __name__ == "__main__":

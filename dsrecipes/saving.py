@@ -153,7 +153,7 @@ class SavingTrainer(Trainer):
 
     def _remove_older(self, newest: int) -> None:
         """Keep the newest --save_total_limit whole checkpoints, the best one among them; leave torn ones alone."""
-        if not self.limit:
+        if self.limit is None or self.limit <= 0:  # no limit, as for transformers
             return
         whole = self.keeping.run.whole_checkpoints()
         kept = {self._path(newest), *([self._path(self.state.best_global_step)] if self.state.best_global_step else [])}

@@ -175,5 +175,7 @@ def test_the_real_command_ends_with_code_two(argv, parts):
 @pytest.mark.parametrize("argv", [["show", "gpt2_clm"], ["list"], ["--help"], ["train", "--help", "all"]], ids=" ".join)
 def test_a_reader_that_ends_early_gets_no_traceback(argv):
     words = shlex.join([sys.executable, "-m", "dsrecipes.cli", *argv])
-    piped = subprocess.run(["bash", "-c", f"{words} | sed q"], capture_output=True, text=True, cwd=ROOT)
+    piped = subprocess.run(["bash", "-c", f"{words} >&- && {words} | sed q"], capture_output=True, text=True, cwd=ROOT)
     assert len(piped.stdout.splitlines()) == 1 and not piped.stderr, piped.stderr
+    full = subprocess.run(["bash", "-c", f"{words} > /dev/full"], capture_output=True, text=True, cwd=ROOT)
+    assert full.returncode == 2 and full.stderr == "error: the output cannot be written: No space left on device\n"

@@ -87,6 +87,7 @@ def test_bad_wishes(name, tmp_path, capfd):
         }
     message = refusal(main, alpaca(tmp_path, **changes), capfd)
     assert all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists(), "the corrected command needs no other --output_dir"
 
 
 def test_a_prequantized_model_with_zero3(tmp_path, capfd):
@@ -113,6 +114,27 @@ def test_an_existing_run_folder(tmp_path, capfd):
     assert "exists and is not empty" in message and "--resume_from_checkpoint auto" in message
     assert "no run folder" in refusal(main, alpaca(tmp_path, overwrite_output_dir=True), capfd)
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"dataset": "gone.jsonl"}, "no such file"),
+        ({"optim": "lomo"}, "--optim lomo"),
+        ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
+        ({"dataset": "{tmp}/run/rows.jsonl"}, "--overwrite_output_dir would delete"),
+        ({"model_name_or_path": "{tmp}/run/model"}, "--overwrite_output_dir would delete"),
+    ],
+)
+def test_an_old_run_is_not_deleted_for_a_command_that_is_refused(tmp_path, capfd, changes, part):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("recipe: alpaca_llama_sft\n")
+    write_rows(run / "rows.jsonl", instructions(4))
+    shutil.copytree(tiny_llama(), run / "model")
+    changes = {key: value.format(tmp=tmp_path) for key, value in changes.items()} | {"overwrite_output_dir": True}
+    assert part in refusal(main, alpaca(tmp_path, **changes), capfd)
+    assert len(list(run.rglob("*.jsonl"))) == 1 and (run / "model" / "model.safetensors").is_file()
 
 
 def test_a_full_disk_is_refused(tmp_path, capfd):

@@ -58,7 +58,7 @@ def default_path(recipe: str) -> Path:
 
 
 def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse a folder that a run would overwrite or could not write into; delete one where told to.
+    """Refuse a folder that a run would overwrite or could not write into.
 
     Raises:
         UserError: the folder holds something, is a file, cannot be written, or its disk is full.
@@ -73,7 +73,6 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
             )
         if not RunFolder(path).config.is_file():
             raise UserError(f"--overwrite_output_dir: {path} is no run folder (no config.yaml in it); delete it yourself")
-        shutil.rmtree(path)
     ancestor = existing_parent(path)
     if not ancestor.is_dir():
         raise UserError(f"--output_dir {path}: {ancestor} is a file; choose another folder")

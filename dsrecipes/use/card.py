@@ -80,7 +80,10 @@ def _figures(run: FinishedRun) -> str:
             if values["step"] <= step:
                 figures |= {"step": values["step"]} | {key: value for key, value in values.items() if key.endswith("loss")}
     else:
-        figures = json.loads(run.folder.metrics.read_text(encoding="utf-8"))
+        try:
+            figures = json.loads(run.folder.metrics.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"No figures: {run.folder.metrics.name} is missing or damaged."
     timing = ("_runtime", "_per_second")
     rows = [
         f"| {key} | {value:.4g} |"

@@ -21,7 +21,8 @@ def test_an_existing_folder_is_never_overwritten_untold(tmp_path):
     assert (run / "notes.txt").exists()
     (run / "config.yaml").write_text("recipe: gpt2_clm\n")
     check_output(run, resuming=False, overwrite=True)
-    assert not run.exists()
+    assert (run / "notes.txt").exists(), "deleted only once the run can start"
+    run = tmp_path / "file"
     run.write_text("a file")
     with pytest.raises(UserError, match="there is a file of this name"):
         check_output(run, resuming=False, overwrite=False)
