@@ -54,7 +54,8 @@ def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
     except UserError as error:
         if adapter_folder(model) is None:
             raise
-        raise UserError(f"the adapter {model} needs its base model, which its {ADAPTER_CONFIG} names: {error}") from error
+        why = str(error).removeprefix("--model_name_or_path ")
+        raise UserError(f"the adapter {model} needs its base model, which its {ADAPTER_CONFIG} names: {why}") from error
     return name, {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
 
 

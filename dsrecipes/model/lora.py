@@ -130,21 +130,23 @@ def _check_target(model: PreTrainedModel, target: str, is_pattern: bool, where: 
         for name, module in modules.items()
         if (re.fullmatch(target, name) if is_pattern else name == target or name.endswith(f".{target}"))
     }
+    tied = []
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
     if not any(map(_takes_lora, matched.values())):
-        last_names = sorted({name.rpartition(".")[2] for name, module in modules.items() if _takes_lora(module)})
+        layers = [name for name, module in modules.items() if _takes_lora(module) and module not in tied]
+        last_names = sorted({name.rpartition(".")[2] for name in layers})
         raise UserError(
             f"{where} {target}: no layer of {type(model).__name__} that can have an adapter matches"
             f"{nearest(target, last_names)}; there are {', '.join(last_names)}"
         )
-    ends = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     for name, module in matched.items():
         if not _takes_lora(module):
             raise UserError(
                 f"{where} {target}: it matches {name} too, a {type(module).__name__}, which cannot have an adapter: match linear "
                 "layers alone, such as .*\\.(q|v)_proj"
             )
-        if tied and any(module is end for end in ends):
+        if module in tied:
             raise UserError(
                 f"{where} {target}: it matches {name}, whose weight is both the input embedding and the head of this model "
                 "(tie_word_embeddings), so that an adapter of one could not be merged: leave it out"
