@@ -63,13 +63,13 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_text(folder / CONFIG))
         kind, base = values["peft_type"], values["base_model_name_or_path"]
-        typed = isinstance(values["r"], int) and isinstance(values["target_modules"], (list, str))
+        typed = type(values["r"]) is int and values["r"] >= 1 and isinstance(values["target_modules"], (list, str))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: {CONFIG} is damaged ({error})") from error
     if kind != "LORA":
         raise UserError(f"{where}: this is a {kind} adapter; only LoRA adapters can be trained further")
     if not typed:
-        raise UserError(f"{where}: {CONFIG} is damaged (r or target_modules has another type)")
+        raise UserError(f"{where}: {CONFIG} is damaged (r must be a whole number from 1, target_modules a list or a text)")
     if not base or not isinstance(base, str):
         raise UserError(f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there")
     if not (folder / "adapter_model.safetensors").is_file():

@@ -44,6 +44,7 @@ from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
+    check_attention,
     check_model,
     check_splits,
     check_vocabulary,
@@ -180,6 +181,7 @@ class RecipeBase(ABC):
         self.tokenizer = self.load_tokenizer()
         padding = check_vocabulary(self.tokenizer, self.model_config)
         self.place.notes += [*self.config.notes, *([padding] if padding else [])]
+        check_attention(self.config.model, self.model_config, self.auto_class)
         if self.config.model.lora_target_modules:
             from dsrecipes.model.lora import check_targets
 
@@ -224,6 +226,8 @@ class RecipeBase(ABC):
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError(f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained")
         disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],

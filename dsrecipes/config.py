@@ -60,6 +60,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Cross-field checks; ValueError names the flag to change."""
         _require(self.lora_r >= 0, f"lora_r is {self.lora_r}: give 0 (full fine-tuning) or a positive rank")
+        _require(self.lora_alpha > 0, f"lora_alpha is {self.lora_alpha}: the update is multiplied by it; give 1 or more")
         lora_targets(self.lora_target_modules)
         _require(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
         _require(

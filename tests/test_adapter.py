@@ -8,6 +8,7 @@ from dsrecipes.adapter import adapter_folder, base_model, lora_targets, take_set
 from dsrecipes.config import build_config
 from dsrecipes.errors import UserError
 from dsrecipes.layers import layer
+from dsrecipes.model.hub import local_model
 
 
 def adapter(folder, **changes):
@@ -93,6 +94,8 @@ def test_what_contradicts_an_adapter_is_refused(tmp_path, given, part):
         ({"peft_type": "PREFIX_TUNING"}, "this is a PREFIX_TUNING adapter"),
         ({"base_model_name_or_path": None}, "does not name its base"),
         ({"r": "4"}, "is damaged"),
+        ({"r": 0}, "r must be a whole number from 1"),
+        ({"r": True}, "r must be a whole number from 1"),
     ],
 )
 def test_adapters_that_cannot_be_continued(tmp_path, changes, part):
@@ -107,4 +110,6 @@ def test_a_model_folder_is_no_adapter(tmp_path):
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
         base_model(folder)
     (tmp_path / "a" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a model \(config.json\) and a LoRA adapter \(adapter_config.json\)"):
+        local_model(folder)
     assert adapter_folder(folder) is None and adapter_folder("org/name") is None and adapter_folder(None) is None

@@ -1,6 +1,7 @@
 """Bad input through the real entry point: one message that says what, where and what to do, and exit code 2."""
 
 import gzip
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import instructions, refusal, small_disk, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 
+from dsrecipes import cli
 from dsrecipes.run import main
 
 
@@ -88,6 +90,90 @@ def test_bad_wishes(name, tmp_path, capfd):
     message = refusal(main, alpaca(tmp_path, **changes), capfd)
     assert all(part in message for part in parts), message
     assert not (tmp_path / "run").exists(), "the corrected command needs no other --output_dir"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n"
+SPOILED = {
+    "a pointer": ({"model.safetensors": LFS}, ["model.safetensors is a Git LFS pointer", "`git lfs pull`"]),
+    "cut off": ({"model.safetensors": b"\0" * 99}, ["model.safetensors is cut off or damaged"]),
+    "a pointer in an index": (
+        {"model.safetensors": None, "model-1.safetensors": LFS, "model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}'},
+        ["model-1.safetensors is a Git LFS pointer"],
+    ),
+    "a file that is not loaded": ({"consolidated.safetensors": LFS}, None),
+    "an adapter beside it": ({"adapter_config.json": b"{}"}, ["(config.json) and a LoRA adapter (adapter_config.json)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_weights_that_cannot_be_read(case, tmp_path, capfd):
+    files, parts = SPOILED[case]
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    for name, raw in files.items():
+        (folder / name).unlink(missing_ok=True)
+        if raw is not None:
+            (folder / name).write_bytes(raw)
+    argv = [*alpaca(tmp_path, model_name_or_path=folder), "--dry_run"]
+    if parts is None:
+        assert main(argv) == 0
+    else:
+        message = refusal(main, argv, capfd)
+        assert all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_whose_base_is_a_hub_name_names_the_base(tmp_path, capfd):
+    (tmp_path / "adapter").mkdir()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "org/base",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(Path(tiny_llama()) / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors")
+    message = refusal(main, alpaca(tmp_path, model_name_or_path=tmp_path / "adapter"), capfd)
+    assert "model org/base is a hub name" in message and f"{tmp_path / 'adapter' / 'adapter_config.json'} (base" in message
+
+
+FROZEN = """
+from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
+
+class Frozen(AlpacaLlamaSft):
+    def load_model(self):
+        return super().load_model().requires_grad_(False)
+"""
+
+
+def test_a_model_with_nothing_to_train(tmp_path, capfd):
+    (tmp_path / "frozen.py").write_text(FROZEN)
+    message = refusal(main, alpaca(tmp_path, recipe=tmp_path / "frozen.py", profile=None), capfd)
+    assert "no parameter that can be trained" in message
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate", "compare", "verify", "export"])
+def test_a_run_whose_base_model_is_gone(command, lora_run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    folder = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text().replace(tiny_llama(), "/gone/base")
+    (folder / "config.yaml").write_text(text)
+    more = {"export": ["--to", tmp_path / "out"]}.get(command, [])
+    message = refusal(cli.main, [command, folder, *more], capfd)
+    assert (
+        "base model" in message
+        and "/gone/base" in message
+        and f"correct model_name_or_path in {folder / 'config.yaml'}" in message
+    )
+    assert "--model_name_or_path" not in message
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A run of one step that trained an adapter."""
+    folder = tmp_path_factory.mktemp("lora")
+    assert main(alpaca(folder, lora_r=4)) == 0
+    return folder / "run"
 
 
 def test_a_prequantized_model_with_zero3(tmp_path, capfd):

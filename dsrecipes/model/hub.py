@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from dsrecipes.adapter import CONFIG as ADAPTER_CONFIG
 from dsrecipes.data.prepare import cache_root
 from dsrecipes.errors import UserError
 from dsrecipes.find import user_path
@@ -101,6 +102,12 @@ def local_model(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model_name_or_path {name}: {_models_near(path) or 'no config.json in this folder'}")
+        if (path / ADAPTER_CONFIG).is_file():
+            raise UserError(  # from_pretrained would load the adapter into the model in silence
+                f"--model_name_or_path {name}: this folder holds a model (config.json) and a LoRA adapter ({ADAPTER_CONFIG}): move "
+                f"{ADAPTER_CONFIG} and adapter_model.safetensors into a folder of their own, and give that folder to train the "
+                "adapter further, or this one to train the model"
+            )
         return str(path.absolute())  # an adapter's files name it, and are read from other folders
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model_name_or_path {name}: no such folder")

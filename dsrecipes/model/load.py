@@ -15,6 +15,7 @@ import transformers
 from filelock import FileLock
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
 from dsrecipes.adapter import CONFIG as ADAPTER_CONFIG
@@ -23,12 +24,12 @@ from dsrecipes.config import ModelConfig
 from dsrecipes.data.columns import first_beyond
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
-from dsrecipes.errors import UserError, plural
+from dsrecipes.errors import UserError, nearest, plural
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
 from dsrecipes.model.modalities import parameters_below, unreached_by_text
 from dsrecipes.model.task import class_names, loading_class, takes_text
-from dsrecipes.runs.weights import indexed_files
+from dsrecipes.runs.weights import check_readable, indexed_files, loaded_files
 
 _TASKS = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "a causal language model", True),
@@ -53,18 +54,25 @@ def _source(options: ModelConfig) -> tuple[str, dict[str, Any]]:
     except UserError as error:
         if adapter_folder(model) is None:
             raise
-        raise UserError(f"the adapter {model} needs its base model, which its {ADAPTER_CONFIG} names: {error}") from error
+        why = str(error).removeprefix("--model_name_or_path ")
+        raise UserError(f"the adapter {model} needs its base model, which its {ADAPTER_CONFIG} names: {why}") from error
     return name, {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
 
 
 def _explain(error: Exception, options: ModelConfig) -> UserError:
-    name = options.model_name_or_path or ""
-    message = hub_error(error, name, "model", carrier_hint(name))
+    name, adapter = base_model(options.model_name_or_path or ""), adapter_folder(options.model_name_or_path)
+    local = carrier_hint(name)
+    if adapter is not None:
+        local = f"a local copy, and write its path into {adapter / ADAPTER_CONFIG} (base_model_name_or_path)"
+    message = hub_error(error, name, "model", local)
     if message is None and "trust_remote_code" in str(error):
         message = f"model {name} comes with Python code of its own: read it, then give --trust_remote_code true to run it"
     if message is None and "use_safetensors" in str(error):
         message = _PICKLES.format(name)
-    return UserError(message or f"model {name} cannot be loaded: {first_line(error)}")
+    message = message or f"model {name} cannot be loaded: {first_line(error)}"
+    if adapter is not None:
+        message = f"the adapter {adapter} needs its base model, which its {ADAPTER_CONFIG} names: {message}"
+    return UserError(message)
 
 
 def _refuse_pickles(name: str, options: ModelConfig) -> None:
@@ -82,9 +90,12 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
     """The model's configuration, refused where the recipe cannot train it.
 
     Raises:
-        UserError: nothing of this name, not reachable, for another task.
+        UserError: nothing of this name, not reachable, for another task, or its weights cannot be read.
     """
     name, where = _source(options)
+    if not options.from_scratch:
+        folders = [Path(name), adapter_folder(options.model_name_or_path)]
+        check_readable([path for folder in folders if folder and folder.is_dir() for path in loaded_files(folder)])
     try:
         _refuse_odd_numbers(PretrainedConfig.get_config_dict(name, revision=options.model_revision)[0])
         config = AutoConfig.from_pretrained(name, **where)
@@ -144,6 +155,36 @@ def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int,
         raise UserError(
             f"model {name} is pre-quantized ({method}) and its weights cannot be trained: give --lora_r 16, or {alternative}"
         )
+
+
+def check_attention(options: ModelConfig, config: PretrainedConfig, auto_class: str) -> None:
+    """Refuse an --attn_implementation that transformers cannot give this model here, before weights are loaded.
+
+    Raises:
+        UserError: there is none of this name, its package is missing, or the model does not have it.
+    """
+    asked = options.attn_implementation
+    if asked is None:
+        return
+    try:
+        empty_model(config, auto_class, options.trust_remote_code, attn_implementation=asked)
+    except (ValueError, ImportError) as error:
+        known = [
+            "eager",
+            *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith(("paged", "dsrecipes"))),
+        ]
+        reason = first_line(error)
+        if asked not in known and "is not supported" in reason:
+            reason = (
+                f"transformers has no attention of this name{nearest(asked, known)}; there are {', '.join(sorted(known))}"
+            )
+        raise UserError(f"--attn_implementation {asked}: {reason}") from error
+
+
+def empty_model(config: PretrainedConfig, auto_class: str, trust: bool, **options: Any) -> PreTrainedModel:
+    """The model on the meta device, without weights; under ZeRO-3 this must come before TrainConfig, which would shard it."""
+    with torch.device("meta"):
+        return loading_class(auto_class, config).from_config(copy.deepcopy(config), trust_remote_code=trust, **options)
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
@@ -316,6 +357,8 @@ def load_model(
         if "mismatched" not in str(error):
             raise
         raise UserError(f"model {name}: the weights have other shapes than its config.json says") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub repository that holds both; see local_model for folders
+        raise UserError(f"model {name} holds a model and a LoRA adapter ({ADAPTER_CONFIG}): give a folder with one of them")
     _forget_unused_renames(model)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _refuse_holes(missing, model, name, same_head)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import re
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from dsrecipes.adapter import lora_targets
+from dsrecipes.adapter import CONFIG, adapter_folder, base_model, lora_targets
 from dsrecipes.config import ModelConfig
-from dsrecipes.errors import UserError, nearest
+from dsrecipes.errors import UserError, nearest, plural
+from dsrecipes.model.load import empty_model
 from dsrecipes.model.modalities import unreached_by_text
-from dsrecipes.model.task import is_causal_lm, loading_class
+from dsrecipes.model.task import is_causal_lm
+from dsrecipes.runs.weights import check_readable
 
 
 def four_bit(options: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -51,7 +55,7 @@ def add_lora(model: PreTrainedModel, options: ModelConfig, heads: list[str], kee
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
+        return _saved_alone(get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype))
     except ValueError as error:
         if "target" not in str(error).lower():
             raise
@@ -71,11 +75,18 @@ def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_d
     try:
         config = LoraConfig.from_pretrained(str(folder))
         config.lora_dropout, config.inference_mode = options.lora_dropout, False
-        return PeftModel.from_pretrained(
+        adapted = PeftModel.from_pretrained(
             model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=not keep_dtype
         )
+        return _saved_alone(adapted)
     except (*damaged(), RuntimeError) as error:
-        raise UserError(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
+        raise UserError(f"{_misfit(options, folder)}: {first_line(error)}") from error
+
+
+def _saved_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """Have the adapter saved without weights of the base; peft would add a frozen embedding or head that has an adapter."""
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    return model
 
 
 def _whole_modules(names: list[str]) -> str | None:
@@ -84,33 +95,96 @@ def _whole_modules(names: list[str]) -> str | None:
 
 
 def check_targets(options: ModelConfig, config: PretrainedConfig, auto_class: str) -> None:
-    """Refuse names and patterns of --lora_target_modules that match no layer, before weights are loaded.
+    """Refuse --lora_target_modules, and an adapter folder, that do not fit the model, before weights are loaded.
 
     The model is built on the meta device; under ZeRO-3 this must come before TrainConfig, which would have it sharded.
 
     Raises:
-        UserError: names the value and the layers that can be given.
+        UserError: names the value and the layers that can be given, or the adapter's tensor that does not fit.
     """
     targets = lora_targets(options.lora_target_modules)
-    if not options.lora_r or targets == "all-linear":
+    folder = adapter_folder(options.model_name_or_path)
+    if not options.lora_r or (targets == "all-linear" and folder is None):
         return
-    with torch.device("meta"):
-        model = loading_class(auto_class, config).from_config(copy.deepcopy(config))
+    model = empty_model(config, auto_class, options.trust_remote_code)
+    if targets != "all-linear":
+        where = "--lora_target_modules" if folder is None else f"{_misfit(options, folder)}: target_modules"
+        for target in [targets] if isinstance(targets, str) else targets:
+            _check_target(model, target, isinstance(targets, str), where)
+    if folder is not None:
+        _check_tensors(model, options, folder)
+
+
+def _misfit(options: ModelConfig, folder: Path) -> str:
+    return f"the adapter {folder} does not fit its base model {base_model(options.model_name_or_path or '')}"
+
+
+def _check_target(model: PreTrainedModel, target: str, is_pattern: bool, where: str) -> None:
+    """Refuse a name or pattern that matches no layer, or one that cannot have an adapter of its own (UserError)."""
     excluded = _whole_modules(unreached_by_text(model))
-    layers = [name for name, module in model.named_modules() if _takes_lora(module)]
-    if excluded:
-        layers = [name for name in layers if not re.fullmatch(excluded, name)]
-    last_names = sorted({name.rpartition(".")[2] for name in layers})
-    for target in [targets] if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
-            matched = any(re.fullmatch(target, name) for name in layers)
-        else:
-            matched = any(name == target or name.endswith(f".{target}") for name in layers)
-        if not matched:
+    modules = {
+        name: module for name, module in model.named_modules() if not (excluded and re.fullmatch(excluded, name)) and name
+    }
+    matched = {
+        name: module
+        for name, module in modules.items()
+        if (re.fullmatch(target, name) if is_pattern else name == target or name.endswith(f".{target}"))
+    }
+    tied = []
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(map(_takes_lora, matched.values())):
+        layers = [name for name, module in modules.items() if _takes_lora(module) and module not in tied]
+        last_names = sorted({name.rpartition(".")[2] for name in layers})
+        raise UserError(
+            f"{where} {target}: no layer of {type(model).__name__} that can have an adapter matches"
+            f"{nearest(target, last_names)}; there are {', '.join(last_names)}"
+        )
+    for name, module in matched.items():
+        if not _takes_lora(module):
             raise UserError(
-                f"--lora_target_modules {target}: no layer of {type(model).__name__} that can have an adapter matches"
-                f"{nearest(target, last_names)}; there are {', '.join(last_names)}"
+                f"{where} {target}: it matches {name} too, a {type(module).__name__}, which cannot have an adapter: match linear "
+                "layers alone, such as .*\\.(q|v)_proj"
             )
+        if module in tied:
+            raise UserError(
+                f"{where} {target}: it matches {name}, whose weight is both the input embedding and the head of this model "
+                "(tie_word_embeddings), so that an adapter of one could not be merged: leave it out"
+            )
+
+
+def _check_tensors(model: PreTrainedModel, options: ModelConfig, folder: Path) -> None:
+    """Refuse an adapter's file that lacks tensors, has others, or other shapes; peft would start from zeros (UserError)."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    from dsrecipes.model.hub import damaged, first_line
+
+    misfit = _misfit(options, folder)
+    path = folder / "adapter_model.safetensors"
+    check_readable([path])
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    base_weights = [name for name in shapes if name.endswith(".base_layer.weight")]
+    if base_weights:  # peft would replace the base's weight by it, and saving the adapter would lose it
+        raise UserError(f"{path} holds a weight of the base model ({base_weights[0]}): remove it from the file")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.init_lora_weights, config.inference_mode = True, False  # some ways to start need the weights
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is copied to the meta device
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+            result = set_peft_model_state_dict(adapted, tensors)
+    except KeyError as error:
+        raise UserError(f"{misfit}: {path} lacks the tensor {error.args[0]}") from error
+    except (*damaged(), RuntimeError) as error:
+        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), first_line(error))
+        raise UserError(f"{misfit}: {mismatch}") from error
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    missing = [name.replace(".default", "") for name in result.missing_keys if name in trained]
+    for names, words in ((missing, "missing from"), (result.unexpected_keys, "of other layers in")):
+        if names:
+            raise UserError(f"{misfit}: by {CONFIG}, {plural(len(names), 'tensor')} {words} {path} ({names[0]}, ...)")
 
 
 def _takes_lora(module: nn.Module) -> bool:

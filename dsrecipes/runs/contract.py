@@ -18,6 +18,7 @@ from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path
 from dsrecipes.model.hub import local_model
 from dsrecipes.runs.checkpoint import read_manifest
+from dsrecipes.runs.weights import loaded_files
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
@@ -136,7 +137,7 @@ def _weights(config: Config, commit: str | None) -> str:
 def _sampled(folder: Path) -> str:
     """A hash of a folder's tensors: names, shapes and samples of their bytes."""
     hashed = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in loaded_files(folder):
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
             hashed.update(json.dumps([(name, file.get_slice(name).get_shape()) for name in names]).encode())

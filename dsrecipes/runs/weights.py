@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -16,6 +17,7 @@ from dsrecipes.runs.disk import checksum
 
 GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
 """Why there may be nothing."""
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -49,6 +51,37 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.with_name(name) for name in names]
 
 
+def loaded_files(folder: Path) -> list[Path]:
+    """The files from which transformers, or peft for an adapter folder, loads the weights; none where they are pickles.
+
+    Raises:
+        UserError: the index is damaged, or a file that it names is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file():
+        single = folder / "adapter_model.safetensors"
+    if single.is_file():
+        return [single]
+    return indexed_files(index) if index.is_file() else sorted(folder.glob("model*.safetensors"))
+
+
+def check_readable(files: list[Path]) -> None:
+    """Read the headers of weights files (UserError: one is damaged, cut off, or a pointer of Git LFS)."""
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
+    return UserError(f"{path} is cut off or damaged: {str(error).splitlines()[0]}")
+
+
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a file, one in memory at a time.
 
@@ -60,7 +93,7 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut off or damaged: {str(error).splitlines()[0]}") from error
+        raise _damaged(path, error) from error
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

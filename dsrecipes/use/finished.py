@@ -16,7 +16,7 @@ from dsrecipes.use.device import find_device
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dsrecipes.base import RecipeBase
     from dsrecipes.config import Config
@@ -143,7 +143,7 @@ class FinishedRun:
         from dsrecipes.model.hub import damaged, first_line
         from dsrecipes.model.load import ready
         from dsrecipes.model.task import loading_class
-        from dsrecipes.runs.weights import weight_files
+        from dsrecipes.runs.weights import check_readable, weight_files
 
         disable_progress_bar()
         if dtype is None:
@@ -151,7 +151,7 @@ class FinishedRun:
         options, auto = self.config.model, self.recipe.auto_class
         adapter = (self.source / "adapter_config.json").is_file()
         if not base:
-            weight_files(self.source)
+            check_readable(weight_files(self.source))
         if adapter and not base and not (self.source / "adapter_model.safetensors").is_file():
             raise UserError(
                 f"{self.source}: adapter_model.safetensors is missing"
@@ -175,25 +175,38 @@ class FinishedRun:
 
     def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without any adapter, in 4 bits where the run was."""
-        from dsrecipes.model.load import load_config, load_model, ready
+        from dsrecipes.model.load import load_model, ready
 
         options, auto = self.config.model, self.recipe.auto_class
-        config = load_config(options, auto)
+        config = self._base_config()
         seed = self.config.train["seed"]
         model = load_model(options, config, auto, dtype, seed, False, adapter=False, device=self.device)
         return ready(model, self.device)
+
+    def _base_config(self) -> PretrainedConfig:
+        from dsrecipes.model.load import load_config
+
+        name = self.config.model.model_name_or_path
+        try:
+            return load_config(self.config.model, self.recipe.auto_class)
+        except UserError as error:
+            reason = str(error).removeprefix("--model_name_or_path ")
+            raise UserError(
+                f"{self.folder.path}: the base model of this run, {name}, cannot be had ({reason}); if it was moved, correct "
+                f"model_name_or_path in {self.folder.config}"
+            ) from error
 
     @cached_property
     def embedding_rows(self) -> int | None:
         """Rows of the model's input embedding, known without its weights."""
         from transformers import AutoConfig
 
-        from dsrecipes.model.load import embedding_rows, load_config
+        from dsrecipes.model.load import embedding_rows
 
         if (self.source / "config.json").is_file():
             trusted = self.config.model.trust_remote_code
             return embedding_rows(AutoConfig.from_pretrained(self.source, trust_remote_code=trusted))
-        return embedding_rows(load_config(self.config.model, self.recipe.auto_class))
+        return embedding_rows(self._base_config())
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -1,10 +1,16 @@
 """LoRA on every kind of linear layer, alone and over a 4-bit base."""
 
+import contextlib
+import functools
+import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -113,7 +119,11 @@ def test_4_bit_weights_are_never_repacked_whatever_the_cpu_and_the_way_of_loadin
         ([r"layers\.9\..*"], r"no layer of LlamaForCausalLM .* there are down_proj"),
         (["q_proj", r".*\.v_proj"], None),
         ([r".*layers\.1\..*\.(q|v)_proj"], None),
-        (["layers.1.self_attn.q_proj,lm_head"], None),
+        (["layers.1.self_attn.q_proj,layers.0.mlp.up_proj"], None),
+        (["q_proj,lm_head"], "lm_head: it matches lm_head, whose weight is both"),
+        (["embed_tokens"], "embed_tokens: it matches model.embed_tokens, whose weight is both"),
+        ([".*"], r"\.\*: it matches model too, a LlamaModel, which cannot"),
+        ([".*self_attn.*"], r"it matches model\.layers\.0\.self_attn too, a LlamaAttention"),
         (["all-linear"], None),
     ],
 )
@@ -135,3 +145,74 @@ def test_a_layer_for_images_is_no_target_and_a_pattern_chooses_among_the_others(
         model = loaded(tiny_gemma3(), lora_target_modules=targets)
         adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
         assert len(adapted) == count and not [name for name in adapted if "vision" in name]
+
+
+@functools.cache
+def an_adapter() -> Path:
+    """A folder with an adapter of the tiny Llama, as peft saves it."""
+    folder = Path(tiny_llama()).with_name("adapter")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])).save_pretrained(folder)
+    return folder
+
+
+def without_first(tensors):
+    return dict(sorted(tensors.items())[1:])
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+def with_another(tensors):
+    return tensors | {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
+
+
+def with_a_base_weight(tensors):
+    return tensors | {"base_model.model.lm_head.base_layer.weight": torch.ones(600, 32)}
+
+
+MISFITS = {
+    "fits": ({}, None, None),
+    "a tensor missing": ({}, without_first, r"1 tensor missing from .*adapter_model\.safetensors \(base_model.*lora_A\.weight"),
+    "no prefix": ({}, without_prefix, r"does not fit its base model .*: by adapter_config.json, 8 tensors missing"),
+    "an extra tensor": ({}, with_another, r"1 tensor of other layers in .*layers\.9"),
+    "a weight of the base": ({}, with_a_base_weight, r"holds a weight of the base model .*lm_head"),
+    "fewer targets": ({"target_modules": ["q_proj"]}, None, "4 tensors of other layers"),
+    "more targets": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, None, "4 tensors missing from .*k_proj"),
+    "a target of another model": ({"target_modules": ["c_attn"]}, None, r"^the adapter .* does not fit its base .*target_modules c_attn"),
+    "DoRA": ({"use_dora": True}, None, "4 tensors missing .*lora_magnitude_vector"),
+    "some layers": ({"layers_to_transform": [0]}, None, r"4 tensors of other layers in .*layers\.1"),
+    "another rank": ({"r": 8}, None, r"size mismatch for .*lora_A.*\[4, 32\].*\[8, 32\]"),
+    "a whole module": ({"modules_to_save": ["lm_head"]}, None, "lacks the tensor .*lm_head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(case, tmp_path):
+    changes, change, part = MISFITS[case]
+    folder = shutil.copytree(an_adapter(), tmp_path / "adapter")
+    values = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    if change:
+        save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    options = ModelConfig(model_name_or_path=str(folder), lora_r=values["r"], lora_target_modules=values["target_modules"])
+    config = load_config(options, CAUSAL)
+    with pytest.raises(UserError, match=part) if part else contextlib.nullcontext():
+        check_targets(options, config, CAUSAL)
+
+
+def test_an_adapter_of_an_untied_head_is_saved_without_the_head(tmp_path):
+    config = load_config(ModelConfig(model_name_or_path=tiny_llama()), CAUSAL)
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
+    options = {"lora_target_modules": ["q_proj", "lm_head", "embed_tokens"]}
+    check_targets(ModelConfig(model_name_or_path=str(tmp_path / "untied"), lora_r=4, **options), config, CAUSAL)
+    model = loaded(str(tmp_path / "untied"), **options)
+    model.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(names) == 8 and all("lora_" in name for name in names)
+    again = ModelConfig(model_name_or_path=str(tmp_path / "adapter"), lora_r=4, **options)
+    check_targets(again, load_config(again, CAUSAL), CAUSAL)
+    load_model(again, load_config(again, CAUSAL), CAUSAL, torch.float32, 1, False).save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == names.keys()
