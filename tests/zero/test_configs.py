@@ -155,25 +155,24 @@ def test_numbers_as_text_are_taken_where_they_are_equal(two: Two, zero2: list[di
         ),
         (
             {"train_batch_size": 16, "zero_optimization": {"stage": 2}},
-            ["train_batch_size is 16", "4 = micro 1 x accumulation 2 x ranks 2"],
+            ["global_batch_size is 16 in", "4 (python)"],
         ),
         (
             {"train_micro_batch_size_per_gpu": "8", "zero_optimization": {"stage": 2}},
-            ["train_micro_batch_size_per_gpu is 8", "per_device_train_batch_size is 1"],
+            ["per_device_train_batch_size is 8 in", "1 (python)"],
         ),
         (
             {"gradient_accumulation_steps": 7, "zero_optimization": {"stage": 2}},
-            ["gradient_accumulation_steps is 7", "gradient_accumulation_steps is 2"],
+            ["global_batch_size 4 (python)", "gradient_accumulation_steps 7 (", "ranks 2"],
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}, "zero_optimization": {"stage": 2}},
-            ["optimizer.params.lr is 3e-05", "learning_rate is 0.001"],
+            ["learning_rate is 3e-05 in", "0.001 (python)"],
         ),
         (
             {"bf16": {"enabled": True}, "fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
             ["bf16.enabled and fp16.enabled are both true"],
         ),
-        ({"fp16": {"enabled": True, **LOSS_SCALE}, "zero_optimization": {"stage": 2}}, ["fp16 needs a GPU"]),
     ],
 )
 def test_a_json_that_contradicts_the_run_is_refused_with_both_numbers(
