@@ -173,13 +173,20 @@ def frozen_adapter(story: RecipeBase) -> contextlib.AbstractContextManager[None]
 
 @contextlib.contextmanager
 def little_memory(story: RecipeBase) -> Iterator[None]:
-    """A limit of this process's memory, 32 MB above what it has when training begins."""
+    """A limit of this process's memory, 32 MB above what it has when training begins, none of it free."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ballast: list[bytearray] = []
+
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0])
 
     def change(trainer: RecipeTrainer) -> None:
         def act() -> None:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), hard))
+            for size in (16 << 20, 1 << 20, 1 << 16):  # earlier runs in this process left free memory to it
+                before = pages()
+                while pages() == before:
+                    ballast.append(bytearray(size))
+            resource.setrlimit(resource.RLIMIT_AS, (pages() * resource.getpagesize() + (32 << 20), hard))
 
         trainer.add_callback(_Begin(act))
 
@@ -188,6 +195,7 @@ def little_memory(story: RecipeBase) -> Iterator[None]:
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        ballast.clear()
 
 
 def lost_loss(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
