@@ -12,6 +12,7 @@ from typing import Any
 from packaging.version import Version
 
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.flags import is_true
 
 Json = dict[str, Any]
 
@@ -124,7 +125,7 @@ def _unknown(name: str, table: Json) -> str:
 
 def _is_on(config: Json, key: str) -> bool:
     block, name = _block(config, key)
-    return str(block.get(name)).lower() == "true"
+    return is_true(block.get(name))
 
 
 def _refuse_unsupported(config: Json, path: Path) -> None:

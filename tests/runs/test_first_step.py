@@ -49,7 +49,7 @@ def ends(ranks: Ranks, small: Small, folder: Path, name: str, stage: str, spoil:
         ("gpt2", "zero2", "unlabelled", "2 rows of rank 0's first step without a label after the collator"),
         ("bert", "zero1", "unlabelled", "2 rows of rank 0's first step without a label after the collator"),
         ("alpaca", "zero3", "leaking", "packing leaks in a LlamaForCausalLM"),
-        ("alpaca", "zero2", "unlabelled", "the collator gives packed examples"),
+        ("alpaca", "zero2", "unlabelled", "labels, and the same examples apart"),
         ("gpt2", "zero2", "same_rows", "ranks 0 and 1 have the same rows in the first step"),
         ("gpt2", "none", "other_steps", "the ranks have different numbers of micro batches"),
         ("gpt2", "zero2", "not_divided", "ZeRO-3 divides the weights over 2 ranks, but rank 0 holds"),

@@ -91,6 +91,8 @@ def test_every_shipped_json_is_read_checked_and_resolved(name, tmp_path, monkeyp
         ({"fp16": None}, ["fp16 must be an object"]),
         ({"optimizer": {"type": "AdamW", "params": None}}, ["optimizer.params must be an object"]),
         ({"wandb": {"enabled": "true"}}, ["needs the package wandb"]),
+        ({"comet": {"enabled": 1}}, ["needs the package comet_ml"]),
+        ({"torch_autocast": {"enabled": "yes"}}, ["torch_autocast is not supported"]),
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine is not supported"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size 2 is not supported"]),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, ["tensor_parallel.tp.tp_size 2 is not supported"]),
