@@ -1,6 +1,9 @@
 """Rows to token files: what is kept, dropped, held out, refused, and what the cache remembers."""
 
+import hashlib
 import io
+import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -15,7 +18,7 @@ from dsrecipes.data.encode import EncodeOptions, encode_texts
 from dsrecipes.data.formats import text_field
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
-from dsrecipes.data.records import hold_out
+from dsrecipes.data.records import content_of, hold_out
 from dsrecipes.errors import UserError
 from dsrecipes.runs.console import Console
 
@@ -154,11 +157,29 @@ def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
 
 
 def test_hold_out_keeps_equal_rows_on_one_side():
-    keys = [str(n % 37) for n in range(400)]
+    keys = np.array([content_of({"n": n % 37}) for n in range(400)], np.uint64)
     out = hold_out(keys, 0.1, 3)
-    assert 40 <= len(out) <= 51 and out == hold_out(keys, 0.1, 3) != hold_out(keys, 0.1, 4)
-    assert not {keys[i] for i in out} & {keys[i] for i in range(400) if i not in out}
-    assert hold_out(["a", "a"], 0.5, 0) == set() and len(hold_out(["a", "b"], 0.001, 0)) == 1
+    assert 40 <= out.sum() <= 51 and (out == hold_out(keys, 0.1, 3)).all() and (out != hold_out(keys, 0.1, 4)).any()
+    assert not set(keys[out]) & set(keys[~out])
+    few = [
+        hold_out(np.array(keys, np.uint64), share, 0).sum() for keys, share in (([], 0.5), ([7, 7], 0.5), ([7, 8], 0.001))
+    ]
+    assert few == [0, 0, 1]
+
+
+def test_the_choice_of_held_out_rows_is_that_of_earlier_versions():
+    records = [{"text": f"row {n % 700}"} for n in range(1000)]
+    groups = {}
+    for index, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True).encode()
+        groups.setdefault(hashlib.md5(text, usedforsecurity=False).hexdigest(), []).append(index)
+    names, chosen = sorted(groups), set()
+    random.Random(5).shuffle(names)
+    for name in names[:-1]:
+        if len(chosen) < 130:
+            chosen.update(groups[name])
+    keys = np.array([content_of(record) for record in records], np.uint64)
+    assert set(np.flatnonzero(hold_out(keys, 0.13, 5)).tolist()) == chosen
 
 
 def test_validation_rows_are_not_trained_on(tokenizer):
