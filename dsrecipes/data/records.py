@@ -72,13 +72,13 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
         True for each chosen record; for none where there are fewer than two different ones.
     """
     ordered = np.sort(keys)
-    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(keys) else np.empty(0, np.int64)
+    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]).astype(np.int32)
     if len(firsts) < 2:
         return np.zeros(len(keys), bool)
     order = array("i", range(len(firsts)))
     random.Random(seed).shuffle(order)
     shuffled = np.frombuffer(order, np.int32)[:-1]
-    sizes = np.diff(np.append(firsts, len(keys)))[shuffled]
+    sizes = np.diff(firsts, append=np.int32(len(keys)))[shuffled]
     enough = int(np.searchsorted(np.cumsum(sizes), max(1, round(share * len(keys))))) + 1
     chosen = np.sort(ordered[firsts[shuffled[:enough]]])
     return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys
