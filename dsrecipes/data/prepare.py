@@ -25,6 +25,7 @@ from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.origin import Origins, origins_path
 from dsrecipes.data.pack import blocks
 from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
+from dsrecipes.data.weights import WEIGHTS, normalize_weights, weight_range
 from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
 
@@ -47,8 +48,19 @@ class SplitStats:
     supervised: int = 0
     tail: int = 0
     """Tokens of a last block shorter than max_length, not trained on."""
+    weighted: int = 0
+    """Rows that weigh other than 1, or have a turn that does."""
+    weight_range: list[float] = field(default_factory=list)
+    """Smallest and largest weight in those rows; empty without such rows."""
     fingerprint: str = ""
-    """Of the tokens and labels, in their order."""
+    """Of the tokens, labels and weights, in their order."""
+
+    def count_weights(self, lightest: float, heaviest: float) -> None:
+        """Count a row by its smallest and largest weight."""
+        if lightest != 1 or heaviest != 1:
+            self.weighted += 1
+            numbers = [*self.weight_range, lightest, heaviest]
+            self.weight_range = [min(numbers), max(numbers)]
 
 
 @dataclass
@@ -211,10 +223,16 @@ def _encoded(
         rows = len(group)
         batch, group = encode_group(recipe, group, tokenizer, options, records.skip_bad_rows)
         dropped["unencodable row"] += rows - len(group)
+        normalize_weights(batch)
+        weights = batch.get(WEIGHTS)
+        if weights and recipe.cut_into_blocks:
+            raise UserError(f"{recipe.__name__}: rows that are joined and cut into blocks cannot have weights; return none")
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             length = _length(ids)
             supervised = _supervised(labels) if isinstance(labels, list) else 1
+            if weights and weights[index] == 0:
+                supervised = 0
             if length > options.max_length and not recipe.cut_into_blocks:
                 dropped[f"longer than {options.max_length} tokens"] += 1
             elif not supervised and not recipe.cut_into_blocks:
@@ -225,6 +243,8 @@ def _encoded(
                 origins.add(group[index][0], tokens)
                 stats.tokens += tokens
                 stats.supervised += supervised
+                if weights and weights[index]:
+                    stats.count_weights(*weight_range(labels, weights[index]))
         stats.rows += rows
         stats.kept += len(keep)
         stats.dropped = {reason: count for reason, count in dropped.items() if count}

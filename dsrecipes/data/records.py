@@ -68,8 +68,19 @@ class Chosen:
 
 
 def content_of(record: dict) -> str:
-    """A hash of the record: equal ones must not stand on both sides of a split."""
-    return hashlib.md5(json.dumps(record, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
+    """A hash of the record without its weights: equal ones must not be on both sides of a split."""
+    text = json.dumps(_without_weights(record), sort_keys=True, default=str)
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _without_weights(record: dict) -> dict:
+    """The record without `weight`, which a turn of a chat may have too."""
+    content = {name: value for name, value in record.items() if name != "weight"}
+    if isinstance(content.get("messages"), list):
+        content["messages"] = [
+            {name: value for name, value in turn.items() if name != "weight"} for turn in content["messages"]
+        ]
+    return content
 
 
 def hold_out(keys: list[str], share: float, seed: int) -> set[int]:
