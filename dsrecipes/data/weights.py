@@ -95,7 +95,7 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
     text = " ".join(words).strip()
     if text.lower() == BALANCED:
         return BALANCED
-    pairs = _pairs(text)
+    pairs = _pairs(words)
     weights = [_class_weight(text, weight) for _, weight in pairs]
     if not any(weights):
         raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
@@ -107,16 +107,20 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
     return dict(zip(names, weights, strict=True))
 
 
-def _pairs(text: str) -> list[tuple[str | None, Any]]:
+def _pairs(words: list[str]) -> list[tuple[str | None, Any]]:
     """(class, weight) of each entry; the class is None where weights come in order."""
+    text = " ".join(words).strip()
     if text[:1] in ("{", "["):
         try:
             value = json.loads(text)
         except ValueError as error:
             raise ValueError(f"--class_weights {text}: not JSON ({error}); give {_FORMS}") from None
         return list(value.items()) if isinstance(value, dict) else [(None, weight) for weight in value]
-    entries = [entry.strip().rpartition("=") for entry in text.replace(",", " ").split()]
-    return [(name if equals else None, weight) for name, equals, weight in entries]
+    parts = [part.strip() for word in words for part in word.split(",")]
+    # a name may hold spaces: only several entries in one word are cut at them
+    entries = [entry for part in parts for entry in ([part] if part.count("=") == 1 else part.split())]
+    triples = [entry.rpartition("=") for entry in entries]
+    return [(name.strip() if equals else None, weight) for name, equals, weight in triples]
 
 
 def _class_weight(text: str, value: Any) -> float:
@@ -151,8 +155,10 @@ def class_weights(words: list[str], labels: np.ndarray, names: list[str]) -> np.
             raise UserError(f"--class_weights has {len(asked)} numbers for {len(names)} classes: {', '.join(names)}")
         weights[:] = asked
     elif isinstance(asked, dict):
-        for name, weight in asked.items():
-            weights[_class_index(name, names)] = weight
+        indices = [_class_index(name, names) for name in asked]
+        if len(set(indices)) < len(indices):
+            raise UserError(f"--class_weights {' '.join(words)}: a class has two weights, by name and by index; give one")
+        weights[indices] = list(asked.values())
     else:
         counts = np.bincount(labels, minlength=len(names))
         present = counts > 0
