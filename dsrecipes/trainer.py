@@ -165,9 +165,13 @@ class RecipeTrainer(ResumableTrainer):
         return torch.tensor(self.step_weight or 1.0, device=device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs on the device; DeepSpeed's precision, to which Trainer casts them, is too coarse for labels and weights."""
-        exact = {name: inputs[name].to(self.args.device) for name in ("labels", WEIGHTS) if name in inputs}
-        return super()._prepare_inputs(inputs) | exact
+        """Move a batch to the device; numbers to learn stay in fp32, which Trainer would round to the engine's dtype."""
+        numbers = {
+            name: value.to(self.args.device)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        return {**super()._prepare_inputs(inputs), **numbers}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a micro batch, whose loss is kept until the step ends."""

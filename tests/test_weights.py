@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from dsrecipes import UserError, load_recipe
 from dsrecipes.data.collate import FILLER, CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.prepare import SplitStats
 from dsrecipes.data.records import content_of
 from dsrecipes.data.weights import WEIGHTS, as_weight, class_weights, normalize_weights, parse_class_weights, row_weight
 from dsrecipes.run import main
@@ -246,13 +245,9 @@ def test_a_class_multiplies_the_weight_of_its_rows() -> None:
 def test_labels_of_weight_0_are_no_labels_and_ones_cost_nothing() -> None:
     batch = {"labels": [[IGNORE, 5, 6, 7], [IGNORE, 5], [IGNORE, 8]], WEIGHTS: [[0, 1, 0, 1], [9, 1], [1, 3]]}
     normalize_weights(batch)
-    assert batch == {"labels": [[IGNORE, 5, IGNORE, 7], [IGNORE, 5], [IGNORE, 8]], WEIGHTS: [[], [], [1, 3]]}
+    assert batch == {"labels": [[IGNORE, 5, IGNORE, 7], [IGNORE, 5], [IGNORE, 8]], WEIGHTS: [[], [], [0, 3]]}
     with pytest.raises(UserError, match="2 labels and 1 weights"):
         normalize_weights({"labels": [[1, 2]], WEIGHTS: [[1.0]]})
-    stats = SplitStats()
-    for span in ((1, 1), (0.5, 1), (2, 3)):
-        stats.count_weights(*span)
-    assert (stats.weighted, stats.weight_range) == (2, [0.5, 3])
 
 
 def test_rows_that_differ_in_weight_alone_are_equal() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from dsrecipes.data.columns import view
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError, nearest
 
@@ -53,7 +55,7 @@ def row_weights(records: list[dict]) -> list[float]:
 
 
 def normalize_weights(batch: dict[str, list]) -> None:
-    """Make labels of weight 0 IGNORE, and weights that are all 1 an empty list, so that both cost nothing.
+    """Make labels of weight 0 IGNORE, weights elsewhere than at a label 0, and weights that are all 1 an empty list.
 
     Raises:
         UserError: the recipe gave a row another number of weights than of labels.
@@ -67,20 +69,17 @@ def normalize_weights(batch: dict[str, list]) -> None:
         batch["labels"][index] = labels = [
             label if weight else IGNORE for label, weight in zip(labels, weights, strict=True)
         ]
-        if all(weight == 1 for _, weight in _trained(labels, weights)):
-            batch[WEIGHTS][index] = []
+        # the first token is nobody's next one, so its label is not learned
+        learned = [0.0, *(0.0 if label == IGNORE else weight for label, weight in zip(labels[1:], weights[1:], strict=True))]
+        batch[WEIGHTS][index] = learned if set(learned) - {0, 1} else []
 
 
-def _trained(labels: list[int], weights: list[float]) -> list[tuple[int, float]]:
-    return [pair for pair in zip(labels[1:], weights[1:], strict=True) if pair[0] != IGNORE]
-
-
-def weight_range(labels: Any, weights: Any) -> tuple[float, float]:
-    """Smallest and largest weight of a row's labels."""
-    if not isinstance(weights, list):
-        return weights, weights
-    numbers = [weight for _, weight in _trained(labels, weights)]
-    return (min(numbers), max(numbers)) if numbers else (1.0, 1.0)
+def other_weights(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Of a column of normalized weights: which sequences weigh other than 1, and the weights that their labels have."""
+    numbers = view(column.flatten() if pa.types.is_list(column.type) else column)
+    if not pa.types.is_list(column.type):
+        return numbers != 1, numbers[numbers != 1]
+    return np.diff(view(column.offsets)) > 0, numbers[numbers > 0]
 
 
 # ---- classes ----
