@@ -38,6 +38,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
+from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
@@ -153,6 +154,12 @@ class RecipeBase(ABC):
     def __init__(self, layers: Layers, console: Console | None = None) -> None:
         """Check the configuration; nothing is loaded yet."""
         self.config: Config = build_config(layers)
+        if self.config.data.class_weights and not self.auto_class.endswith("ForSequenceClassification"):
+            raise UserError(
+                f"--class_weights: {self.config.layers.recipe.name} has no classes, but "
+                f"{'options, whose order means nothing' if self.auto_class.endswith('ForMultipleChoice') else 'tokens'}: drop "
+                "the flag; a field `weight` weighs rows"
+            )
         self.console = console or Console()
         self._introduced = console is not None
         self.console.bars = not self.config.train["disable_tqdm"]
@@ -199,8 +206,10 @@ class RecipeBase(ABC):
         check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
         self._fit_head()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+        self.class_weights = self._class_weights()
         self.sequences = {
-            name: Sequences(each.path, data.max_length if packs else None) for name, each in self.splits.items()
+            name: Sequences(each.path, data.max_length if packs else None, self.class_weights)
+            for name, each in self.splits.items()
         }
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
@@ -232,7 +241,7 @@ class RecipeBase(ABC):
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, watch=self.watch,
+            processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in self.sequences.values()),
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -318,6 +327,14 @@ class RecipeBase(ABC):
         self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
         if self.model_config.pad_token_id is None:
             self.model_config.pad_token_id = pad_id(self.tokenizer)
+
+    def _class_weights(self) -> np.ndarray | None:
+        """Weights of the classes in label order; None where none are asked for."""
+        asked = self.config.data.class_weights
+        if not asked:
+            return None
+        names = [str(self.model_config.id2label[index]) for index in range(self.model_config.num_labels)]
+        return class_weights(asked, np.asarray(self.splits["train"].data["labels"][:]), names)
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""

@@ -56,9 +56,19 @@ def bad_row(where: str, error: Exception) -> UserError:
 
 
 def content_of(record: dict) -> int:
-    """64 bits of a hash of the record: equal ones must not be on both sides of a split."""
-    text = json.dumps(record, sort_keys=True, default=str).encode()
+    """64 bits of a hash of the record without its weights: equal ones must not be on both sides of a split."""
+    text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])
+
+
+def _without_weights(record: dict) -> dict:
+    """The record without `weight`, which a turn of a chat may have too."""
+    content = {name: value for name, value in record.items() if name != "weight"}
+    if isinstance(content.get("messages"), list):
+        content["messages"] = [
+            {name: value for name, value in turn.items() if name != "weight"} for turn in content["messages"]
+        ]
+    return content
 
 
 def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:

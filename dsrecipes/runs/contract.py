@@ -50,6 +50,7 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         "data": story.splits["train"].stats.fingerprint,
         "max_length": config.data.max_length,
         "packing": config.data.packing,
+        "class_weights": config.data.class_weights or None,
         "global_batch_size": batch,
         "max_steps": story.steps(),
         "precision": place.precision,

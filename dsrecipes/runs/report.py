@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -75,6 +76,20 @@ def _about(name: str, stats: SplitStats, sequences: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
+    """What the header says about weights in the loss; nothing where there are none."""
+    parts = []
+    for name, split in splits.items():
+        if stats := split.stats.weighted and split.stats:
+            low, high = stats.weight_range
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            where = "" if name == "train" else f" of {name}"
+            parts.append(f"{stats.weighted:,} of {plural(stats.kept, 'row')}{where} weigh other than 1 ({span})")
+    if class_weights is not None:
+        parts.append(f"classes {', '.join(f'{names[index]} {weight:.4g}' for index, weight in enumerate(class_weights))}")
+    return [_line("weights", *parts, "losses are weighted means, evaluation too")] if parts else []
+
+
 def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[str, int], trainer: RecipeTrainer) -> str:
     """Model, data, batch, ranks, engine and precision, as they came to be."""
     from dsrecipes.model.load import count_parameters
@@ -87,6 +102,7 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
         *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
+        *_weights(splits, trainer.train_dataset.class_weights, trainer.model.config.id2label),
         _line(
             "batch",
             f"{plural(place.micro * place.accumulation * place.ranks.world, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",

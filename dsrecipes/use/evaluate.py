@@ -132,8 +132,8 @@ class Evaluation:
         return measure.choices_by_likelihood(self.run, items, shots, self.settings)
 
     def items(self) -> list[Item]:
-        """The rows of the split, up to the limit."""
-        found = self.rows.items(self.split)[: self.settings.limit]
+        """The rows of the split, up to the limit; those of weight 0 are left out, as in training."""
+        found = [item for item in self.rows.items(self.split) if item.record.get("weight") != 0][: self.settings.limit]
         if not found:
             raise UserError(f"{self.rows.name}: no rows in {self.split}")
         return found
@@ -145,7 +145,7 @@ class Evaluation:
 
     def of(self, base: bool) -> Json:
         """Figures of the tuned model or the base."""
-        from dsrecipes.use.measure import figures
+        from dsrecipes.use.measure import figures, weight_of
 
         model = self.run.load(base=base)
         with self.console.progress("base" if base else "tuned", total=self.total, leave=False) as bar:
@@ -154,6 +154,8 @@ class Evaluation:
         told |= {"dataset": self._source(), "split": self.split, "rows": len(items)}
         if self.task == "choices" and self._writes():
             told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
+        if self.task != "answers":
+            told["weighted"] = sum(weight_of(item) != item.get("tokens", 1) for item in items)
         return told | {"figures": figures(self.task, items), "items": items}
 
 
@@ -163,6 +165,8 @@ def lines(result: Json) -> Iterator[str]:
     yield f"run       {result['run']} · {result['weights']} model"
     yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
     yield f"task      {result['task']}{how}"
+    if result.get("weighted"):
+        yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
     if "confusion" not in figures:

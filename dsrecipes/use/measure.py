@@ -15,6 +15,7 @@ import numpy as np
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.questions import LETTERS
 from dsrecipes.data.records import content_of
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Settings:
 
 
 def losses(run: FinishedRun, path: Path, settings: Settings) -> tuple[Measure, int]:
-    """The summed loss of each sequence over its labels, in nats."""
+    """The summed loss of each sequence over its labels, in nats; where rows have weights, each label's times its weight."""
     from dsrecipes.data.collate import Sequences
 
     sequences = Sequences(path)
@@ -62,9 +63,16 @@ def _losses(run: FinishedRun, rows: list[Json], batch_size: int, model: PreTrain
     found: list[Json] = [{} for _ in rows]
     for index, logits in logits_at(model, wanted, pad_id(run.tokenizer), batch_size):
         targets = torch.from_numpy(labels[index][places[index] + 1].astype(np.int64)).to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        weights = rows[index].get(WEIGHTS, ())
+        weighed: Json = {}
+        if len(weights):
+            numbers = torch.from_numpy(weights[places[index] + 1].copy()).to(logits.device)
+            loss = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * numbers).sum().item()
+            weighed = {"weight": numbers.sum().item()}
+        else:
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         key = hashlib.md5(np.array(wanted[index][0]).tobytes(), usedforsecurity=False).hexdigest()
-        found[index] = {"item": f"sequence {index + 1}", "key": key, "loss": loss, "tokens": len(targets)}
+        found[index] = {"item": f"sequence {index + 1}", "key": key, "loss": loss, "tokens": len(targets)} | weighed
         bar.update()
     return found
 
@@ -87,7 +95,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
             check_ids([token for text in texts for token in text], run.tokenizer, run.embedding_rows)
         except ValueError as error:
             raise bad_row(item.where, error) from error
-    names = [name for name in encoded if name != "subject"]
+    names = [name for name in encoded if name not in ("subject", WEIGHTS)]
     rows = [{name: _texts(encoded[name][index]) for name in names} for index in range(len(items))]
     order = sorted(range(len(rows)), key=lambda index: -max(map(len, rows[index]["input_ids"])))
     collate, found = PaddingCollator(pad_id(run.tokenizer)), [dict[str, Any]() for _ in items]
@@ -142,7 +150,8 @@ def _by_likelihood(
 def _question(item: Item) -> Json:
     record = item.record
     shown = {"question": record["question"], "options": record["options"], "subject": record["subject"]}
-    return {"item": item.where, "key": content_of(record), **shown, "answer": LETTERS[record["answer"]]}
+    weight = {name: record[name] for name in ("weight",) if name in record}
+    return {"item": item.where, "key": content_of(record), **shown, "answer": LETTERS[record["answer"]], **weight}
 
 
 def written(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
@@ -181,9 +190,9 @@ def _written(
 
 
 def figures(task: str, items: list[Json]) -> Json:
-    """The figures of a task over its items."""
+    """The figures of a task over its items; a loss is the mean by weight where rows have weights."""
     if task == "loss":
-        mean = sum(each["loss"] for each in items) / sum(each["tokens"] for each in items)
+        mean = sum(each["loss"] for each in items) / sum(map(weight_of, items))
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
     if task == "answers":
         from dsrecipes.use.metrics import ExactMatch, RougeL
@@ -192,6 +201,11 @@ def figures(task: str, items: list[Json]) -> Json:
         both = [metric(keep_in_memory=True).compute(**pairs) for metric in (RougeL, ExactMatch)]
         return {**(both[0] or {}), **(both[1] or {})}
     return _choice_figures(items)
+
+
+def weight_of(item: Json) -> float:
+    """What an item counts in the mean loss: the weights of its labels, or their number."""
+    return item.get("weight", item.get("tokens", 1))
 
 
 def _choice_figures(items: list[Json]) -> Json:
@@ -207,9 +221,7 @@ def _choice_figures(items: list[Json]) -> Json:
     )
     confusion = np.zeros((4, 4), dtype=int)
     np.add.at(confusion, (letters["answer"], letters["predicted"]), 1)
-    rest = {
-        name: float(np.mean([each[name] for each in items]))
-        for name in ("acc_norm", "acc_bytes", "loss")
-        if name in items[0]
-    }
+    rest = {name: float(np.mean([each[name] for each in items])) for name in ("acc_norm", "acc_bytes") if name in items[0]}
+    if "loss" in items[0]:
+        rest["loss"] = float(np.average([each["loss"] for each in items], weights=[weight_of(each) for each in items]))
     return {**(accuracy or {}), **rest, **(calibration or {}), "confusion": confusion.tolist()}
