@@ -87,6 +87,10 @@ class DataConfig:
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = _help(
+        "What a label is (classification recipes): one class, several, or a number; auto decides by the training labels.",
+        "auto",
+    )
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
     split: Literal["pooled", "official"] = _help(
         "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"

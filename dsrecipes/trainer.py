@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
+from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model.router import router_loss_of, trained_tokens
 from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
@@ -27,18 +27,39 @@ from dsrecipes.runs.watch import Watch
 
 
 def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Cross-entropy summed over labelled rows, over the number of labelled rows of the whole step.
+    """Loss summed over labelled rows, over the number of labelled rows of the whole step.
 
     Heads with one label a row (BertForMultipleChoice) take **kwargs but ignore num_items_in_batch: their own mean
     would be multiplied by accumulation x ranks, and is NaN for a batch of fillers.
 
     Args:
         outputs: a model output with logits (rows, classes).
-        labels: (rows,), -100 where there is nothing to learn.
+        labels: as PaddingCollator makes them, -100 or NaN where there is nothing to learn.
         num_items_in_batch: labelled rows of the step, over micro batches and ranks.
     """
-    loss = nn.functional.cross_entropy(outputs.logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    loss = losses_by_row(outputs.logits.float(), labels).sum()
     return loss / num_items_in_batch if num_items_in_batch is not None else loss
+
+
+def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each row, 0 where there is nothing to learn.
+
+    Cross-entropy for a class number, the mean binary cross-entropy over the classes for several labels, the squared error
+    for a number.
+
+    Args:
+        logits: (rows, classes); (rows, 1) for a number.
+        labels: (rows,) integers, or floats of shape (rows, classes) or (rows,).
+    """
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    real = labelled(labels)
+    if labels.ndim == 2:
+        targets = labels.masked_fill(~real[:, None], 0)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    else:
+        losses = (logits[:, 0] - labels.masked_fill(~real, 0)).square()
+    return losses * real
 
 
 class RecipeTrainer(ResumableTrainer):
@@ -115,6 +136,21 @@ class RecipeTrainer(ResumableTrainer):
             self._sequences_of_step = self._over_ranks([float(sequences)], torch.distributed.ReduceOp.SUM)[0]
             self._logged_steps += 1
         return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count labelled rows also where labels are numbers, which transformers compares with -100."""
+        if not self.causal:
+            batch_samples = [{"labels": torch.where(labelled(batch["labels"]), 0, IGNORE)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device; numbers to learn stay in fp32, which Trainer would round to the engine's dtype."""
+        numbers = {
+            name: value.to(self.args.device)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        return {**super()._prepare_inputs(inputs), **numbers}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a micro batch, whose loss is kept until the step ends."""
@@ -197,7 +233,7 @@ class RecipeTrainer(ResumableTrainer):
             targets = batch["labels"]
             with torch.no_grad():
                 loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=one)
-            sums += torch.stack([loss.double() / self.accelerator.num_processes, (targets != IGNORE).sum().double()])
+            sums += torch.stack([loss.double() / self.accelerator.num_processes, labelled(targets).sum().double()])
             if self.compute_metrics is not None:
                 logits.append(self.accelerator.gather(outputs.logits.float()).cpu())
                 labels.append(self.accelerator.gather(targets).cpu())

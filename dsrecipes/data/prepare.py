@@ -166,6 +166,10 @@ def _write_splits(
             if part == name:  # rows held out of it are no rows of another file
                 stats[part].dropped = {**records.dropped, **stats[part].dropped}
     _refuse_empty(stats)
+    paths = {name: scratch / f"{name}.arrow" for name, each in stats.items() if each.kept}
+    recipe.finish(paths, "validation" in stats and "validation" not in splits, options)
+    for name, path in paths.items():
+        stats[name].fingerprint = fingerprint_columns(path)
     (scratch / "stats.json").write_text(json.dumps({name: asdict(each) for name, each in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
@@ -191,7 +195,6 @@ def _write(
         write_columns(
             path, _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded
         )
-    stats.fingerprint = fingerprint_columns(path) if stats.kept else ""
     origins.write(origins_path(path))
     return stats
 

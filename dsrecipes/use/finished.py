@@ -108,7 +108,8 @@ class FinishedRun:
         """What the rows were encoded with."""
         from dsrecipes.data.encode import EncodeOptions
 
-        return EncodeOptions(self.config.data.max_length, self.config.data.prompt_style)
+        data = self.config.data
+        return EncodeOptions(data.max_length, data.prompt_style, data.problem_type)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
