@@ -120,7 +120,9 @@ class SeqClassification(RecipeBase):
         self.model_config.id2label = dict(enumerate(names))
         self.model_config.label2id = {name: index for index, name in enumerate(names)}
         self.model_config.problem_type = kind
-        words = {ONE: "one label a row, of", SEVERAL: "several labels a row, of", NUMBER: "a number a row (regression)"}[kind]
+        words = {ONE: "one label a row, of", SEVERAL: "several labels a row, of", NUMBER: "a number a row (regression)"}[
+            kind
+        ]
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         self.place.notes.append(words if kind == NUMBER else f"{words} {plural(len(names), 'class')}: {shown}")
         if "-1" in names:
@@ -129,7 +131,9 @@ class SeqClassification(RecipeBase):
             cut = pc.sum(read_columns(split.path).column("cut")).as_py()
             if cut:
                 limit = self.config.data.max_length
-                self.place.notes.append(f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)")
+                self.place.notes.append(
+                    f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)"
+                )
 
     def metrics(self, split: Split) -> Metrics:
         """The figures of `scores`; of one label a row also what always giving the commonest class reaches."""

@@ -120,7 +120,12 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
             else [tokenizer.decode(row["input_ids"])]
         )
         return "\n".join(
-            ["first example:", *texts, f"label: {_label(row['labels'], trainer.model.config)}", "dry run: nothing was trained or written"]
+            [
+                "first example:",
+                *texts,
+                f"label: {_label(row['labels'], trainer.model.config)}",
+                "dry run: nothing was trained or written",
+            ]
         )
     pieces, start = [], 0
     trained = row["labels"] != IGNORE
