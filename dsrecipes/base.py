@@ -133,14 +133,18 @@ class RecipeBase(ABC):
         )  # fmt: skip
 
     @staticmethod
-    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> None:
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
         """Rewrite prepared files once all rows are known, such as names of classes as numbers; by default not at all.
 
         Args:
             paths: an Arrow file by split.
             held_out: whether the validation rows are a part of the training rows.
             options: what the rows were encoded with.
+
+        Returns:
+            The new fingerprint (data.columns.ColumnWriter's) of each split that was rewritten.
         """
+        return {}
 
     def configure(self) -> None:
         """Fit self.model_config to the prepared rows, before there is a model: a classifier gets as many classes as labels."""

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.columns import read_columns
+from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.origin import places
@@ -88,7 +88,7 @@ class SeqClassification(RecipeBase):
         }
 
     @staticmethod
-    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> None:
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
         """Decide from the training labels what they are, and replace the text of each label by its number."""
         known = ["train", "validation"] if held_out else ["train"]
         texts = {name: pc.unique(read_columns(path).column("labels")).to_pylist() for name, path in paths.items()}
@@ -97,10 +97,10 @@ class SeqClassification(RecipeBase):
             kind, names = kind_and_names(values, options.problem_type)
         except ValueError as error:
             raise UserError(str(error)) from None
-        for name, path in paths.items():
-            _replace_labels(path, texts[name], kind, names)
+        fingerprints = {name: _replace_labels(path, texts[name], kind, names) for name, path in paths.items()}
         facts = {"problem_type": kind, "names": names}
         paths["train"].with_name("labels.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        return fingerprints
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
         """Rows with the names of their classes; a validation or test split without labels is left out."""
@@ -370,14 +370,13 @@ def _index(value: Any, names: list[str]) -> int:
     return names.index(_name(value))
 
 
-def _replace_labels(path: Path, texts: list[str], kind: str, names: list[str]) -> None:
-    """Rewrite a file of prepared rows with numbers for the texts of its labels.
+def _replace_labels(path: Path, texts: list[str], kind: str, names: list[str]) -> str:
+    """Rewrite a file of prepared rows with numbers for the texts of its labels; its new fingerprint.
 
     Raises:
         UserError: a label that training does not have; names the row.
     """
-    table = read_columns(path)
-    column = table.column("labels")
+    column = read_columns(path).column("labels")
     targets = []
     for text in texts:
         try:
@@ -386,14 +385,14 @@ def _replace_labels(path: Path, texts: list[str], kind: str, names: list[str]) -
             row = pc.index(column, pa.scalar(text, column.type)).as_py()
             raise UserError(f"{places(path, [row])}: {error}. Fix or remove the row") from None
     numbers = pa.array(targets, {ONE: pa.int32(), SEVERAL: pa.list_(pa.float32()), NUMBER: pa.float32()}[kind])
-    index = table.column_names.index("labels")
     known, scratch = pa.array(texts, column.type), path.with_suffix(".labelled")
-    schema = table.schema.set(index, pa.field("labels", numbers.type))
-    with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in table.to_batches():
+    with ColumnWriter(scratch, piece=0) as writer:
+        for batch in read_batches(path):
+            index = batch.schema.get_field_index("labels")
             labels = numbers.take(pc.index_in(batch.column(index), value_set=known))
-            writer.write_batch(pa.record_batch([*batch.columns[:index], labels, *batch.columns[index + 1 :]], schema=schema))
+            writer.write(batch.set_column(index, "labels", labels))
     scratch.replace(path)
+    return writer.fingerprint
 
 
 # ---- figures ----
