@@ -190,7 +190,7 @@ def _label(value: Any, name: str) -> Any:
         if value.startswith("[") and value.endswith("]"):  # a list in a cell of a table
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return value
     if isinstance(value, (list, tuple)):
         return [_scalar(each, name) for each in value]
@@ -206,7 +206,10 @@ def _scalar(value: Any, name: str) -> Any:
         raise ValueError(f"field {name!r}: {value} is no label")
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"field {name!r} must be a class, a number or a list of classes, found {type(value).__name__}")
-    return value.strip() if isinstance(value, str) else value
+    if isinstance(value, str):
+        value.encode()  # ValueError for half of a surrogate pair, which no file could hold
+        return value.strip()
+    return value
 
 
 def _weight(value: Any) -> float:
@@ -300,8 +303,10 @@ def kind_and_names(values: list[Any], asked: str = "auto") -> tuple[str, list[st
 def _kind(values: list[Any]) -> str:
     if any(isinstance(value, list) for value in values):
         return SEVERAL
+    if all(isinstance(value, int) for value in values):
+        return ONE
     numbers = [_number(value) for value in values]
-    if None in numbers or all(isinstance(value, int) for value in values):
+    if None in numbers:
         return ONE
     fractions = any(number != int(number) for number in numbers if number is not None)
     written = any(isinstance(value, str) for value in values)
@@ -316,9 +321,9 @@ def _kind(values: list[Any]) -> str:
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None
 
 
 def _name(value: Any) -> str:
