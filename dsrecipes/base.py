@@ -133,6 +133,29 @@ class RecipeBase(ABC):
             self.config.train["seed"], self.place.zero is not None,
         )  # fmt: skip
 
+    @staticmethod
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
+        """Rewrite prepared files once all rows are known, such as names of classes as numbers; by default not at all.
+
+        Args:
+            paths: an Arrow file by split.
+            held_out: whether the validation rows are a part of the training rows.
+            options: what the rows were encoded with.
+
+        Returns:
+            The new fingerprint (data.columns.ColumnWriter's) of each split that was rewritten.
+        """
+        return {}
+
+    def configure(self) -> None:
+        """Fit self.model_config to the prepared rows, before there is a model: a classifier gets as many classes as labels."""
+        if not self.auto_class.endswith("ForSequenceClassification"):
+            return
+        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
+        if min(classes) < 0:
+            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
+        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
+
     def collator(self) -> Callable[[list], dict[str, torch.Tensor]]:
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
@@ -199,12 +222,13 @@ class RecipeBase(ABC):
                 f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"
             )
         self.splits: dict[str, Split] = prepare(
-            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.problem_type),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
         block = data.max_length if self.cut_into_blocks else None
         check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
-        self._fit_head()
+        self.configure()
+        self._set_padding()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
         self.class_weights = self._class_weights()
         self.sequences = {
@@ -317,16 +341,10 @@ class RecipeBase(ABC):
         part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.gathered(part) if each), None)
 
-    def _fit_head(self) -> None:
-        """Give a classifier as many classes as the labels have, and the padding that a decoder lacks."""
-        if not self.auto_class.endswith("ForSequenceClassification"):
-            return
-        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
-        if min(classes) < 0:
-            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
-        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
-        if self.model_config.pad_token_id is None:
-            self.model_config.pad_token_id = pad_id(self.tokenizer)
+    def _set_padding(self) -> None:
+        """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
+        if self.auto_class.endswith("ForSequenceClassification"):
+            self.model_config.get_text_config().pad_token_id = pad_id(self.tokenizer)
 
     def _class_weights(self) -> np.ndarray | None:
         """Weights of the classes in label order; None where none are asked for."""
@@ -497,7 +515,9 @@ def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
     elif (metrics := recipe.metrics(recipe.splits["validation"])) is not None:
         try:
             labels = np.asarray(recipe.splits["validation"].data["labels"][:])
-            classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
+            classes = recipe.model_config.num_labels
+            if np.issubdtype(labels.dtype, np.integer):
+                classes = max(int(labels.max()) + 1, classes)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
         except Exception:
             return None

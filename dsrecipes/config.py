@@ -91,6 +91,10 @@ class DataConfig:
     class_weights: list[str] = _list(
         "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
     )
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = _help(
+        "What a label is (classification recipes): one class, several, or a number; auto decides by the training labels.",
+        "auto",
+    )
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
     split: Literal["pooled", "official"] = _help(
         "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dsrecipes.data.collate import COUNTS, FILLER, Sequences, StepLoader, StepSampler
+from dsrecipes.data.collate import COUNTS, FILLER, Sequences, StepLoader, StepSampler, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
@@ -34,21 +34,41 @@ def row_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy summed over labelled rows, over the number of labelled rows of the whole step.
+    """Loss summed over labelled rows, over the number of labelled rows of the whole step.
 
     Heads with one label a row (BertForMultipleChoice) take **kwargs but ignore num_items_in_batch: their own mean
     would be multiplied by accumulation x ranks, and is NaN for a batch of fillers.
 
     Args:
         outputs: a model output with logits (rows, classes).
-        labels: (rows,), -100 where there is nothing to learn.
+        labels: as PaddingCollator makes them, -100 or NaN where there is nothing to learn.
         num_items_in_batch: labelled rows of the step, or the sum of their weights, over micro batches and ranks.
         weights: (rows,), or None where all are 1.
     """
-    if weights is not None:
-        return weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
-    loss = nn.functional.cross_entropy(outputs.logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    losses = losses_by_row(outputs.logits.float(), labels)
+    loss = losses.sum() if weights is None else (losses * weights.to(losses.device)).sum()
     return loss / num_items_in_batch if num_items_in_batch is not None else loss
+
+
+def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each row, 0 where there is nothing to learn.
+
+    Cross-entropy for a class number, the mean binary cross-entropy over the classes for several labels, the squared error
+    for a number.
+
+    Args:
+        logits: (rows, classes); (rows, 1) for a number.
+        labels: (rows,) integers, or floats of shape (rows, classes) or (rows,).
+    """
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    real = labelled(labels)
+    if labels.ndim == 2:
+        targets = labels.masked_fill(~real[:, None], 0)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    else:
+        losses = (logits[:, 0] - labels.masked_fill(~real, 0)).square()
+    return losses * real
 
 
 def weighted_loss(
@@ -157,12 +177,14 @@ class RecipeTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """What divides the loss of a step: its labels, or the sum of their weights."""
-        if not batch_samples or WEIGHTS not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        total = sum(float(batch[WEIGHTS].sum(dtype=torch.float64)) for batch in batch_samples)
-        self.step_weight = self._over_ranks([total], torch.distributed.ReduceOp.SUM)[0]
-        # where all weigh 0, loss and gradient are 0 as well
-        return torch.tensor(self.step_weight or 1.0, device=device)
+        if batch_samples and WEIGHTS in batch_samples[0]:
+            total = sum(float(batch[WEIGHTS].sum(dtype=torch.float64)) for batch in batch_samples)
+            self.step_weight = self._over_ranks([total], torch.distributed.ReduceOp.SUM)[0]
+            # where all weigh 0, loss and gradient are 0 as well
+            return torch.tensor(self.step_weight or 1.0, device=device)
+        if not self.causal:  # transformers compares labels with -100, also where they are numbers
+            batch_samples = [{"labels": torch.where(labelled(batch["labels"]), 0, IGNORE)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device; numbers to learn stay in fp32, which Trainer would round to the engine's dtype."""
@@ -270,7 +292,7 @@ class RecipeTrainer(ResumableTrainer):
             batch.pop(COUNTS)
             batch = self._prepare_inputs(batch)
             targets = batch["labels"]
-            weight = batch[WEIGHTS].sum(dtype=torch.float64) if WEIGHTS in batch else (targets != IGNORE).sum().double()
+            weight = batch[WEIGHTS].sum(dtype=torch.float64) if WEIGHTS in batch else labelled(targets).sum().double()
             with torch.no_grad():
                 loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=one)
             sums += torch.stack([loss.double() / self.accelerator.num_processes, weight])

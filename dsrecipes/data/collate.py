@@ -89,6 +89,8 @@ class Sequences(TorchDataset):
     def __getitem__(self, index: int) -> list[Features]:
         if index == FILLER:
             row = self._row(0)
+            if np.issubdtype(np.asarray(row["labels"]).dtype, np.floating):
+                return [{**row, "labels": np.full_like(row["labels"], np.nan)}]
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
             none = {WEIGHTS: np.empty(0, np.float32)} if self.weighted else {}
@@ -234,11 +236,19 @@ def segments(position_ids: torch.Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Where there is something to learn, by row for numbers: a filler has NaN, for IGNORE may be a number that is meant."""
+    if not labels.is_floating_point():
+        return labels != IGNORE
+    return ~labels.reshape(len(labels), -1).isnan().any(1)
+
+
 class PaddingCollator:
     """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
 
-    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length); labels and, where rows
-    have them, weights: (batch,).
+    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length). labels: (batch,) class
+    numbers or, in float32, numbers; (batch, classes) of 0 and 1 in float32 for rows with several labels. weights, where
+    rows have them: (batch,).
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -259,8 +269,10 @@ class PaddingCollator:
             )
         mask = [[[1] * len(text) + [0] * (width - len(text)) for text in texts(row, "input_ids")] for row in rows]
         batch["attention_mask"] = torch.tensor(mask if nested else [line[0] for line in mask])
-        batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])
-        real = batch["labels"] != IGNORE
+        labels = np.array([row["labels"] for row in rows])
+        is_number = np.issubdtype(labels.dtype, np.floating)
+        batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))
+        real = labelled(batch["labels"])
         batch[COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
         if WEIGHTS in rows[0]:
             batch[WEIGHTS] = torch.tensor([float(row[WEIGHTS]) for row in rows]) * real

@@ -173,6 +173,10 @@ def _write_splits(
             parts = _hold_out(chunks, scratch, held_out, seed) if keyed else ((name, chunk) for chunk in chunks)
             stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
     _refuse_empty(stats)
+    paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
+    was_held_out = "validation" in stats and "validation" not in splits
+    for name, digest in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
+        stats[name].fingerprint = digest
     (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.collate import labelled
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def _told(worst: Health, mine: Health, losses: list[float], recipe: RecipeBase, 
     data = trainer.train_dataset
     chosen = sum(batches, []) if micro is None else batches[micro]
     rows = [row for index in chosen for row in data.rows(index)]
-    labelled = any(bool((batch["labels"] != IGNORE).any()) for batch in trainer.batches)
-    found = trainer.keeping.orders.gathered((mine, micro, None if micro is None else losses[micro], rows, labelled))
+    has_labels = any(bool(labelled(batch["labels"]).any()) for batch in trainer.batches)
+    found = trainer.keeping.orders.gathered((mine, micro, None if micro is None else losses[micro], rows, has_labels))
     if worst == Health.BAD_LOSS:
         rank, (_, micro, loss, rows, _) = next((i, each) for i, each in enumerate(found) if each[0] == worst)
         what = f"the loss is {loss} on rank {rank} in micro batch {(micro or 0) + 1} of {len(losses)}"

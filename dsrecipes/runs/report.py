@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
@@ -129,14 +129,19 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
     row = trainer.train_dataset[0][0]
-    if row["labels"].ndim == 0:
+    if not trainer.causal:
         texts = (
             [tokenizer.decode(ids) for ids in row["input_ids"]]
             if row["input_ids"].dtype == object or row["input_ids"].ndim > 1
             else [tokenizer.decode(row["input_ids"])]
         )
         return "\n".join(
-            ["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"]
+            [
+                "first example:",
+                *texts,
+                f"label: {_label(row['labels'], trainer.model.config)}",
+                "dry run: nothing was trained or written",
+            ]
         )
     pieces, start = [], 0
     trained = row["labels"] != IGNORE
@@ -148,6 +153,15 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
     return "first example (⟦trained on⟧):\n" + "".join(pieces) + "\ndry run: nothing was trained or written"
 
 
+def _label(label: np.ndarray, config: PretrainedConfig) -> str:
+    """A label in words: the name of its class where the model's classes have names, or a number."""
+    if np.issubdtype(label.dtype, np.integer):
+        return config.id2label[int(label)] if config.problem_type else str(int(label))
+    if label.ndim == 0:
+        return f"{label:g}"
+    return ", ".join(config.id2label[index] for index in np.flatnonzero(label).tolist()) or "none"
+
+
 def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
     """Result, where things are, the next commands."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
@@ -156,8 +170,12 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         ("eval_loss", "validation loss"),
         ("eval_perplexity", "perplexity"),
         ("eval_accuracy", "accuracy"),
+        ("eval_macro_f1", "macro-F1"),
+        ("eval_pearson", "Pearson"),
         ("test_loss", "test loss"),
         ("test_accuracy", "test accuracy"),
+        ("test_macro_f1", "test macro-F1"),
+        ("test_pearson", "test Pearson"),
     ):
         if key in figures:
             guess = figures.get(f"{key}_majority")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
 
 Json = dict[str, Any]
-_FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact_match")}
+_FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact_match"), "labels": ("loss",)}
 """What is compared in each task: a key of its items."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,44 @@ def _texts(value: Any) -> Any:
     return texts
 
 
+def labels_by_head(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
+    """Texts put to a classifier: its logits, beside the row's own label."""
+    return partial(_by_label, run, items, settings.batch_size), len(items)
+
+
+def _by_label(run: FinishedRun, items: list[Item], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    import torch
+
+    from dsrecipes.data.records import bad_row
+    from dsrecipes.model.task import unwrapped
+    from dsrecipes.recipes.seq_classification import target
+    from dsrecipes.trainer import losses_by_row
+    from dsrecipes.use.labels import answer, label_names, logits_of_rows
+
+    kind, names = unwrapped(model).config.problem_type, label_names(model)
+    records = [item.record for item in items]
+    labels = run.recipe.encode(records, run.tokenizer, run.options)["labels"]
+    found: list[Json] = [{} for _ in items]
+    for index, logits in logits_of_rows(run, model, records, batch_size):
+        item, label = items[index], labels[index]
+        try:  # labels are JSON text until their numbers are known; a recipe of the user's own gives numbers
+            label = target(json.loads(label), kind, names) if isinstance(label, str) else label
+        except ValueError as error:
+            raise bad_row(item.where, error) from error
+        loss = losses_by_row(logits[None], torch.tensor([label]))[0].item()
+        shown = {name: item.record[name] for name in ("text", "text_pair", "label", "weight") if name in item.record}
+        found[index] = {
+            "item": item.where,
+            "key": content_of(item.record),
+            **shown,
+            "target": label,
+            **answer(logits, kind, names),
+        }
+        found[index] |= {"logits": logits.tolist(), "loss": loss, "tokens": 1}
+        bar.update()
+    return found
+
+
 def choices_by_likelihood(
     run: FinishedRun, items: list[Item], shots: dict[str, list[Json]], settings: Settings
 ) -> tuple[Measure, int]:
@@ -189,8 +228,14 @@ def _written(
     return found
 
 
-def figures(task: str, items: list[Json]) -> Json:
-    """The figures of a task over its items; a loss is the mean by weight where rows have weights."""
+def figures(task: str, items: list[Json], names: list[str] | None = None) -> Json:
+    """The figures of a task over its items; a loss is the mean by weight where rows have weights.
+
+    Args:
+        names: of a classifier's labels.
+    """
+    if task == "labels":
+        return _label_figures(items, names or [])
     if task == "loss":
         mean = sum(each["loss"] for each in items) / sum(map(weight_of, items))
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
@@ -206,6 +251,21 @@ def figures(task: str, items: list[Json]) -> Json:
 def weight_of(item: Json) -> float:
     """What an item counts in the mean loss: the weights of its labels, or their number."""
     return item.get("weight", item.get("tokens", 1))
+
+
+def _label_figures(items: list[Json], names: list[str]) -> Json:
+    from dsrecipes.recipes.seq_classification import NUMBER, ONE, SEVERAL, scores
+
+    first = items[0]["target"]
+    kind = SEVERAL if isinstance(first, list) else NUMBER if isinstance(first, float) else ONE
+    logits, labels = (np.array([item[name] for item in items]) for name in ("logits", "target"))
+    result = scores(logits, labels, kind, names)
+    result["loss"] = float(np.average([item["loss"] for item in items], weights=list(map(weight_of, items))))
+    if kind == ONE:
+        confusion = np.zeros((len(names), len(names)), dtype=int)
+        np.add.at(confusion, (labels, logits.argmax(-1)), 1)
+        result["confusion"] = confusion.tolist()
+    return result
 
 
 def _choice_figures(items: list[Json]) -> Json:
