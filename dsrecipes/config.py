@@ -103,7 +103,7 @@ class DataConfig:
             0 <= self.validation_split < 1,
             f"validation_split is {self.validation_split}: give a share from 0 (none) up to 1",
         )
-        for source in (*self.sources, *self.eval_sources):
+        for source in (*self.sources, *self.eval_sources) if self.is_mixture else ():
             self.of_source(source)  # refuses settings of a source that the run could not have
 
     @property
@@ -118,7 +118,7 @@ class DataConfig:
         Raises:
             ValueError: the source's own settings are out of range.
         """
-        if source.is_plain and len(self.sources) == 1 and not self.eval_sources:
+        if not self.is_mixture:
             return self
         unknown = source.own.get("prompt_style", "chat") not in _styles()
         _require(
@@ -236,7 +236,7 @@ def parser() -> HfArgumentParser:
 
 def _argv(key: str, value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
-        return [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
+        return [f"--{key}", *(json.dumps(item) if isinstance(item, (dict, list)) else str(item) for item in value)]
     if isinstance(value, dict):
         try:
             return [f"--{key}={json.dumps(value)}"]

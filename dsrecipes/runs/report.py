@@ -192,6 +192,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
             shown.append(
                 f"{words} {figures[key]:.4g}" + (f" (always the commonest answer: {guess:.4g})" if guess is not None else "")
             )
+    shown += _losses_by_source(config, figures)
     path = folder.path
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
@@ -203,6 +204,16 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         _line("", f"{_command('dsrecipes')} train --config {folder.config}   (the same again)"),
     ]
     return "\n".join(lines)
+
+
+def _losses_by_source(config: Config, figures: dict[str, float]) -> list[str]:
+    sources = config.data.eval_sources or config.data.sources
+    losses = {
+        source.name: figures[f"eval_{source.name}_loss"] for source in sources if f"eval_{source.name}_loss" in figures
+    }
+    return (
+        [f"validation loss by source: {', '.join(f'{name} {loss:.4g}' for name, loss in losses.items())}"] if losses else []
+    )
 
 
 def verified(facts: dict[str, Any]) -> str:
