@@ -13,23 +13,15 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.pack import pack
+from dsrecipes.data.pack import Bins, packed
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
-_WINDOW = 1 << 15
-"""Examples that are packed at a time."""
 _DEALT = 16
 """Steps whose rows are dealt together by length."""
 COUNTS = "counts"
 """Key of a batch's [useful tokens, rows]; the trainer takes it out before the model sees the batch."""
 Features = dict[str, Any]
-
-
-def packed(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Rows of each packed sequence, a window of rows at a time."""
-    starts = range(0, len(lengths), _WINDOW)
-    return [start + each for start in starts for each in pack(lengths[start : start + _WINDOW], capacity)]
 
 
 class Sequences(TorchDataset):
@@ -42,13 +34,13 @@ class Sequences(TorchDataset):
     def __init__(self, path: Path, capacity: int | None = None) -> None:
         """The rows of a prepared split's file; `capacity` in tokens packs, None leaves one row to a sequence."""
         self.path = path
-        self.bins: list[np.ndarray] | None = None
+        self.bins: Bins | None = None
         self._read_columns()
         self.lengths = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
-            self.bins = packed(self.lengths, capacity)
-            self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
+            self.bins = packed(path, self.lengths, capacity)
+            self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])
 
     def _read_columns(self) -> None:
         table = read_columns(self.path)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsrecipes.data.collate import FILLER, Features, Sequences, packed
+from dsrecipes.data.collate import FILLER, Features, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
+from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import Split, SplitStats, prepare
 from dsrecipes.errors import UserError
 from dsrecipes.sources import Source
@@ -356,8 +357,8 @@ class Mixture(JoinedSequences):
         rows = np.random.default_rng((self._seed, epoch)).permutation(drawn)
         if self._capacity is None:
             return rows, np.arange(1, len(rows) + 1)
-        bins = packed(self._tokens[rows], self._capacity)
-        return rows[np.concatenate(bins)], np.cumsum([len(each) for each in bins])
+        bins = pack(self._tokens[rows], self._capacity)
+        return rows[bins.rows], bins.starts[1:]
 
 
 def cut_to(ends: np.ndarray, count: int) -> np.ndarray:
