@@ -47,6 +47,7 @@ from dsrecipes.data.mixture import (
     require_split,
     rows_by_epoch,
     source_rows,
+    style_notes,
 )
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
@@ -320,6 +321,7 @@ class RecipeBase(ABC):
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
         self.by_source = source_rows(self)
+        self.place.notes += style_notes(self.config.data)
         prepared = []
         for part in self.by_source:
             with named(part.source):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dsrecipes.base import RecipeBase
+    from dsrecipes.config import DataConfig
     from dsrecipes.runs.console import Console
 
 
@@ -72,14 +73,19 @@ def source_rows(story: RecipeBase) -> list[SourceRows]:
     """
     data = story.config.data
     if not data.is_mixture:
-        return [SourceRows(data.sources[0], story, story.load_rows(), holds_out=True)]
+        return [SourceRows(data.sources[0], story, _loaded(story), holds_out=True)]
     parts = [_training_rows(story, source) for source in data.sources]
     return [*parts, *(_validation_rows(story, source) for source in data.eval_sources)]
 
 
+def _loaded(story: RecipeBase) -> dict[str, Iterable[Row]]:
+    """The rows that a recipe loads, with its settings applied to them."""
+    return dict(story.load_rows())
+
+
 def _training_rows(story: RecipeBase, source: Source) -> SourceRows:
     part = story.of_source(source)
-    splits = dict(part.load_rows())
+    splits = _loaded(part)
     require_split(source, source.split or "train", splits)
     splits = {"train": splits.pop(source.split or "train")} | {key: rows for key, rows in splits.items() if key != "train"}
     if story.config.data.eval_sources:
@@ -89,7 +95,7 @@ def _training_rows(story: RecipeBase, source: Source) -> SourceRows:
 
 def _validation_rows(story: RecipeBase, source: Source) -> SourceRows:
     part = story.of_source(source)
-    splits = part.load_rows()
+    splits = _loaded(part)
     split = source.split or "validation"
     require_split(source, split, splits)
     return SourceRows(source, part, {"validation": splits[split]}, holds_out=False)
@@ -103,6 +109,16 @@ def require_split(source: Source, split: str, splits: dict[str, Iterable[Row]]) 
             f"{source.path} has no {rows} rows, only {', '.join(splits) or 'none'}: name files with --dataset and "
             "--eval_dataset, or another `split`"
         )
+
+
+def style_notes(data: DataConfig) -> list[str]:
+    """Sources whose prompts are not those that chat, generate and judge send."""
+    styles = {source.name: source.own.get("prompt_style", data.prompt_style) for source in data.sources}
+    return [
+        f"{name} trains with prompt_style {style}; chat, generate and judge ask in the run's, {data.prompt_style}"
+        for name, style in styles.items()
+        if style != data.prompt_style
+    ]
 
 
 # ---- prepared splits ----
