@@ -11,6 +11,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -322,17 +323,17 @@ class RecipeBase(ABC):
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
-        prepared = []
+        prepared, mixed = [], self.config.data.is_mixture
         for part in self.by_source:
-            with named(part.source):
-                if not self.config.data.is_mixture:
+            with named(part.source) if mixed else nullcontext():
+                if not mixed:
                     require_split(part.source, "train", part.splits)
                 splits = prepare_source(part, self.tokenizer, self.console)
                 options = part.story.config.data
                 block = options.max_length if self.cut_into_blocks else None
                 check_splits(splits, self.tokenizer, embedding_rows(self.model_config), block)
             prepared.append((part.source, splits))
-        return by_split(prepared) if self.config.data.is_mixture else prepared[0][1]
+        return by_split(prepared) if mixed else prepared[0][1]
 
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
         """A split's sequences; training rows of several sources are drawn where shares were asked for."""

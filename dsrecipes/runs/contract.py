@@ -61,9 +61,13 @@ def contract(story: RecipeBase) -> dict[str, Any]:
 
 
 def _mixture(story: RecipeBase) -> str | None:
-    """How many rows of each source an epoch draws; None where all rows of the data set are taken."""
-    counts = story.sequences["train"].counts
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) if counts else None
+    """How many rows of each source an epoch draws, in how many sequences; None where it takes all rows.
+
+    A longer run may have an epoch that packs worse, and so more sequences in all epochs.
+    """
+    data = story.sequences["train"]
+    rows = ", ".join(f"{name} {count}" for name, count in data.counts.items())
+    return f"{rows} in {len(data)} sequences" if rows else None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> dict[str, tuple[Any, Any]]:
