@@ -31,10 +31,12 @@ def mixed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     (folder / "short").mkdir()
     write_rows(folder / "short" / "train.jsonl", [{"instruction": f"Say {n}.", "output": str(n)} for n in range(40)])
     write_rows(folder / "short" / "valid.jsonl", [{"instruction": "Say yes.", "output": "yes"}] * 3)
+    common = [{"instruction": f"Repeat {n}.", "output": str(n)} for n in range(12)]
+    bundled = json.loads(Path(small.recipes["alpaca"][1]["dataset"]).read_text())
     dataset = [
-        {"path": write_rows(folder / "counting.json", instructions(30)), "weight": 2, "max_length": 300},
+        {"path": write_rows(folder / "counting.json", instructions(30) + common), "weight": 2, "max_length": 300},
         {"path": str(folder / "short"), "weight": 1},
-        {"path": small.recipes["alpaca"][1]["dataset"], "rows": 6, "name": "bundled"},
+        {"path": write_rows(folder / "last.json", bundled + common), "rows": 6, "name": "bundled"},
     ]
     return {
         "dataset": dataset, "validation_split": 0.2, "max_steps": 14, "save_steps": 4, "eval_steps": 4, "max_length": 400,
@@ -89,6 +91,7 @@ def test_evaluate_measures_the_same_rows_by_source(whole: dict[str, Any]) -> Non
     held = {name: [item for item in rows.items("validation") if item.source == name] for name in NAMES}
     assert [item.record["output"] for item in held["short"]] == ["yes"] * 3
     trained = {json.dumps(item.record) for item in rows.items("train")}
+    assert any(item.row in [other.row for other in held["bundled"]] for item in held["counting"])
     assert held["counting"] and not trained & {json.dumps(item.record) for items in held.values() for item in items}
 
 

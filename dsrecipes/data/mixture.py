@@ -19,7 +19,8 @@ from dsrecipes.data.collate import FILLER, Features, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
-from dsrecipes.data.prepare import Split, SplitStats, prepare
+from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
+from dsrecipes.data.records import hold_out, hold_out_alone
 from dsrecipes.errors import UserError
 from dsrecipes.sources import Source
 
@@ -44,6 +45,8 @@ class SourceRows:
     splits: dict[str, Iterable[Row]]
     holds_out: bool
     """Whether --validation_split applies to it, where it has no validation rows of its own."""
+    hold_out: HoldOut = hold_out_alone
+    """Chooses the rows that are held out."""
 
     @property
     def held_out(self) -> float:
@@ -73,7 +76,7 @@ def source_rows(story: RecipeBase) -> list[SourceRows]:
     """
     data = story.config.data
     if not data.is_mixture:
-        return [SourceRows(data.sources[0], story, _loaded(story), holds_out=True)]
+        return [SourceRows(data.sources[0], story, _loaded(story), holds_out=True, hold_out=hold_out)]
     parts = [_training_rows(story, source) for source in data.sources]
     return [*parts, *(_validation_rows(story, source) for source in data.eval_sources)]
 
@@ -156,6 +159,7 @@ def prepare_source(part: SourceRows, tokenizer: PreTrainedTokenizerBase, console
     return prepare(
         type(part.story), part.splits, tokenizer, EncodeOptions(data.max_length, data.prompt_style),
         validation_split=part.held_out, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=console,
+        hold_out=part.hold_out,
     )  # fmt: skip
 
 

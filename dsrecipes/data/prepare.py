@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,10 @@ class Split:
         return Dataset.from_file(str(self.path))
 
 
+HoldOut = Callable[[np.ndarray, float, int], np.ndarray]
+"""(keys, share, seed) -> which records are held out."""
+
+
 def cache_root() -> Path:
     """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("DSRECIPES_CACHE")
@@ -87,10 +91,12 @@ def prepare(
     skip_bad_rows: bool,
     console: Console,
     workers: int | None = None,
+    hold_out: HoldOut = hold_out,
 ) -> dict[str, Split]:
     """Format, encode and write each split, or find it in the cache.
 
     Args:
+        hold_out: chooses the held-out records by their keys, the share and the seed.
         workers: processes that format and encode; None: one for each core, and none for few rows. The result is the same.
 
     Raises:
@@ -99,7 +105,7 @@ def prepare(
     known = [name for name in ("train", "validation", "test") if name in splits]
     splits = {name: list(splits[name]) if isinstance(splits[name], Iterator) else splits[name] for name in known}
     held_out = validation_split if "validation" not in splits else 0.0
-    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
+    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows, hold_out.__name__)
     folder = cache_root() / "data" / key
     if not (folder / "stats.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +113,8 @@ def prepare(
         with FileLock(f"{folder}.lock"):
             if not (folder / "stats.json").is_file():
                 encoding = Encoding(recipe, tokenizer, options, skip_bad_rows)
-                _write_splits(folder, splits, encoding, held_out, seed, workers or cores(), console)
+                choose = partial(hold_out, share=held_out, seed=seed) if held_out else None
+                _write_splits(folder, splits, encoding, choose, workers or cores(), console)
     return _read_splits(folder)
 
 
@@ -151,8 +158,7 @@ def _write_splits(
     folder: Path,
     splits: dict[str, Iterable[Row]],
     encoding: Encoding,
-    held_out: float,
-    seed: int,
+    choose: Callable[[np.ndarray], np.ndarray] | None,
     workers: int,
     console: Console,
 ) -> None:
@@ -161,11 +167,11 @@ def _write_splits(
     scratch.mkdir(parents=True)
     stats = {}
     for name, rows in splits.items():
-        keyed = bool(held_out) and name == "train"
+        keyed = choose is not None and name == "train"
         chunks = in_order(replace(encoding, keyed=keyed), groups(located(rows)), workers)
         with console.progress(f"tokenizing {name}", unit=" rows") as bar:
             chunks = _counted(chunks, bar.update)
-            parts = _hold_out(chunks, scratch, held_out, seed) if keyed else ((name, chunk) for chunk in chunks)
+            parts = _hold_out(chunks, scratch, choose) if keyed else ((name, chunk) for chunk in chunks)
             stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
     _refuse_empty(stats)
     (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
@@ -179,7 +185,9 @@ def _counted(chunks: Iterable[Chunk], progress: Callable[[int], Any]) -> Iterato
         yield chunk
 
 
-def _hold_out(chunks: Iterable[Chunk], scratch: Path, share: float, seed: int) -> Iterator[tuple[str, Chunk]]:
+def _hold_out(
+    chunks: Iterable[Chunk], scratch: Path, choose: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[str, Chunk]]:
     """Chunks divided into train and validation, which can begin when all rows are known: until then they are on disk."""
     keys, kept = [], []
     path = scratch / "undivided.arrow"
@@ -190,7 +198,7 @@ def _hold_out(chunks: Iterable[Chunk], scratch: Path, share: float, seed: int) -
                 places.write(chunk.origins)
             keys.append(chunk.keys)
             kept.append(replace(chunk, sequences=None, origins=None, keys=keys[-1][:0]))
-    chosen = hold_out(np.concatenate(keys) if keys else np.empty(0, np.uint64), share, seed)
+    chosen = choose(np.concatenate(keys) if keys else np.empty(0, np.uint64))
     keys.clear()
     sequence_batches, place_batches = read_batches(path), read_batches(origins_path(path))
     start = 0

@@ -12,7 +12,7 @@ import numpy as np
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
 from dsrecipes.data.questions import plain, question_record, sources
-from dsrecipes.data.records import Records, content_of, hold_out
+from dsrecipes.data.records import Records, content_of
 from dsrecipes.errors import UserError
 from dsrecipes.sources import paths_of
 
@@ -112,7 +112,7 @@ class Rows:
             return [Item(where, **pair) for where, pair in records]
         # twice over the rows, so that only those of the split are kept in memory
         keys = np.fromiter((content_of(pair["record"]) for _, pair in records), np.uint64)
-        chosen = hold_out(keys, held, part.story.config.train["seed"]) == (split == "validation")
+        chosen = part.hold_out(keys, held, part.story.config.train["seed"]) == (split == "validation")
         return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
 
     def sequences(self, split: str, console: Console) -> dict[str, Path]:

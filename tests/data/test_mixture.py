@@ -10,6 +10,7 @@ from tiny import arrow_file
 from dsrecipes import UserError
 from dsrecipes.data.collate import FILLER, Sequences, StepSampler
 from dsrecipes.data.mixture import JoinedSequences, Mixture, cut_to, draws, rows_by_epoch
+from dsrecipes.data.records import hold_out_alone
 from dsrecipes.sources import read_sources
 
 AVAILABLE = {"a": 100, "b": 50, "c": 7}
@@ -142,3 +143,16 @@ def test_sources_one_after_another_know_their_files():
     assert [sorted(row) for row in joined.examples([39, 40])] == [["input_ids", "labels"], ["input_ids", "kind", "labels"]]
     assert joined.lengths.tolist() == [*files["a"].lengths, *files["b"].lengths]
     assert joined[FILLER][0]["labels"].tolist() == [-100]
+
+
+def test_equal_rows_of_several_sources_are_held_out_together():
+    keys = np.random.default_rng(0).integers(0, 2**64, size=2000, dtype=np.uint64)
+    first, second = hold_out_alone(keys[:1500], 0.1, 3), hold_out_alone(keys[1000:], 0.1, 3)
+    assert (first[1000:] == second[:500]).all() and 120 < first.sum() < 180
+    assert (hold_out_alone(keys[:1500], 0.1, 4) != first).any()
+    assert [hold_out_alone(keys[:n], share, 3).sum() for n, share in ((0, 0.5), (1, 0.5), (2, 1e-9), (2, 0.999))] == [
+        0,
+        0,
+        1,
+        1,
+    ]
