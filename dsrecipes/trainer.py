@@ -139,7 +139,7 @@ class RecipeTrainer(ResumableTrainer):
             )
         sampler = StepSampler(
             data.lengths, micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
-            seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle,
+            seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle, data=data,
         )  # fmt: skip
         return StepLoader(
             data, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
@@ -279,6 +279,32 @@ class RecipeTrainer(ResumableTrainer):
         Where rows have weights, the loss is their weighted mean. Trainer's own loop averages batch means and repeats rows
         to fill the last batch.
         """
+        parts = dataloader.dataset.parts
+        if len(parts) == 1:
+            found = {name: self._evaluate_source(dataloader) for name in parts}
+        else:
+            found = {name: self._evaluate_source(self.get_eval_dataloader(part)) for name, part in parts.items()}
+        self.watch.at("computing metrics")
+        metrics = self._loss_and_perplexity(sum(sums for sums, _ in found.values()))
+        if self.compute_metrics is not None:
+            logits, labels = (np.concatenate(each) for each in zip(*(rows for _, rows in found.values()), strict=True))
+            metrics |= self.compute_metrics(EvalPrediction(logits, labels))
+        for name, (sums, _) in found.items():
+            if name:
+                metrics |= {f"{name}_{key}": value for key, value in self._loss_and_perplexity(sums).items()}
+        self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _loss_and_perplexity(self, sums: torch.Tensor) -> dict[str, float]:
+        """Of [loss summed over labels, labels], on all ranks."""
+        total, count = sums.tolist()
+        loss = total / count if count else math.nan
+        perplexity = {"perplexity": math.exp(min(loss, 700)) if count else math.nan} if self.causal else {}
+        return {"loss": loss} | perplexity
+
+    def _evaluate_source(self, dataloader: DataLoader) -> tuple[torch.Tensor, tuple[np.ndarray, np.ndarray] | None]:
+        """[Loss summed over labels, labels] of all ranks; logits and labels in row order where metrics need them."""
         model, device = self.model, self.args.device
         model.eval()
         one = torch.ones((), device=device)
@@ -301,19 +327,12 @@ class RecipeTrainer(ResumableTrainer):
                 labels.append(self.accelerator.gather(targets).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.watch.at("computing metrics")
-        total, count = self.accelerator.reduce(sums).tolist()
-        metrics = {"loss": total / count if count else math.nan}
-        if self.causal:
-            metrics["perplexity"] = math.exp(min(metrics["loss"], 700)) if count else math.nan
-        rows = len(dataloader.dataset)
-        if self.compute_metrics is not None:
-            order = dataloader.batch_sampler.order().flatten()
-            place = np.argsort(order, kind="stable")[-rows:]  # fillers, -1, come first
-            prediction = EvalPrediction(torch.cat(logits).numpy()[place], torch.cat(labels).numpy()[place])
-            metrics |= self.compute_metrics(prediction)
-        self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+        sums = self.accelerator.reduce(sums)
+        if self.compute_metrics is None:
+            return sums, None
+        order = dataloader.batch_sampler.order().flatten()
+        place = np.argsort(order, kind="stable")[-len(dataloader.dataset) :]  # fillers, -1, come first
+        return sums, (torch.cat(logits).numpy()[place], torch.cat(labels).numpy()[place])
 
     def _leave_evaluation(self) -> None:
         if self.is_in_train:

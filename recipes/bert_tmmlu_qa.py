@@ -54,8 +54,7 @@ class BertTmmluQa(RecipeBase):
             splits["validation"] = [pair for _, rows in sources(data.eval_dataset, data.subjects) for pair in rows]
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
-        self.questions = {name: LocatedRows(rows) for name, rows in splits.items() if rows}
-        return dict(self.questions)
+        return {name: LocatedRows(rows) for name, rows in splits.items() if rows}
 
     def metrics(self, split: Split) -> Metrics | None:
         """Accuracy over all, per subject and per group, with what guessing reaches."""
@@ -77,7 +76,7 @@ class BertTmmluQa(RecipeBase):
     def write_extras(self, folder: Path) -> None:
         """test_qa_data.json: the held-out questions, for asking the trained model."""
         questions = []
-        for _, row in located(self.questions.get("test", [])):
+        for _, row in (pair for part in self.by_source for pair in located(part.splits.get("test", []))):
             try:
                 record = self.format_row(row)
             except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,32 @@ class Sequences(TorchDataset):
         vars(self).update(state)
         self._read_columns()
 
+    @property
+    def parts(self) -> dict[str, Sequences]:
+        """By source, where there are several."""
+        return {"": self}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows that an epoch draws, by source; empty where it has all rows."""
+        return {}
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each prepared row; of a row of several texts those of its longest."""
+        return self.columns["input_ids"].lengths()
+
+    def lengths_of(self, epoch: int) -> np.ndarray:
+        """Tokens of each sequence of an epoch."""
+        return self.lengths
+
+    def first_of(self, epoch: int) -> int:
+        """Index of an epoch's first sequence; other than 0 where each epoch draws rows of its own."""
+        return 0
+
+    def by_file(self, rows: Iterable[int]) -> list[tuple[Path, list[int]]]:
+        """Prepared rows by the file that they lie in, with their numbers there."""
+        return [(self.path, list(rows))]
+
     def _row(self, row: int) -> Features:
         return {name: column[row] for name, column in self.columns.items()}
 
@@ -119,7 +145,10 @@ class StepSampler:
         world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        data: Sequences | None = None,
     ) -> None:
+        """`data` gives the lengths and numbers of later epochs, where they are not those of the first."""
+        self.data = data
         self.lengths, self.shape, self.rank = np.append(lengths, 0), (accumulation, world, micro), rank
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.steps = -(-len(lengths) // (accumulation * world * micro))
@@ -127,6 +156,8 @@ class StepSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
         self.epoch = epoch
+        if self.data is not None:
+            self.lengths = np.append(self.data.lengths_of(epoch), 0)
 
     def __len__(self) -> int:
         return self.steps * self.shape[0]
@@ -141,7 +172,9 @@ class StepSampler:
             self._deal(order[: rows - rows % (len(order) // self.steps)], len(order) // self.steps, draw)
         else:
             order[:rows] = self._longest_first(np.arange(rows))
-        return np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        steps = np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        first = self.data.first_of(self.epoch) if self.data is not None else 0
+        return np.where(steps == FILLER, FILLER, steps + first)
 
     def _longest_first(self, rows: np.ndarray) -> np.ndarray:
         return rows[np.argsort(-self.lengths[rows], kind="stable")]  # lengths[FILLER] is the 0 at the end

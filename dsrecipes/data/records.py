@@ -94,6 +94,18 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys
 
 
+def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Like hold_out, but each record is chosen by itself, so that equal ones of several data sets are on the same side.
+
+    The share is met on average. At least one record is held out, and one stays, where there are two different ones.
+    """
+    if not len(keys) or keys.min() == keys.max():
+        return np.zeros(len(keys), bool)
+    drawn = keys ^ np.uint64(random.Random(seed).getrandbits(64))
+    limit = np.clip(np.uint64(share * 2.0**64), drawn.min(), drawn.max() - np.uint64(1))
+    return drawn <= limit
+
+
 def encode_group(
     recipe: type[RecipeBase],
     group: list[tuple[str, dict]],

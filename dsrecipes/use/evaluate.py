@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, plural
+from dsrecipes.sources import paths_of
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
@@ -153,8 +154,9 @@ class Evaluation:
 
     def _source(self) -> str:
         """Where the rows come from; a run may take its validation rows from another file."""
-        own = self.split == "validation" and self.rows.name == self.run.config.data.dataset
-        return (own and self.run.config.data.eval_dataset) or self.rows.name
+        data = self.run.config.data
+        own = self.split == "validation" and self.rows.name == paths_of(data.sources)
+        return (own and paths_of(data.eval_sources)) or self.rows.name
 
     def of(self, base: bool) -> Json:
         """Figures of the tuned model or the base."""
@@ -187,6 +189,9 @@ def lines(result: Json) -> Iterator[str]:
     if "by_label" in figures:
         yield from _label_lines(figures)
         return
+    for name, values in figures.get("by_source", {}).items():
+        shown = " · ".join(f"{key} {value:,.4f}" for key, value in values.items() if isinstance(value, float))
+        yield f"          {name}: {shown} · {plural(values['tokens'], 'token')}"
     if "confusion" not in figures:
         return
     for kind in ("group", "subject"):

@@ -42,14 +42,20 @@ class Settings:
     max_new_tokens: int = 256
 
 
-def losses(run: FinishedRun, path: Path, settings: Settings) -> tuple[Measure, int]:
+def losses(run: FinishedRun, paths: dict[str, Path], settings: Settings) -> tuple[Measure, int]:
     """The summed loss of each sequence over its labels, in nats; where rows have weights, each label's times its weight."""
     from dsrecipes.data.collate import Sequences
 
-    sequences = Sequences(path)
-    count = min(len(sequences), settings.limit or len(sequences))
-    rows = [sequences[index][0] for index in range(count)]
-    return partial(_losses, run, rows, settings.batch_size), count
+    found = [
+        (name, part[index][0]) for name, path in paths.items() for part in [Sequences(path)] for index in range(len(part))
+    ]
+    names, rows = zip(*found[: settings.limit], strict=True)
+    measure = partial(_losses, run, list(rows), settings.batch_size)
+    return partial(_with_sources, measure, names) if len(paths) > 1 else measure, len(rows)
+
+
+def _with_sources(measure: Measure, names: tuple[str, ...], model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    return [item | {"source": name} for item, name in zip(measure(model, bar), names, strict=True)]
 
 
 def _losses(run: FinishedRun, rows: list[Json], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
@@ -238,7 +244,12 @@ def figures(task: str, items: list[Json], names: list[str] | None = None) -> Jso
         return _label_figures(items, names or [])
     if task == "loss":
         mean = sum(each["loss"] for each in items) / sum(map(weight_of, items))
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
+        result = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
+        sources = dict.fromkeys(item["source"] for item in items if "source" in item)
+        if len(sources) > 1:
+            of = {name: [item for item in items if item["source"] == name] for name in sources}
+            result["by_source"] = {name: figures(task, own) for name, own in of.items()}
+        return result
     if task == "answers":
         from dsrecipes.use.metrics import ExactMatch, RougeL
 
