@@ -52,6 +52,7 @@ from dsrecipes.data.mixture import (
 )
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
+from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
@@ -153,6 +154,29 @@ class RecipeBase(ABC):
             self.config.train["seed"], self.place.zero is not None,
         )  # fmt: skip
 
+    @staticmethod
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
+        """Rewrite prepared files once all rows are known, such as names of classes as numbers; by default not at all.
+
+        Args:
+            paths: an Arrow file by split.
+            held_out: whether the validation rows are a part of the training rows.
+            options: what the rows were encoded with.
+
+        Returns:
+            The new fingerprint (data.columns.ColumnWriter's) of each split that was rewritten.
+        """
+        return {}
+
+    def configure(self) -> None:
+        """Fit self.model_config to the prepared rows, before there is a model: a classifier gets as many classes as labels."""
+        if not self.auto_class.endswith("ForSequenceClassification"):
+            return
+        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
+        if min(classes) < 0:
+            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
+        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
+
     def collator(self) -> Callable[[list], dict[str, torch.Tensor]]:
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
@@ -174,6 +198,12 @@ class RecipeBase(ABC):
     def __init__(self, layers: Layers, console: Console | None = None) -> None:
         """Check the configuration; nothing is loaded yet."""
         self.config: Config = build_config(layers)
+        if self.config.data.class_weights and not self.auto_class.endswith("ForSequenceClassification"):
+            raise UserError(
+                f"--class_weights: {self.config.layers.recipe.name} has no classes, but "
+                f"{'options, whose order means nothing' if self.auto_class.endswith('ForMultipleChoice') else 'tokens'}: drop "
+                "the flag; a field `weight` weighs rows"
+            )
         self.console = console or Console()
         self._introduced = console is not None
         self.console.bars = not self.config.train["disable_tqdm"]
@@ -208,8 +238,10 @@ class RecipeBase(ABC):
 
             check_targets(self.config.model, self.model_config, self.auto_class)
         self.splits = self._prepare()
-        self._fit_head()
+        self.configure()
+        self._set_padding()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+        self.class_weights = self._class_weights()
         self.sequences = {
             name: self._sequences(name, split, data.max_length if packs else None) for name, split in self.splits.items()
         }
@@ -243,7 +275,7 @@ class RecipeBase(ABC):
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, watch=self.watch,
+            processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in self.sequences.values()),
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -321,6 +353,11 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
+        if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
+            raise UserError(
+                f"--dataset: {self.config.layers.recipe.name} numbers its labels over one data set, so several cannot be mixed, "
+                "and an entry can have no settings: give one folder that holds all files"
+            )
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
         prepared, mixed = [], self.config.data.is_mixture
@@ -338,30 +375,34 @@ class RecipeBase(ABC):
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
         """A split's sequences; training rows of several sources are drawn where shares were asked for."""
         if isinstance(split, Split):
-            return Sequences(split.path, capacity)
+            return Sequences(split.path, capacity, self.class_weights)
         data, train = self.config.data, self.config.train
         counts = None
         if name == "train":
             # blocks, where texts are cut into them, else rows
-            parts = {source: Sequences(part.path) for source, part in split.parts.items()}
+            parts = {source: Sequences(part.path, None, self.class_weights) for source, part in split.parts.items()}
             counts = rows_by_epoch(data.sources, {source: len(part) for source, part in parts.items()})
         if counts is None:
-            return JoinedSequences({source: Sequences(part.path, capacity) for source, part in split.parts.items()})
+            return JoinedSequences(
+                {source: Sequences(part.path, capacity, self.class_weights) for source, part in split.parts.items()}
+            )
         seed = train["seed"] if train["data_seed"] is None else train["data_seed"]
         mixture = Mixture(parts, counts, capacity, seed)
         mixture.fix_length(self.place.batch, train["num_train_epochs"], train["max_steps"])
         return mixture
 
-    def _fit_head(self) -> None:
-        """Give a classifier as many classes as the labels have, and the padding that a decoder lacks."""
-        if not self.auto_class.endswith("ForSequenceClassification"):
-            return
-        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
-        if min(classes) < 0:
-            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
-        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
-        if self.model_config.pad_token_id is None:
-            self.model_config.pad_token_id = pad_id(self.tokenizer)
+    def _set_padding(self) -> None:
+        """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
+        if self.auto_class.endswith("ForSequenceClassification"):
+            self.model_config.get_text_config().pad_token_id = pad_id(self.tokenizer)
+
+    def _class_weights(self) -> np.ndarray | None:
+        """Weights of the classes in label order; None where none are asked for."""
+        asked = self.config.data.class_weights
+        if not asked:
+            return None
+        names = [str(self.model_config.id2label[index]) for index in range(self.model_config.num_labels)]
+        return class_weights(asked, np.asarray(self.splits["train"].data["labels"][:]), names)
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
@@ -525,7 +566,9 @@ def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
     elif (metrics := recipe.metrics(recipe.splits["validation"])) is not None:
         try:
             labels = np.asarray(recipe.splits["validation"].data["labels"][:])
-            classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
+            classes = recipe.model_config.num_labels
+            if np.issubdtype(labels.dtype, np.integer):
+                classes = max(int(labels.max()) + 1, classes)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
         except Exception:
             return None

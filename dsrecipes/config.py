@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
@@ -89,6 +90,13 @@ class DataConfig:
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    class_weights: list[str] = _list(
+        "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
+    )
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = _help(
+        "What a label is (classification recipes): one class, several, or a number; auto decides by the training labels.",
+        "auto",
+    )
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
     split: Literal["pooled", "official"] = _help(
         "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"
@@ -98,6 +106,8 @@ class DataConfig:
         """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change."""
         self.sources, self.dataset = read_sources("dataset", self.dataset)
         self.eval_sources, self.eval_dataset = read_sources("eval_dataset", self.eval_dataset)
+        if self.class_weights:
+            parse_class_weights(self.class_weights)
         _require(self.max_length >= 2, f"max_length is {self.max_length}: a next token needs at least 2")
         _require(
             0 <= self.validation_split < 1,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import FILLER, Features, Sequences
+from dsrecipes.data.collate import FILLER, Features, Sequences, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
@@ -137,7 +137,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
     """
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
-        learned = (labels.reshape(len(labels), -1) != IGNORE).any(1).tolist()
+        learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
         return [row for line, each in zip(learned, rows, strict=True) for row in each if not line]
     keep = batch.get("logits_to_keep")
     if keep is not None:  # the labels of all sequences in one line

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.pack import Bins, packed
+from dsrecipes.data.weights import WEIGHTS
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
@@ -31,9 +32,14 @@ class Sequences(TorchDataset):
     row with nothing to learn from.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
-        """The rows of a prepared split's file; `capacity` in tokens packs, None leaves one row to a sequence."""
-        self.path = path
+    def __init__(self, path: Path, capacity: int | None = None, class_weights: np.ndarray | None = None) -> None:
+        """The rows of a prepared split's file.
+
+        Args:
+            capacity: in tokens, packs; None leaves one row to a sequence.
+            class_weights: in label order, multiplies the weight of each row.
+        """
+        self.path, self.class_weights = path, class_weights
         self.bins: Bins | None = None
         self._read_columns()
         self.lengths = self.columns["input_ids"].lengths()
@@ -47,6 +53,16 @@ class Sequences(TorchDataset):
         self.columns = {
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
+        weights: Any = self.columns.pop(WEIGHTS, None)
+        numbers = weights.numbers() if weights is not None else [np.ones(1, np.float32)]
+        if self.class_weights is not None:
+            labels = np.concatenate(self.columns["labels"].numbers())
+            weights = self.class_weights[labels] * np.concatenate(numbers)
+            numbers = [weights]
+        self.weighted = any((part != 1).any() for part in numbers)
+        """Whether rows have weights other than 1."""
+        if self.weighted:
+            self.columns[WEIGHTS] = weights
 
     def __getstate__(self) -> dict[str, Any]:
         """For data workers: what lies in a file is opened there again."""
@@ -99,9 +115,12 @@ class Sequences(TorchDataset):
     def __getitem__(self, index: int) -> list[Features]:
         if index == FILLER:
             row = self._row(0)
+            if np.issubdtype(np.asarray(row["labels"]).dtype, np.floating):
+                return [{**row, "labels": np.full_like(row["labels"], np.nan)}]
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
-            return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
+            none = {WEIGHTS: np.empty(0, np.float32)} if self.weighted else {}
+            return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE]), **none}]
         return self.examples(self.rows(index))
 
 
@@ -186,8 +205,8 @@ class CausalCollator:
 
     No attention_mask: padding stands behind the text, where no text position looks, and position ids that restart
     keep packed examples apart on every attention backend but flash attention, which reads them only in a batch of
-    one. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels and labels (number of
-    labels,), counts (2,).
+    one. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels, labels and, where rows have
+    them, weights (number of labels,), counts (2,).
     """
 
     def __init__(self, pad_id: int, select_logits: bool, flash: bool = False) -> None:
@@ -205,6 +224,7 @@ class CausalCollator:
         ids = np.full((len(items), width), self.pad_id, dtype=np.int64)
         positions = np.zeros_like(ids)
         targets = np.full_like(ids, IGNORE)
+        weights = np.ones(ids.shape, dtype=np.float32) if WEIGHTS in items[0][0] else None
         tokens = rows = 0
         for line, item in enumerate(items):
             start = 0
@@ -213,6 +233,8 @@ class CausalCollator:
                 ids[line, start:end] = row["input_ids"]
                 positions[line, start:end] = np.arange(end - start)
                 targets[line, start : end - 1] = row["labels"][1:]
+                if weights is not None and len(row[WEIGHTS]):
+                    weights[line, start : end - 1] = row[WEIGHTS][1:]
                 if (row["labels"] != IGNORE).any():
                     tokens, rows = tokens + end - start, rows + 1
                 start = end
@@ -230,6 +252,9 @@ class CausalCollator:
         }
         if self.select_logits:
             batch["logits_to_keep"] = keep
+        if weights is not None:
+            values = torch.from_numpy(weights)
+            batch[WEIGHTS] = values[keep] if self.select_logits else values * keep
         return batch | segments(batch["position_ids"]) if self.flash else batch
 
 
@@ -244,10 +269,19 @@ def segments(position_ids: torch.Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Where there is something to learn, by row for numbers: a filler has NaN, for IGNORE may be a number that is meant."""
+    if not labels.is_floating_point():
+        return labels != IGNORE
+    return ~labels.reshape(len(labels), -1).isnan().any(1)
+
+
 class PaddingCollator:
     """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
 
-    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length); labels: (batch,).
+    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length). labels: (batch,) class
+    numbers or, in float32, numbers; (batch, classes) of 0 and 1 in float32 for rows with several labels. weights, where
+    rows have them: (batch,).
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -268,7 +302,11 @@ class PaddingCollator:
             )
         mask = [[[1] * len(text) + [0] * (width - len(text)) for text in texts(row, "input_ids")] for row in rows]
         batch["attention_mask"] = torch.tensor(mask if nested else [line[0] for line in mask])
-        batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])
-        real = batch["labels"] != IGNORE
+        labels = np.array([row["labels"] for row in rows])
+        is_number = np.issubdtype(labels.dtype, np.floating)
+        batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))
+        real = labelled(batch["labels"])
         batch[COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
+        if WEIGHTS in rows[0]:
+            batch[WEIGHTS] = torch.tensor([float(row[WEIGHTS]) for row in rows]) * real
         return batch

@@ -21,6 +21,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
 from dsrecipes.data.records import hold_out, hold_out_alone
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.sources import Source
 
@@ -138,9 +139,11 @@ class MixedSplit:
         """The sums over all sources; the fingerprint covers names and order too."""
         stats = SplitStats()
         for part in self.parts.values():
-            for key in ("rows", "kept", "tokens", "supervised", "tail"):
+            for key in ("rows", "kept", "tokens", "supervised", "tail", "weighted"):
                 setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
             stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
+        weights = [weight for part in self.parts.values() for weight in part.stats.weight_range]
+        stats.weight_range = [min(weights), max(weights)] if weights else []
         prints = "\0".join(f"{name} {part.stats.fingerprint}" for name, part in self.parts.items())
         stats.fingerprint = hashlib.sha256(prints.encode()).hexdigest()[:16]
         return stats
@@ -157,7 +160,7 @@ def prepare_source(part: SourceRows, tokenizer: PreTrainedTokenizerBase, console
     """Prepare the rows of one source with its own settings; it has a cache entry of its own."""
     data, train = part.story.config.data, part.story.config.train
     return prepare(
-        type(part.story), part.splits, tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+        type(part.story), part.splits, tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.problem_type),
         validation_split=part.held_out, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=console,
         hold_out=part.hold_out,
     )  # fmt: skip
@@ -238,6 +241,8 @@ class JoinedSequences(Sequences):
         self._first_row = np.cumsum([0, *(len(part.row_lengths()) for part in parts.values())])
         self._first = np.cumsum([0, *map(len, parts.values())])
         self.lengths = np.concatenate([part.lengths for part in parts.values()])
+        self.class_weights = next(iter(parts.values())).class_weights
+        self.weighted = any(part.weighted for part in parts.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """The parts know how to travel to data workers."""
@@ -269,7 +274,10 @@ class JoinedSequences(Sequences):
 
     def _row(self, row: int) -> Features:
         part, number = self._located(row, self._first_row)
-        return part.examples([number])[0]
+        features = part.examples([number])[0]
+        if self.weighted and not part.weighted:  # the rows of a batch have the same columns
+            features[WEIGHTS] = np.empty(0, np.float32) if np.ndim(features["labels"]) else np.float32(1)
+        return features
 
     def rows(self, index: int) -> list[int]:
         """Numbers of the prepared rows in a sequence; a filler has none."""

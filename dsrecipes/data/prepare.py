@@ -28,6 +28,7 @@ from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.data.origin import origins, origins_path
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.records import hold_out
+from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
@@ -49,8 +50,12 @@ class SplitStats:
     supervised: int = 0
     tail: int = 0
     """Tokens of a last block shorter than max_length, not trained on."""
+    weighted: int = 0
+    """Rows that weigh other than 1, or have a turn that does."""
+    weight_range: list[float] = field(default_factory=list)
+    """Smallest and largest weight in those rows; empty without such rows."""
     fingerprint: str = ""
-    """Of the tokens and labels, in their order."""
+    """Of the tokens, labels and weights, in their order."""
     largest_id: int | None = None
     """The greatest token id; None where it is not known."""
 
@@ -174,6 +179,10 @@ def _write_splits(
             parts = _hold_out(chunks, scratch, choose) if keyed else ((name, chunk) for chunk in chunks)
             stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
     _refuse_empty(stats)
+    paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
+    was_held_out = "validation" in stats and "validation" not in splits
+    for name, digest in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
+        stats[name].fingerprint = digest
     (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
@@ -253,11 +262,21 @@ class _SplitWriter:
         stats.kept += len(np.unique(chunk.record))
         stats.tokens += int(view(chunk.origins.column("tokens")).sum())
         stats.supervised += int(chunk.supervised.sum())
+        self._count_weights(chunk)
         self.places.write(chunk.origins)
         if self.cutter is None:
             self.columns.write(chunk.sequences)
         else:
             self._write_blocks(self.cutter.cut(view(chunk.sequences.column("input_ids").flatten())))
+
+    def _count_weights(self, chunk: Chunk) -> None:
+        if chunk.sequences is None or WEIGHTS not in chunk.sequences.schema.names:
+            return
+        others, weights = other_weights(chunk.sequences.column(WEIGHTS))
+        if others.any():
+            self.stats.weighted += len(np.unique(chunk.record[others]))
+            numbers = [*self.stats.weight_range, float(weights.min()), float(weights.max())]
+            self.stats.weight_range = [min(numbers), max(numbers)]
 
     def _write_blocks(self, blocks: np.ndarray) -> None:
         if blocks.size:

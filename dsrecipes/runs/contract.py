@@ -50,6 +50,7 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         "mixture": _mixture(story),
         "max_length": config.data.max_length,
         "packing": config.data.packing,
+        "class_weights": config.data.class_weights or None,
         "global_batch_size": place.batch,
         "max_steps": story.steps(),
         "precision": place.precision,

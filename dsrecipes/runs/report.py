@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
@@ -81,6 +81,20 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
+    """What the header says about weights in the loss; nothing where there are none."""
+    parts = []
+    for name, split in splits.items():
+        if stats := split.stats.weighted and split.stats:
+            low, high = stats.weight_range
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            where = "" if name == "train" else f" of {name}"
+            parts.append(f"{stats.weighted:,} of {plural(stats.kept, 'row')}{where} weigh other than 1 ({span})")
+    if class_weights is not None:
+        parts.append(f"classes {', '.join(f'{names[index]} {weight:.4g}' for index, weight in enumerate(class_weights))}")
+    return [_line("weights", *parts, "losses are weighted means, evaluation too")] if parts else []
+
+
 def _sources(split: Split | MixedSplit, sequences: Sequences) -> dict[str, dict[str, Any]]:
     """By source of a split: what became of its rows, and what of them an epoch has; empty where there is one data set."""
     result: dict[str, dict[str, Any]] = {}
@@ -125,6 +139,7 @@ def header(
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
         *_data_lines(config, splits, sequences),
+        *_weights(splits, trainer.train_dataset.class_weights, trainer.model.config.id2label),
         _line(
             "batch",
             f"{plural(place.batch, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
@@ -157,14 +172,19 @@ def _data_lines(config: Config, splits: dict[str, Split | MixedSplit], sequences
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
     row = trainer.train_dataset[0][0]
-    if row["labels"].ndim == 0:
+    if not trainer.causal:
         texts = (
             [tokenizer.decode(ids) for ids in row["input_ids"]]
             if row["input_ids"].dtype == object or row["input_ids"].ndim > 1
             else [tokenizer.decode(row["input_ids"])]
         )
         return "\n".join(
-            ["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"]
+            [
+                "first example:",
+                *texts,
+                f"label: {_label(row['labels'], trainer.model.config)}",
+                "dry run: nothing was trained or written",
+            ]
         )
     pieces, start = [], 0
     trained = row["labels"] != IGNORE
@@ -176,6 +196,15 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
     return "first example (⟦trained on⟧):\n" + "".join(pieces) + "\ndry run: nothing was trained or written"
 
 
+def _label(label: np.ndarray, config: PretrainedConfig) -> str:
+    """A label in words: the name of its class where the model's classes have names, or a number."""
+    if np.issubdtype(label.dtype, np.integer):
+        return config.id2label[int(label)] if config.problem_type else str(int(label))
+    if label.ndim == 0:
+        return f"{label:g}"
+    return ", ".join(config.id2label[index] for index in np.flatnonzero(label).tolist()) or "none"
+
+
 def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
     """Result, where things are, the next commands."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
@@ -184,8 +213,12 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         ("eval_loss", "validation loss"),
         ("eval_perplexity", "perplexity"),
         ("eval_accuracy", "accuracy"),
+        ("eval_macro_f1", "macro-F1"),
+        ("eval_pearson", "Pearson"),
         ("test_loss", "test loss"),
         ("test_accuracy", "test accuracy"),
+        ("test_macro_f1", "test macro-F1"),
+        ("test_pearson", "test Pearson"),
     ):
         if key in figures:
             guess = figures.get(f"{key}_majority")

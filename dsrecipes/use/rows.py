@@ -187,7 +187,8 @@ _LINE = 40
 def contents(record: dict[str, Any]) -> list[str]:
     """What makes a record the same as another, letter case and spacing aside.
 
-    The question without its options; an instruction or a chat without its answers; the longer lines of a text.
+    The question without its options; an instruction or a chat without its answers; a text without its label; the longer
+    lines of a plain text.
     """
     if "question" in record:
         return [plain(record["question"])]
@@ -195,6 +196,8 @@ def contents(record: dict[str, Any]) -> list[str]:
         return [plain("".join(turn["content"] for turn in record["messages"] if turn["role"] != "assistant"))]
     if "instruction" in record:
         return [plain(record["instruction"] + record.get("input", ""))]
+    if "label" in record and "text" in record:
+        return [plain("\n".join(record[name] for name in ("text", "text_pair") if name in record))]
     if isinstance(record.get("text"), str):
         return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
     return [str(content_of(record))]
