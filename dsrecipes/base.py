@@ -351,12 +351,25 @@ class RecipeBase(ABC):
         part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.gathered(part) if each), None)
 
+    def _set_padding(self) -> None:
+        """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
+        if self.auto_class.endswith("ForSequenceClassification"):
+            self.model_config.get_text_config().pad_token_id = pad_id(self.tokenizer)
+
+    def _class_weights(self) -> np.ndarray | None:
+        """Weights of the classes in label order; None where none are asked for."""
+        asked = self.config.data.class_weights
+        if not asked:
+            return None
+        names = [str(self.model_config.id2label[index]) for index in range(self.model_config.num_labels)]
+        return class_weights(asked, np.asarray(self.splits["train"].data["labels"][:]), names)
+
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
         if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
             raise UserError(
-                f"--dataset: {self.config.layers.recipe.name} numbers its labels over one data set, so several cannot be mixed, "
-                "and an entry can have no settings: give one folder that holds all files"
+                f"--dataset: {self.config.layers.recipe.name} takes one data set, since its labels are numbered over all "
+                "rows together; put the files into one folder and name that"
             )
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
@@ -390,19 +403,6 @@ class RecipeBase(ABC):
         mixture = Mixture(parts, counts, capacity, seed)
         mixture.fix_length(self.place.batch, train["num_train_epochs"], train["max_steps"])
         return mixture
-
-    def _set_padding(self) -> None:
-        """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
-        if self.auto_class.endswith("ForSequenceClassification"):
-            self.model_config.get_text_config().pad_token_id = pad_id(self.tokenizer)
-
-    def _class_weights(self) -> np.ndarray | None:
-        """Weights of the classes in label order; None where none are asked for."""
-        asked = self.config.data.class_weights
-        if not asked:
-            return None
-        names = [str(self.model_config.id2label[index]) for index in range(self.model_config.num_labels)]
-        return class_weights(asked, np.asarray(self.splits["train"].data["labels"][:]), names)
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""

@@ -139,11 +139,12 @@ class MixedSplit:
         """The sums over all sources; the fingerprint covers names and order too."""
         stats = SplitStats()
         for part in self.parts.values():
-            for key in ("rows", "kept", "tokens", "supervised", "tail", "weighted"):
+            for key in ("rows", "kept", "tokens", "supervised", "tail"):
                 setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
             stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
-        weights = [weight for part in self.parts.values() for weight in part.stats.weight_range]
-        stats.weight_range = [min(weights), max(weights)] if weights else []
+            stats.weighted += part.stats.weighted
+            spans = [*stats.weight_range, *part.stats.weight_range]
+            stats.weight_range = [min(spans), max(spans)] if spans else []
         prints = "\0".join(f"{name} {part.stats.fingerprint}" for name, part in self.parts.items())
         stats.fingerprint = hashlib.sha256(prints.encode()).hexdigest()[:16]
         return stats
@@ -238,11 +239,11 @@ class JoinedSequences(Sequences):
     def __init__(self, parts: dict[str, Sequences]) -> None:
         """`parts` by the name of the source."""
         self._parts = parts
+        self.weighted = any(part.weighted for part in parts.values())
+        self.class_weights = next(iter(parts.values())).class_weights
         self._first_row = np.cumsum([0, *(len(part.row_lengths()) for part in parts.values())])
         self._first = np.cumsum([0, *map(len, parts.values())])
         self.lengths = np.concatenate([part.lengths for part in parts.values()])
-        self.class_weights = next(iter(parts.values())).class_weights
-        self.weighted = any(part.weighted for part in parts.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """The parts know how to travel to data workers."""
@@ -274,8 +275,8 @@ class JoinedSequences(Sequences):
 
     def _row(self, row: int) -> Features:
         part, number = self._located(row, self._first_row)
-        features = part.examples([number])[0]
-        if self.weighted and not part.weighted:  # the rows of a batch have the same columns
+        (features,) = part.examples([number])
+        if self.weighted and WEIGHTS not in features:  # all rows of this source weigh 1, and those of others do not
             features[WEIGHTS] = np.empty(0, np.float32) if np.ndim(features["labels"]) else np.float32(1)
         return features
 

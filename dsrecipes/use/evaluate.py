@@ -186,12 +186,12 @@ def lines(result: Json) -> Iterator[str]:
         yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
-    for name, values in figures.get("by_source", {}).items():
-        shown = " · ".join(f"{key} {value:,.4f}" for key, value in values.items() if isinstance(value, float))
-        yield f"          {name}: {shown} · {plural(values['tokens'], 'token')}"
     if "by_label" in figures:
         yield from _label_lines(figures)
         return
+    for name, values in figures.get("by_source", {}).items():
+        shown = " · ".join(f"{key} {value:,.4f}" for key, value in values.items() if isinstance(value, float))
+        yield f"          {name}: {shown} · {plural(values['tokens'], 'token')}"
     if "confusion" not in figures:
         return
     for kind in ("group", "subject"):
