@@ -81,10 +81,10 @@ class SeqClassification(RecipeBase):
             for name, values in cut.items():
                 for index, value in zip(long, values, strict=True):
                     chosen[name][index] = value
-        labels = [record["label"] for record in records]
+        labels, are_cut = [record["label"] for record in records], set(long)
         return chosen | {
             "labels": [[] if label is None else json.dumps(label, ensure_ascii=False) for label in labels],
-            "cut": [int(index in set(long)) for index in range(len(records))],
+            "cut": [int(index in are_cut) for index in range(len(records))],
             "weights": [float(record.get("weight", 1.0)) for record in records],
         }
 
