@@ -26,6 +26,7 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split
+from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
 from dsrecipes.trainer import Metrics
 
@@ -63,9 +64,7 @@ class SeqClassification(RecipeBase):
         if name is None:
             raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(columns)})")
         record["label"] = _label(row[columns[name]], name)
-        if "weight" in columns and row[columns["weight"]] not in (None, ""):
-            record["weight"] = _weight(row[columns["weight"]])
-        return record
+        return record | row_weight({"weight": row[columns["weight"]]} if "weight" in columns else {})
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
@@ -85,7 +84,7 @@ class SeqClassification(RecipeBase):
         return chosen | {
             "labels": [[] if label is None else json.dumps(label, ensure_ascii=False) for label in labels],
             "cut": [int(index in are_cut) for index in range(len(records))],
-            "weights": [float(record.get("weight", 1.0)) for record in records],
+            "weights": row_weights(records),
         }
 
     @staticmethod
@@ -225,16 +224,6 @@ def _scalar(value: Any, name: str) -> Any:
         value.encode()  # ValueError for half of a surrogate pair, which no file could hold
         return value.strip()
     return value
-
-
-def _weight(value: Any) -> float:
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"field 'weight' must be a number from 0, found {value!r}")
-    return weight
 
 
 def _has_labels(rows: Iterable[Row]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, plural
+from dsrecipes.sources import paths_of
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
@@ -142,8 +143,8 @@ class Evaluation:
         return measure.choices_by_likelihood(self.run, items, shots, self.settings)
 
     def items(self) -> list[Item]:
-        """The rows of the split, up to the limit."""
-        found = self.rows.items(self.split)
+        """The rows of the split, up to the limit; those of weight 0 are left out, as in training."""
+        found = [item for item in self.rows.items(self.split) if item.record.get("weight") != 0]
         if self.task == "labels":  # a hub data set may have rows without one
             found = [item for item in found if item.record.get("label", "") is not None]
         found = found[: self.settings.limit]
@@ -153,13 +154,14 @@ class Evaluation:
 
     def _source(self) -> str:
         """Where the rows come from; a run may take its validation rows from another file."""
-        own = self.split == "validation" and self.rows.name == self.run.config.data.dataset
-        return (own and self.run.config.data.eval_dataset) or self.rows.name
+        data = self.run.config.data
+        own = self.split == "validation" and self.rows.name == paths_of(data.sources)
+        return (own and paths_of(data.eval_sources)) or self.rows.name
 
     def of(self, base: bool) -> Json:
         """Figures of the tuned model or the base."""
         from dsrecipes.use.labels import label_names
-        from dsrecipes.use.measure import figures
+        from dsrecipes.use.measure import figures, weight_of
 
         model = self.run.load(base=base)
         with self.console.progress("base" if base else "tuned", total=self.total, leave=False) as bar:
@@ -168,6 +170,8 @@ class Evaluation:
         told |= {"dataset": self._source(), "split": self.split, "rows": len(items)}
         if self.task == "choices" and self._writes():
             told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
+        if self.task != "answers":
+            told["weighted"] = sum(weight_of(item) != item.get("tokens", 1) for item in items)
         names = label_names(model) if self.task == "labels" else None
         return told | {"figures": figures(self.task, items, names), "items": items}
 
@@ -178,11 +182,16 @@ def lines(result: Json) -> Iterator[str]:
     yield f"run       {result['run']} · {result['weights']} model"
     yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
     yield f"task      {result['task']}{how}"
+    if result.get("weighted"):
+        yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
     if "by_label" in figures:
         yield from _label_lines(figures)
         return
+    for name, values in figures.get("by_source", {}).items():
+        shown = " · ".join(f"{key} {value:,.4f}" for key, value in values.items() if isinstance(value, float))
+        yield f"          {name}: {shown} · {plural(values['tokens'], 'token')}"
     if "confusion" not in figures:
         return
     for kind in ("group", "subject"):
