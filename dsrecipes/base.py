@@ -366,11 +366,6 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
-        if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
-            raise UserError(
-                f"--dataset: {self.config.layers.recipe.name} takes one data set, since its labels are numbered over all "
-                "rows together; put the files into one folder and name that"
-            )
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
         prepared, mixed = [], self.config.data.is_mixture

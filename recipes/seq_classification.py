@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ class SeqClassification(RecipeBase):
     @staticmethod
     def format_row(row: Row) -> dict:
         """{"text", "label"}, perhaps "text_pair" and "weight"; column names in any letter case, label None where there is none."""
-        fields = _fields(row)
-        record = _texts(fields)
-        name = _label_column(fields)
+        columns = _columns(row)
+        record = _texts(row, columns)
+        name = _label_column(columns)
         if name is None:
-            raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
-        record["label"] = _label(fields[name], name)
-        return record | row_weight(fields)
+            raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(columns)})")
+        record["label"] = _label(row[columns[name]], name)
+        return record | row_weight({"weight": row[columns["weight"]]} if "weight" in columns else {})
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
@@ -79,10 +80,10 @@ class SeqClassification(RecipeBase):
             for name, values in cut.items():
                 for index, value in zip(long, values, strict=True):
                     chosen[name][index] = value
-        labels = [record["label"] for record in records]
+        labels, are_cut = [record["label"] for record in records], set(long)
         return chosen | {
             "labels": [[] if label is None else json.dumps(label, ensure_ascii=False) for label in labels],
-            "cut": [int(index in set(long)) for index in range(len(records))],
+            "cut": [int(index in are_cut) for index in range(len(records))],
             "weights": row_weights(records),
         }
 
@@ -98,7 +99,8 @@ class SeqClassification(RecipeBase):
             raise UserError(str(error)) from None
         fingerprints = {name: _replace_labels(path, texts[name], kind, names) for name, path in paths.items()}
         facts = {"problem_type": kind, "names": names}
-        paths["train"].with_name("labels.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(facts, ensure_ascii=False)
+        next(iter(paths.values())).with_name("labels.json").write_text(text, encoding="utf-8")
         return fingerprints
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
@@ -113,8 +115,12 @@ class SeqClassification(RecipeBase):
 
     def configure(self) -> None:
         """Give the model as many outputs as there are labels, and their names."""
-        train = self.splits["train"].path
-        facts = json.loads(train.with_name("labels.json").read_text(encoding="utf-8"))
+        texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in _files(self.splits["train"])}
+        if len(texts) > 1:
+            raise UserError(
+                "the data sets have different labels, so one head cannot learn them: " + " and ".join(sorted(texts))
+            )
+        facts = json.loads(texts.pop())
         kind, names = facts["problem_type"], facts["names"]
         self.model_config.id2label = dict(enumerate(names))
         self.model_config.label2id = {name: index for index, name in enumerate(names)}
@@ -127,7 +133,7 @@ class SeqClassification(RecipeBase):
         if "-1" in names:
             self.place.notes.append("-1 is taken as a class; where it means that a row has no label, remove these rows")
         for name, split in self.splits.items():
-            cut = pc.sum(read_columns(split.path).column("cut")).as_py()
+            cut = sum(pc.sum(read_columns(path).column("cut")).as_py() for path in _files(split))
             if cut:
                 limit = self.config.data.max_length
                 self.place.notes.append(
@@ -140,8 +146,10 @@ class SeqClassification(RecipeBase):
         names = [self.model_config.id2label[index] for index in range(self.model_config.num_labels)]
         commonest = None
         if kind == ONE:
-            labels = read_columns(self.splits["train"].path).column("labels")
-            commonest = int(np.bincount(np.concatenate([np.asarray(chunk) for chunk in labels.chunks])).argmax())
+            labels = [read_columns(path).column("labels") for path in _files(self.splits["train"])]
+            commonest = int(
+                np.bincount(np.concatenate([np.asarray(chunk) for each in labels for chunk in each.chunks])).argmax()
+            )
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             figures = scores(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), kind, names)
@@ -152,22 +160,29 @@ class SeqClassification(RecipeBase):
         return compute
 
 
+def _files(split: Split) -> list[Path]:
+    """The prepared files of a split: one for each data set."""
+    return [part.path for part in getattr(split, "parts", {}).values()] or [split.path]
+
+
 # ---- rows ----
 
 
-def _fields(row: Row) -> dict[str, Any]:
-    return {str(key).strip().lower(): value for key, value in row.items()}
+def _columns(row: Row) -> dict[str, Any]:
+    """Columns by their names in lower case; dict.keys, because a row may count the columns that are read."""
+    return {str(key).strip().lower(): key for key in dict.keys(row)}
 
 
-def _texts(fields: dict[str, Any]) -> dict[str, str]:
-    """The first pair of columns, or the first column of text, that the row has."""
-    pair = next((pair for pair in PAIRS if all(name in fields for name in pair)), None)
-    names = pair or [name for name in TEXTS if name in fields][:1]
+def _texts(row: Row, columns: dict[str, Any]) -> dict[str, str]:
+    """The first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
+    pairs = PAIRS[:1] if "text" in getattr(row, "mapped", ()) else PAIRS
+    pair = next((pair for pair in pairs if all(name in columns for name in pair)), None)
+    names = pair or [name for name in TEXTS if name in columns][:1]
     if not names:
-        raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(fields)})")
+        raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(columns)})")
     texts = {}
     for key, name in zip(("text", "text_pair"), names, strict=False):
-        value = fields[name]
+        value = row[columns[name]]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
@@ -178,8 +193,8 @@ def _texts(fields: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _label_column(fields: dict[str, Any]) -> str | None:
-    return next((name for name in LABELS if name in fields), None)
+def _label_column(columns: dict[str, Any]) -> str | None:
+    return next((name for name in LABELS if name in columns), None)
 
 
 def _label(value: Any, name: str) -> Any:
@@ -214,22 +229,21 @@ def _scalar(value: Any, name: str) -> Any:
 def _has_labels(rows: Iterable[Row]) -> bool:
     """Whether a row has a label; -1 in all rows is how hub data sets publish a test split without them."""
     for row in rows:
-        fields = _fields(row)
-        name = _label_column(fields)
-        if name is not None and str(fields[name]).strip() not in ("", "None", "nan", "-1", "-1.0"):
+        columns = _columns(row)
+        name = _label_column(columns)
+        if name is not None and str(row[columns[name]]).strip() not in ("", "None", "nan", "-1", "-1.0"):
             return True
     return False
 
 
 def _with_names(rows: Iterable[Row]) -> Iterable[Row]:
     """Rows of a hub data set with the names of its classes in place of their numbers."""
-    features = getattr(rows, "features", None)
-    if not features:
-        return rows
+    if is_dataclass(rows) and hasattr(rows, "rows"):  # under other names, by --columns
+        return replace(rows, rows=_with_names(rows.rows))  # type: ignore[type-var]
     names = {}
-    for column, feature in features.items():
+    for column, feature in (getattr(rows, "features", None) or {}).items():
         inner = getattr(feature, "feature", feature)  # of a list of classes
-        if column.strip().lower() in LABELS and hasattr(inner, "names"):
+        if hasattr(inner, "names"):
             names[column] = inner.names
     return rows.with_transform(partial(_named, names)) if names else rows  # type: ignore[attr-defined]
 
