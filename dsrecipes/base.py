@@ -38,6 +38,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
+from dsrecipes.data.renamed import renamed
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
@@ -186,7 +187,7 @@ class RecipeBase(ABC):
             from dsrecipes.model.lora import check_targets
 
             check_targets(self.config.model, self.model_config, self.auto_class)
-        rows = self.load_rows()
+        rows = renamed(self.load_rows(), data.columns)
         if "train" not in rows:
             raise UserError(
                 f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.renamed import parse_columns
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
@@ -82,6 +83,9 @@ class DataConfig:
     )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
     eval_dataset: str | None = _help("Validation rows, in the forms of dataset.")
+    columns: list[str] = _list(
+        "Columns under other names, RECIPE'S=FILE'S: prompt=question,output=answer; in YAML also a mapping."
+    )
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
@@ -93,7 +97,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        """Range checks; ValueError names the flag to change."""
+        """Range checks; ValueError names the flag to change. `columns` becomes a dict, which a YAML can hold."""
+        self.columns: dict[str, str] = parse_columns(self.columns)
         _require(self.max_length >= 2, f"max_length is {self.max_length}: a next token needs at least 2")
         _require(
             0 <= self.validation_split < 1,

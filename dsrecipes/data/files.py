@@ -11,12 +11,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsrecipes.data.shapes import kind, row_of, rows_in, splits_in
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
@@ -41,6 +43,8 @@ class FileRows:
     """
 
     files: tuple[Path, ...]
+    split: str = "train"
+    """The rows to take of a JSON file that holds several splits; all rows of any other file."""
 
     def __iter__(self) -> Iterator[Row]:
         return (row for _, row in self.located())
@@ -48,7 +52,7 @@ class FileRows:
     def located(self) -> Iterator[tuple[str, Row]]:
         """Rows with the place each stands at; raises UserError for a file that cannot be read."""
         for path in self.files:
-            yield from _read(path)
+            yield from _read(path, self.split)
 
     @property
     def fingerprint(self) -> str:
@@ -77,12 +81,24 @@ class LocatedRows:
 
 
 def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """(where, row) of any rows: a FileRows, a LocatedRows, LineRows, a datasets.Dataset, a list."""
-    if isinstance(rows, (FileRows, LocatedRows, LineRows)):
+    """(where, row) of any rows: a datasets.Dataset, a list, or what knows its places itself."""
+    if hasattr(rows, "located"):
         yield from rows.located()
     else:
+        is_arrow = hasattr(rows, "features")
         for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
+            yield f"row {number}", _without_nulls(row) if is_arrow else row
+
+
+def _without_nulls(row: Row) -> Row:
+    """A row of Arrow's: there an object has the keys of all objects of its column, null where they are not its own."""
+    return {name: _pruned(value) if isinstance(value, (list, dict)) else value for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -141,10 +157,15 @@ def _open(path: Path) -> TextIO:
     return io.TextIOWrapper(file, encoding=encoding, newline="")
 
 
-def _read(path: Path) -> Iterator[tuple[str, Row]]:
-    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text}[
-        suffix(path)
-    ]
+def _read(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    readers = {
+        ".json": partial(_json, split=split), ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
+    }  # fmt: skip
+    yield from _readable(path, readers[suffix(path)])
+
+
+def _readable(path: Path, reader: Callable[[Path], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
+    """The reader's rows, with a UserError for whatever is wrong with the file's bytes."""
     try:
         try:
             yield from reader(path)
@@ -189,22 +210,44 @@ def _likely_encoding(sample: bytes) -> str:
     return "CP1252"
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    value = _json_value(path)
+    if value is None:
+        yield from _jsonl(path)
+        return
+    splits = splits_in(value)
+    name = f"{split} row" if splits else "row"
+    for number, row in enumerate(rows_in(splits.get(split, []) if splits else value, path), 1):
+        where = f"{path}, {name} {number}"
+        yield where, row_of(row, where)
+
+
+def _json_value(path: Path) -> Any:
+    """What a JSON file holds; None for JSON lines under this name."""
     with _open(path) as file:
         text = file.read()
     try:
-        rows = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
-            yield from _jsonl(path)
-            return
-        rows = parse_json(text, str(path))  # says what is wrong
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {_kind(rows)}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+            return None
+        value = parse_json(text, str(path))  # says what is wrong
+    if value is None:
+        raise UserError(f"{path}: expected a list of rows, found {kind(value)}")
+    return value
+
+
+def json_splits(path: Path) -> list[str]:
+    """The splits that a JSON file holds under their names; none for any other file, and for one that cannot be read."""
+    if suffix(path) != ".json":
+        return []
+    try:
+        with _open(path) as file:
+            if file.read(_PIECE).lstrip()[:1] != "{":
+                return []  # a list, which may be too large to be read twice
+        return list(splits_in(_json_value(path)))
+    except (UserError, OSError, EOFError, zlib.error, UnicodeError):
+        return []  # reading its rows says what is wrong
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -213,7 +256,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            yield where, _checked(parse_json(line, where), where)
+            yield where, row_of(parse_json(line, where), where)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -231,7 +274,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # damaged, or a value that Python has no type for
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
 
@@ -287,14 +330,3 @@ class LineRows:
     def fingerprint(self) -> str:
         """The rows' own."""
         return "lines " + fingerprint(self.rows)
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
-            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
-
-
-def _checked(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with named fields, found {_kind(row)}")
-    return row

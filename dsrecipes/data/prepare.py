@@ -25,6 +25,7 @@ from dsrecipes.data.files import Row, fingerprint
 from dsrecipes.data.origin import Origins, origins_path
 from dsrecipes.data.pack import blocks
 from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
+from dsrecipes.data.seen import Seen
 from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
 
@@ -49,6 +50,13 @@ class SplitStats:
     """Tokens of a last block shorter than max_length, not trained on."""
     fingerprint: str = ""
     """Of the tokens and labels, in their order."""
+    seen: Seen = field(default_factory=Seen)
+    """Forms and unused columns; of held-out rows among those of the split that they come from."""
+
+    def __post_init__(self) -> None:
+        """Rebuild what stats.json holds as a plain object."""
+        if isinstance(self.seen, dict):
+            self.seen = Seen(**self.seen)
 
 
 @dataclass
@@ -165,6 +173,7 @@ def _write_splits(
             stats[part] = _write(scratch / f"{part}.arrow", recipe, chosen, tokenizer, options, console, part)
             if part == name:  # rows held out of it are no rows of another file
                 stats[part].dropped = {**records.dropped, **stats[part].dropped}
+                stats[part].seen = records.seen
     _refuse_empty(stats)
     (scratch / "stats.json").write_text(json.dumps({name: asdict(each) for name, each in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)

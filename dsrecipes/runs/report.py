@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.prepare import dropped_words
+from dsrecipes.data.seen import Seen
 from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
@@ -75,6 +76,14 @@ def _about(name: str, stats: SplitStats, sequences: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _seen(splits: dict[str, Split]) -> list[str]:
+    """The forms of the rows, and columns that are not used, over all splits."""
+    seen = Seen()
+    for split in splits.values():
+        seen.merge(split.stats.seen)
+    return seen.words()
+
+
 def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[str, int], trainer: RecipeTrainer) -> str:
     """Model, data, batch, ranks, engine and precision, as they came to be."""
     from dsrecipes.model.load import count_parameters
@@ -87,6 +96,7 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
         *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
+        _line("rows", *_seen(splits)),
         _line(
             "batch",
             f"{plural(place.micro * place.accumulation * place.ranks.world, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",

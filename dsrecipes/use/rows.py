@@ -87,7 +87,7 @@ class Rows:
         options, held = self.story.config.data, self.held_out if split != "test" else 0.0
 
         def both(row: Row) -> dict[str, Any]:
-            return {"row": row, "record": self.run.recipe.format_row(row)}
+            return {"row": getattr(row, "original", row), "record": self.run.recipe.format_row(row)}
 
         records = Records(both, self.raw["train" if held else split], options.skip_bad_rows)
         found = [Item(where, **each) for where, each in records]
