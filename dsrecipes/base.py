@@ -120,7 +120,7 @@ class RecipeBase(ABC):
         if data.eval_dataset:
             held = load_splits(data.eval_dataset, data.dataset_config)
             splits["validation"] = held.get("validation", held.get("train", held.get("test")))
-        return splits
+        return renamed(splits, data.columns)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""

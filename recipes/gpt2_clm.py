@@ -18,7 +18,7 @@ class Gpt2Clm(RecipeBase):
     def load_rows(self) -> dict[str, Iterable[Row]]:
         """Texts; the hub's WikiText, a row a line, as the documents it was cut from."""
         return {
-            name: LineRows(rows) if not isinstance(rows, FileRows) and LineRows.fit(rows) else rows
+            name: LineRows(rows) if not isinstance(getattr(rows, "rows", rows), FileRows) and LineRows.fit(rows) else rows
             for name, rows in super().load_rows().items()
         }
 

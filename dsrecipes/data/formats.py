@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from dsrecipes.data.files import Row
-from dsrecipes.data.seen import ReadRow
+from dsrecipes.data.seen import ReadRow, name_form
 from dsrecipes.data.turns import EMPTY, Turn, as_text, chat_turns, check_answers, raw_turns, tool_schemas, weight_of
 
 
@@ -136,14 +136,16 @@ def instruction_record(row: Row) -> dict[str, Any]:
         value = weight_of(weight, f"field {beside['weight']!r}")
         if value != 1:
             record["weight"] = value
-    if type(row) is ReadRow:
-        row.form = choice.form.name
+    name_form(row, choice.form.name)
     return record
 
 
 def _chat(row: Row, choice: _Choice) -> list[Turn]:
-    unused = row.unused if isinstance(row, ReadRow) else None
-    return chat_turns(row.get(choice.question), choice.question, unused)
+    unused: set[str] = set()
+    turns = chat_turns(row.get(choice.question), choice.question, unused)
+    if unused and type(row) is ReadRow:
+        row.unused = unused
+    return turns
 
 
 def _pair(row: Row, plan: _Plan, choice: _Choice) -> tuple[list[Turn], dict[str, Any]]:
@@ -254,8 +256,7 @@ def text_record(row: Row) -> dict[str, Any]:
             f"field 'text' is missing (the row has: {_columns(row)}); --columns text=COLUMN takes another column"
         )
     record = {"text": text_field(row, column), "end": row.get("end", True)}
-    if type(row) is ReadRow:
-        row.form = TEXT.name
+    name_form(row, TEXT.name)
     return record
 
 
@@ -311,4 +312,3 @@ def messages_field(row: Row, name: str = "messages") -> list[Turn]:
         ValueError: not a list of turns, an unknown role, no text, or no answer.
     """
     return check_answers(chat_turns(row.get(name), name), name)
-

@@ -5,16 +5,21 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 from dsrecipes.data.files import Row, located
-from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
+from dsrecipes.data.load import data_files, fetch_csv, load_splits, split_of
+from dsrecipes.data.renamed import with_names
+from dsrecipes.data.seen import name_form
+from dsrecipes.data.shapes import SPLITS
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path, user_path
 
 LETTERS = "ABCD"
+_FIELDS = ("question", "a", "b", "c", "d", "answer", "subject")
 SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}
 """Shares of the pooled rows."""
 GROUPS = {
@@ -44,13 +49,15 @@ def question_record(row: Row) -> dict:
     Raises:
         ValueError: a field is missing or empty, or the answer is not one of the letters.
     """
-    fields = {str(key).strip().lower(): value for key, value in row.items()}
+    columns = {str(key).strip().lower(): key for key in dict.keys(row)}
+    fields = {name: row.get(columns[name]) for name in _FIELDS if name in columns}
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
     letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
     if letter not in tuple(LETTERS):
         raise ValueError(f"field 'answer' must be A, B, C or D, found {fields['answer']!r}")
     if not question.strip():
         raise ValueError("field 'question' is empty")
+    name_form(row, "questions")
     return {
         "question": question,
         "options": options,
@@ -90,8 +97,14 @@ def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
     return chosen
 
 
-def sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
-    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched."""
+def sources(
+    dataset: str, asked: list[str], columns: Mapping[str, str] | None = None
+) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
+    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched.
+
+    Args:
+        columns: the file's columns by the names that are read here.
+    """
     folder = user_path(starter_path(dataset))
     if not folder.exists():
         wanted_subjects(asked, SUBJECTS)
@@ -107,8 +120,15 @@ def sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[st
         splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
     for subject, path in by_subject:
         if wanted is None or subject in wanted:
-            rows = [(where, {"subject": subject, **row}) for where, row in located(load_splits(str(path))["train"])]
-            yield splits[path] or "train", rows
+            for split, rows in load_splits(str(path)).items():  # a JSON file may hold several
+                named = [(where, _with_subject(with_names(row, columns or {}), subject)) for where, row in located(rows)]
+                yield (splits[path] or "train") if split == "train" else split, named
+
+
+def _with_subject(row: Row, subject: str) -> Row:
+    row = copy(row)
+    row.setdefault("subject", subject)
+    return row
 
 
 def _is_dev(path: Path) -> bool:

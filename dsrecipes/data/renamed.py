@@ -44,10 +44,8 @@ def parse_columns(value: Any) -> dict[str, str]:
     return dict(pairs)
 
 
-def renamed(
-    splits: dict[str, Iterable[Row]], columns: Mapping[str, str], required: bool = True
-) -> dict[str, Iterable[Row]]:
-    """Each split's rows with `columns` (recipe's name -> file's column) renamed; rows that are so already stay.
+def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str], required: bool = True) -> dict[str, Iterable[Row]]:
+    """Each split's rows with `columns` (recipe's name -> file's column) renamed; rows that are renamed already stay.
 
     Args:
         required: refuse data without one of the columns, when they are first read.
@@ -55,7 +53,19 @@ def renamed(
     if not columns:
         return splits
     pairs = tuple(columns.items())
-    return {name: RenamedRows(rows, pairs, required) for name, rows in splits.items()}
+    return {name: rows if _is_renamed(rows) else RenamedRows(rows, pairs, required) for name, rows in splits.items()}
+
+
+def _is_renamed(rows: Any) -> bool:
+    """Whether a recipe's load_rows has done it, perhaps below rows of its own making."""
+    while rows is not None and not isinstance(rows, RenamedRows):
+        rows = getattr(rows, "rows", None)
+    return rows is not None
+
+
+def with_names(row: Row, columns: Mapping[str, str]) -> Row:
+    """A row with the columns that it has renamed."""
+    return RenamedRows((), tuple(columns.items()))._renamed(row) if columns else row
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class RenamedRows:
 
     def _check(self, rows: list[tuple[str, Row]]) -> None:
         for name, column in self.columns:
-            if any(isinstance(row, MappedRow) or _has(row, column) for _, row in rows):
+            if any(name in getattr(row, "mapped", ()) or _has(row, column) for _, row in rows):
                 continue
             known = list(dict.fromkeys(str(key) for _, row in rows for key in row))
             place = rows[0][0].rpartition(", ")[0] or "the data"
@@ -94,11 +104,13 @@ class RenamedRows:
 
     def _renamed(self, row: Row) -> Row:
         if isinstance(row, MappedRow):
-            return row
+            return row  # a recipe's load_rows has done it
         result = MappedRow(row)
         values = {name: _take(result, row, column) for name, column in self.columns if _has(row, column)}
         for name in values.keys() & result.keys():
             result[f"{name} (replaced by --columns)"] = result.pop(name)  # so that it counts as unused
+        if not values:
+            return row
         result.update(values)
         result.mapped = tuple(values)
         return result

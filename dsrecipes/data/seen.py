@@ -12,6 +12,9 @@ _SHOWN = 12
 """Columns that the header names; the rest are counted."""
 
 
+_NONE: set[str] = set()
+
+
 class ReadRow(dict):
     """A row that knows which of its columns were read, and what form it was found to have."""
 
@@ -23,9 +26,9 @@ class ReadRow(dict):
         self.original = row
         self.read: set[Any] = set()
         self.form = "rows"
-        self.unused: set[str] = set()
+        self.unused: set[str] = _NONE
         """Keys inside a column that are not used, such as `messages.id`."""
-        self.mapped: tuple[str, ...] = getattr(row, "mapped", ())
+        self.mapped: tuple[str, ...] = () if type(row) is dict else getattr(row, "mapped", ())
 
     def __getitem__(self, name: Any) -> Any:
         self.read.add(name)
@@ -66,6 +69,12 @@ class ReadRow(dict):
         return other | self._all_read()
 
 
+def name_form(row: dict[str, Any], form: str) -> None:
+    """Let format_row say what form a row has, for the header."""
+    if type(row) is ReadRow:
+        row.form = form
+
+
 @dataclass
 class Seen:
     """Counts over rows; two of them, from two processes, can be merged."""
@@ -89,11 +98,12 @@ class Seen:
     def _count(self, row: ReadRow) -> None:
         self.forms[row.form] = self.forms.get(row.form, 0) + 1
         columns = self.columns.setdefault(row.form, {})
+        read = row.read
         for name, value in dict.items(row):
-            if value is None or (isinstance(value, (str, list, dict)) and not value):
-                continue
-            counts = columns if name in row.read else self.unused
-            counts[str(name)] = counts.get(str(name), 0) + 1
+            if value or not (value is None or isinstance(value, (str, list, dict))):  # 0 and false are something
+                counts = columns if name in read else self.unused
+                key = name if type(name) is str else str(name)
+                counts[key] = counts.get(key, 0) + 1
         for name in row.unused:
             self.unused[name] = self.unused.get(name, 0) + 1
 

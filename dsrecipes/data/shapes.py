@@ -48,7 +48,9 @@ def splits_in(value: Any) -> dict[str, Any]:
     if isinstance(value.get("data"), dict):
         return splits_in(value["data"])
     kinds = (list,) if any(isinstance(rows, list) for rows in value.values()) else (dict,)  # objects beside lists are notes
-    inner = {key: rows for key, rows in value.items() if isinstance(rows, kinds) or (key in SPLITS and isinstance(rows, dict))}
+    inner = {
+        key: rows for key, rows in value.items() if isinstance(rows, kinds) or (key in SPLITS and isinstance(rows, dict))
+    }
     names = {key: SPLITS.get(str(key).strip().lower()) for key in inner}
     if not inner or None in names.values() or len(set(names.values())) < len(names):
         return {}
@@ -98,7 +100,9 @@ def _split_orient(columns: list[Any], data: list[Any], path: object) -> list[Row
     for number, values in enumerate(data, 1):
         if not isinstance(values, list) or len(values) != len(columns):
             found = f"{len(values)} values" if isinstance(values, list) else kind(values)
-            raise UserError(f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}")
+            raise UserError(
+                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}"
+            )
     return [dict(zip(map(str, columns), values, strict=True)) for values in data]
 
 

@@ -91,6 +91,9 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
     result: list[Turn] = []
     for number, item in enumerate(raw_turns(value, name), 1):
         try:
+            if type(item) is dict and len(item) == 2 and (turn := _plain_turn(item)):
+                result.append(turn)
+                continue
             for raw in _split(item):
                 result.append(_turn(raw))
                 if unused is not None and len(raw) > 2:
@@ -110,6 +113,18 @@ def check_answers(turns: list[Turn], name: str) -> list[Turn]:
         roles = ", ".join(turn["role"] for turn in turns[:8])
         raise ValueError(f"{name}: expected at least one answer (a turn of role assistant), found {roles}")
     return turns
+
+
+def _plain_turn(item: dict[str, Any]) -> Turn | None:
+    """The turn in the two keys that nearly all files use, which takes a quarter of _turn's time; None for any other."""
+    content = item.get("content")
+    role, text = (item.get("role"), content) if content is not None else (item.get("from"), item.get("value"))
+    if type(role) is not str or type(text) is not str or role in _CALL_ROLES or not text.strip():
+        return None
+    if not text.isascii():
+        as_text(text, f"({role}): its text")
+    known = ROLES.get(role)
+    return {"role": known, "content": text} if known else None
 
 
 def _split(item: Any) -> Iterator[dict[str, Any]]:
@@ -161,7 +176,9 @@ def _content(content: Any, key: str, role: str) -> str:
     if isinstance(content, str):
         return as_text(content, f"({role}): field {key!r}")
     parts = [content] if isinstance(content, dict) else content
-    is_parts = isinstance(parts, list) and all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts)
+    is_parts = isinstance(parts, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts
+    )
     if not is_parts:
         if role == "tool" and isinstance(content, (dict, list)):
             return as_text(json.dumps(content, ensure_ascii=False), f"({role}): field {key!r}")
@@ -169,7 +186,9 @@ def _content(content: Any, key: str, role: str) -> str:
     texts = []
     for part in parts:
         if isinstance(part, dict) and not (part["type"] in ("text", "input_text", "output_text") and "text" in part):
-            raise ValueError(f"({role}): a part of its {key} is of type {part['type']!r}; only parts of type text can be used")
+            raise ValueError(
+                f"({role}): a part of its {key} is of type {part['type']!r}; only parts of type text can be used"
+            )
         texts.append(as_text(part if isinstance(part, str) else part["text"], f"({role}): the text of a part"))
     return "".join(texts)
 
@@ -214,11 +233,15 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
     for number, call in enumerate([calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls], 1):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"has a tool call without a name (call {number}): expected {{\"function\": {{\"name\", \"arguments\"}}}}")
+            raise ValueError(
+                f'has a tool call without a name (call {number}): expected {{"function": {{"name", "arguments"}}}}'
+            )
         arguments = function.get("arguments", function.get("parameters"))
         arguments = parsed(arguments, f"has a tool call (call {number}) whose field 'arguments'") if arguments != "" else {}
         if not isinstance(arguments, dict | None):
-            raise ValueError(f"has a tool call (call {number}) whose arguments are {type(arguments).__name__}; expected an object")
+            raise ValueError(
+                f"has a tool call (call {number}) whose arguments are {type(arguments).__name__}; expected an object"
+            )
         identity = {"id": call["id"]} if call.get("id") not in EMPTY else {}
         result.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
     return result

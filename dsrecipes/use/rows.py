@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, content_of, hold_out
+from dsrecipes.data.renamed import renamed
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ class Rows:
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
-        self.raw: dict[str, Iterable[Row]] = self.story.load_rows()
+        data = self.story.config.data
+        columns = data.columns
+        if self.dataset:
+            data.columns = {}  # --columns is about the run's own data: other rows need not have them
+        self.raw: dict[str, Iterable[Row]] = renamed(self.story.load_rows(), columns, required=not self.dataset)
 
     @property
     def name(self) -> str:
