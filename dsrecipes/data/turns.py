@@ -159,7 +159,7 @@ def _turn(raw: dict[str, Any]) -> Turn:
     if alias in _CALL_ROLES and content not in EMPTY:
         turn["tool_calls"] = _tool_calls(content)
         content = ""
-    if len(raw) > 2:
+    if len(raw) > (1 if content is None else 2):
         _add_extras(turn, raw)
     if content is None:
         if not ("tool_calls" in turn or "reasoning_content" in turn):
