@@ -167,7 +167,9 @@ def _pair(row: Row, plan: _Plan, choice: _Choice) -> tuple[list[Turn], dict[str,
 
 
 def _holds_turns(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0] if value else None, dict))
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(column, list) for column in value.values())
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _turns_of_pair(question: Any, answer: Any, choice: _Choice) -> list[Turn]:

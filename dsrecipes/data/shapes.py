@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from dsrecipes.data.turns import is_turn
 from dsrecipes.errors import UserError
 
 Row = dict[str, Any]
@@ -36,6 +37,11 @@ def row_of(value: Any, where: str) -> Row:
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        if not is_turn(value[0]):
+            raise UserError(
+                f"{where}: a list of objects that are not turns ({', '.join(map(str, value[0]))}), where a row was expected; "
+                "a file that is one list of rows has a name that ends in .json"
+            )
         return {"messages": value}
     found = f"a list of {kind(value[0])}" if isinstance(value, list) and value else kind(value)
     raise UserError(f"{where}: expected an object with named fields, a list of turns (a chat), or text, found {found}")
@@ -92,7 +98,7 @@ def _holds_rows(value: Any) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    return _holds_rows(value) and bool({"role", "from"} & value[0].keys())
+    return _holds_rows(value) and is_turn(value[0])
 
 
 def _split_orient(columns: list[Any], data: list[Any], path: object) -> list[Row]:

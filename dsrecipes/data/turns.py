@@ -127,6 +127,11 @@ def _plain_turn(item: dict[str, Any]) -> Turn | None:
     return {"role": known, "content": text} if known else None
 
 
+def is_turn(item: dict[str, Any]) -> bool:
+    """Whether an object looks like a turn of a chat."""
+    return any(key in item for key in _ROLE_KEYS) or any(str(key).lower() in ROLES for key in item)
+
+
 def _split(item: Any) -> Iterator[dict[str, Any]]:
     """A turn; or the turns of a [question, answer] pair or of {"human": question, "assistant": answer}."""
     if isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item):
@@ -253,7 +258,9 @@ def tool_schemas(value: Any, name: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: not a list of objects.
     """
-    tools = parsed(value, f"field {name!r}") if value not in EMPTY else []
+    tools = parsed(value, f"field {name!r}") if value not in EMPTY else None
+    if tools in EMPTY:
+        return []
     result = []
     for number, item in enumerate([tools] if isinstance(tools, dict) else tools if isinstance(tools, list) else [tools], 1):
         tool = parsed(item, f"field {name!r}: tool {number}")

@@ -125,7 +125,7 @@ ROWS = {
     "turns and text": ({"prompt": [{"role": "user", "content": "q"}], "response": "a"}, chat("U:q|A:a")),
     "system and input": ({"system": "s", "instruction": "i", "input": "x", "output": "o"}, chat("S:s|U:i\n\nx|A:o")),
     "system_prompt": ({"system_prompt": "s", "question": "q", "response": "a"}, chat("S:s|U:q|A:a")),
-    "no system": ({"system": "", "history": [], "tools": "", "instruction": "i", "output": "o"}, alpaca("i", "o")),
+    "no system": ({"system": "", "history": [], "tools": "null", "instruction": "i", "output": "o"}, alpaca("i", "o")),
     "system said twice": ({"system": "s", "messages": said("S:s|U:q|A:a")}, chat("S:s|U:q|A:a")),
     "history of turns": ({"history": TURNS, "prompt": "p", "response": "r"}, chat("U:q|A:a|U:p|A:r")),
     "history in a table": ({"history": '[["q", "a"]]', "instruction": "i", "output": "o"}, chat("U:q|A:a|U:i|A:o")),
@@ -184,6 +184,7 @@ WRONG = {
     "null question": ({"instruction": None, "input": "c", "output": "c"}, "field 'instruction' is missing"),
     "weight": ({"instruction": "i", "output": "o", "weight": "5 kg"}, "field 'weight' must be a weight .*found '5 kg'"),
     "tools": ({"messages": TURNS, "tools": "weather"}, "field 'tools' is text, but not JSON"),
+    "object": ({"instruction": "i", "output": {"x": 1}}, "field 'output' must be text, found dict"),
     "tool": ({"messages": TURNS, "tools": [3]}, "field 'tools': tool 1 must be an object"),
     "history": ({"instruction": "i", "output": "o", "history": [["q"]]}, "history: turn 1 must be an object"),
     "call": (
@@ -277,6 +278,7 @@ def test_a_json_file_of_each_shape(name, tmp_path):
         ),
         ({"instruction": "a", "output": "b"}, r"found an object \(instruction, output\)"),
         ([["a", "b"]], "row 1: expected an object with named fields.*found a list of text"),
+        ([PAIR], r"row 1: a list of objects that are not turns \(instruction, output\)"),
         (3, "expected a list of rows, found a number"),
     ],
 )
