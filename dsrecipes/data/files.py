@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsrecipes.data.shapes import kind, row_of, rows_in, splits_in
+from dsrecipes.data.json_stream import JsonStream
+from dsrecipes.data.shapes import SPLITS, kind, row_of, rows_in, splits_in
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
@@ -26,6 +27,12 @@ from dsrecipes.find import parse_json
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _PIECE = 4096
+_PARQUET_ROWS = 1024
+"""Rows that are Python objects at a time."""
+_BIG, _GZIP = 64 << 20, 8
+"""Bytes from which JSON is read in pieces, and how much a gzip file is taken to unpack to."""
+_LONG = 1 << 24
+"""Characters of a line above which a big .json file is not taken for JSON lines."""
 _MOST_TIMES, _MOST_UNPACKED = 200, 64 << 20
 """A gzip file may unpack to so many times its size, and so many bytes: text packs to a tenth, zeros to a thousandth."""
 _MARKS = {
@@ -211,6 +218,9 @@ def _likely_encoding(sample: bytes) -> str:
 
 
 def _json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    if _is_big(path):
+        yield from _big_json(path, split)
+        return
     value = _json_value(path)
     if value is None:
         yield from _jsonl(path)
@@ -220,6 +230,10 @@ def _json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(rows_in(splits.get(split, []) if splits else value, path), 1):
         where = f"{path}, {name} {number}"
         yield where, row_of(row, where)
+
+
+def _is_big(path: Path) -> bool:
+    return path.stat().st_size * (_GZIP if path.name.endswith(".gz") else 1) >= _BIG
 
 
 def _json_value(path: Path) -> Any:
@@ -244,10 +258,82 @@ def json_splits(path: Path) -> list[str]:
     try:
         with _open(path) as file:
             if file.read(_PIECE).lstrip()[:1] != "{":
-                return []  # a list, which may be too large to be read twice
-        return list(splits_in(_json_value(path)))
+                return []  # a list, which need not be read twice
+        if not _is_big(path):
+            return list(splits_in(_json_value(path)))
+        if _holds_lines(path):
+            return []
+        with _open(path) as file:
+            return _big_splits(JsonStream(file, str(path)))
     except (UserError, OSError, EOFError, zlib.error, UnicodeError):
         return []  # reading its rows says what is wrong
+
+
+def _big_splits(stream: JsonStream) -> list[str]:
+    """The splits of a JSON object whose lists are all called by the name of one."""
+    names = []
+    for key in stream.keys():  # noqa: SIM118 (no mapping)
+        if stream.peek() != "[":
+            stream.value()
+            continue
+        names.append(SPLITS.get(key.strip().lower()))
+        for _ in stream.items():
+            pass
+    return [] if None in names else [str(name) for name in names]
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a file named .json holds one object a line."""
+    with _open(path) as file:
+        first = next((line for line in iter(lambda: file.readline(_LONG), "") if line.strip()), "")
+        return len(first) < _LONG and _is_json(first) and bool(file.read(_PIECE).strip())
+
+
+def _big_json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a file that would fill the memory: a list, {"data": a list}, lists by split, or JSON lines."""
+    if _holds_lines(path):
+        yield from _jsonl(path)
+        return
+    splits = json_splits(path)
+    name = f"{split} row" if splits else "row"
+    with _open(path) as file:
+        stream = JsonStream(file, str(path))
+        for values in _row_lists(stream, path, split if splits else None):
+            for number, row in enumerate(values, 1):
+                where = f"{path}, {name} {number}"
+                yield where, row_of(row, where)
+        stream.end()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[Iterator[Any]]:
+    """The list that holds a JSON text's rows; `split` where it has a list for each split."""
+    if stream.peek() == "[":
+        yield stream.items()
+        return
+    if stream.peek() != "{":
+        raise UserError(f"{path}: expected a list of rows, found {kind(stream.value())}")
+    found = False
+    for key in stream.keys():  # noqa: SIM118 (no mapping)
+        if stream.peek() != "[":
+            stream.value()
+        elif key == "data" if split is None else SPLITS.get(key.strip().lower()) == split:
+            if found:
+                raise UserError(f"{path}: key {key!r} is written twice")
+            found = True
+            yield stream.items()
+        else:
+            for _ in stream.items():
+                pass
+    if not found:
+        yield iter(rows_in(_json_value(path), path))  # columns: the first row is known when all was read
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -271,7 +357,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         number = 0
         source = io.BytesIO(_bytes(path).read()) if path.name.endswith(".gz") else path
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(_PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", _without_nulls(row)

@@ -13,13 +13,13 @@ from typing import Any
 from dsrecipes.data.files import Row, located
 from dsrecipes.data.load import data_files, fetch_csv, load_splits, split_of
 from dsrecipes.data.renamed import with_names
-from dsrecipes.data.seen import name_form
+from dsrecipes.data.seen import LowerNames, name_form
 from dsrecipes.data.shapes import SPLITS
+from dsrecipes.data.weights import row_weight
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path, user_path
 
 LETTERS = "ABCD"
-_FIELDS = ("question", "a", "b", "c", "d", "answer", "subject")
 SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}
 """Shares of the pooled rows."""
 GROUPS = {
@@ -44,13 +44,12 @@ UNGROUPED = "ungrouped"
 
 
 def question_record(row: Row) -> dict:
-    """{"question", "options" (four), "answer" (0 to 3), "subject"}; column names in any letter case.
+    """{"question", "options" (four), "answer" (0 to 3), "subject", and "weight" if given}; column names in any letter case.
 
     Raises:
-        ValueError: a field is missing or empty, or the answer is not one of the letters.
+        ValueError: a field is missing or empty, the answer is not one of the letters, or the weight is no number.
     """
-    columns = {str(key).strip().lower(): key for key in dict.keys(row)}
-    fields = {name: row.get(columns[name]) for name in _FIELDS if name in columns}
+    fields = LowerNames(row)
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
     letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
     if letter not in tuple(LETTERS):
@@ -63,10 +62,11 @@ def question_record(row: Row) -> dict:
         "options": options,
         "answer": LETTERS.index(letter),
         "subject": str(fields.get("subject", "")),
+        **row_weight(fields),
     }
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if value is None:
         raise ValueError(f"field {name!r} is missing (the row has: {', '.join(fields)})")

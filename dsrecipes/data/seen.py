@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,27 @@ class ReadRow(dict):
 
     def __ror__(self, other: Any) -> dict[str, Any]:
         return other | self._all_read()
+
+
+class LowerNames(Mapping):
+    """A row's columns by their names in lower case; only what is asked for counts as read."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        """A view of the row."""
+        self.row = row
+        self.names = {str(key).strip().lower(): key for key in dict.keys(row)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.row[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def name_form(row: dict[str, Any], form: str) -> None:
