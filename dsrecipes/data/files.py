@@ -273,10 +273,12 @@ def _big_splits(stream: JsonStream) -> list[str]:
     """The splits of a JSON object whose lists are all called by the name of one."""
     names = []
     for key in stream.keys():  # noqa: SIM118 (no mapping)
+        name = SPLITS.get(key.strip().lower())
         if stream.peek() != "[":
-            stream.value()
+            if isinstance(stream.value(), dict) and name:
+                names.append(name)
             continue
-        names.append(SPLITS.get(key.strip().lower()))
+        names.append(name)
         for _ in stream.items():
             pass
     return [] if None in names else [str(name) for name in names]
@@ -320,15 +322,20 @@ def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[It
         return
     if stream.peek() != "{":
         raise UserError(f"{path}: expected a list of rows, found {kind(stream.value())}")
-    found = False
+    found = pandas = False
     for key in stream.keys():  # noqa: SIM118 (no mapping)
-        if stream.peek() != "[":
+        is_list = stream.peek() == "["
+        pandas = pandas or key in ("columns", "schema")  # which say how to read `data`
+        wanted = is_list and key == "data" and not pandas
+        if split is not None:
+            wanted = SPLITS.get(key.strip().lower()) == split
+        if wanted and found:
+            raise UserError(f"{path}: key {key!r} is written twice")
+        found = found or wanted
+        if wanted:
+            yield stream.items() if is_list else iter(rows_in(stream.value(), path))
+        elif not is_list:
             stream.value()
-        elif key == "data" if split is None else SPLITS.get(key.strip().lower()) == split:
-            if found:
-                raise UserError(f"{path}: key {key!r} is written twice")
-            found = True
-            yield stream.items()
         else:
             for _ in stream.items():
                 pass

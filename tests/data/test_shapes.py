@@ -251,8 +251,13 @@ FILES = {
 CHATS = ("one column too", "one chat", "lists of turns", "splits of chats")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_json_file_of_each_shape(name, tmp_path):
+# of a big file only the first level is searched for splits
+SIZES = [(name, big) for name in FILES for big in (False, True) if not (big and name == "splits in data")]
+
+
+@pytest.mark.parametrize(("name", "big"), SIZES)
+def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsrecipes.data.files._BIG", 0 if big else 1 << 30)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(FILES[name], indent=1))
     records, seen = read(path)
