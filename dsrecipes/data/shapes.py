@@ -52,7 +52,7 @@ def splits_in(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {}
     if isinstance(value.get("data"), dict):
-        return splits_in(value["data"])
+        value = value["data"]
     kinds = (list,) if any(isinstance(rows, list) for rows in value.values()) else (dict,)  # objects beside lists are notes
     inner = {
         key: rows for key, rows in value.items() if isinstance(rows, kinds) or (key in SPLITS and isinstance(rows, dict))

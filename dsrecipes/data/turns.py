@@ -36,7 +36,7 @@ def as_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         if isinstance(value, bool):
             return str(value).lower()
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             return str(value)
         raise ValueError(f"{what} must be text, found {value if isinstance(value, float) else type(value).__name__}")
     if not value.isascii():
@@ -186,7 +186,11 @@ def _content(content: Any, key: str, role: str) -> str:
     )
     if not is_parts:
         if role == "tool" and isinstance(content, (dict, list)):
-            return as_text(json.dumps(content, ensure_ascii=False), f"({role}): field {key!r}")
+            try:
+                text = json.dumps(content, ensure_ascii=False)
+            except RecursionError:
+                raise ValueError(f"({role}): field {key!r} is nested too deeply") from None
+            return as_text(text, f"({role}): field {key!r}")
         return as_text(content, f"({role}): field {key!r}")
     texts = []
     for part in parts:

@@ -156,7 +156,7 @@ def test_an_empty_file_is_refused(tokenizer, tmp_path, name):
 
 def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
     with pytest.raises(UserError, match=r"no train row has a token to train on: 2 rows dropped \(2 bad rows\)"):
-        prepared(Lines, {"train": [{}, {"text": 1}]}, tokenizer, skip_bad_rows=True)
+        prepared(Lines, {"train": [{}, {"text": [1]}]}, tokenizer, skip_bad_rows=True)
 
 
 def test_hold_out_keeps_equal_rows_on_one_side():
