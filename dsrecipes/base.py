@@ -38,6 +38,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
+from dsrecipes.data.stream import Stream, check_streaming, stream_files
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
@@ -45,6 +46,7 @@ from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_attention,
+    check_ids,
     check_model,
     check_splits,
     check_vocabulary,
@@ -73,7 +75,7 @@ from dsrecipes.runs.opening import choose_folder, delete_replaced, leave_folder,
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.runs.watch import Watch
-from dsrecipes.saving import Keeping, step_of
+from dsrecipes.saving import Keeping, read_progress, step_of
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
@@ -165,6 +167,8 @@ class RecipeBase(ABC):
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
+        if data.streaming:
+            self.place.notes += check_streaming(self.config, self.auto_class)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
             self.console.say(self.config.layers.first_line())
@@ -191,10 +195,12 @@ class RecipeBase(ABC):
             raise UserError(
                 f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"
             )
+        options = EncodeOptions(data.max_length, data.prompt_style)
+        self.stream = self._stream(rows.pop("train"), options) if data.streaming else None
         self.splits: dict[str, Split] = prepare(
-            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+            type(self), rows, self.tokenizer, options,
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
-        )  # fmt: skip
+        ) if rows else {}  # fmt: skip
         block = data.max_length if self.cut_into_blocks else None
         check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
         self._fit_head()
@@ -202,6 +208,7 @@ class RecipeBase(ABC):
         self.sequences = {
             name: Sequences(each.path, data.max_length if packs else None) for name, each in self.splits.items()
         }
+        train_data = self.stream or self.sequences["train"]
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
@@ -223,6 +230,8 @@ class RecipeBase(ABC):
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
         terms = contract(self)
         changed = check_contract(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
+        if self.stream:
+            self._begin_stream(self.stream, changed)
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
@@ -230,7 +239,7 @@ class RecipeBase(ABC):
             raise UserError(f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained")
         disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
-            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
+            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=train_data,
             eval_dataset=self.sequences.get("validation"),
             processing_class=self.tokenizer, watch=self.watch,
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
@@ -292,6 +301,8 @@ class RecipeBase(ABC):
         finally:
             if hasattr(self, "watch"):
                 self.watch.end(failed=sys.exception() is not None)
+            if getattr(self, "stream", None):
+                self.stream.close()
             if getattr(self, "_lock", None):
                 self._lock.release()
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
@@ -358,8 +369,35 @@ class RecipeBase(ABC):
     def steps(self) -> int:
         """Optimizer steps of the run."""
         train, place = self.config.train, self.place
+        if train["max_steps"] > 0:
+            return train["max_steps"]
         per_epoch = math.ceil(len(self.sequences["train"]) / (place.micro * place.accumulation * place.ranks.world))
-        return train["max_steps"] if train["max_steps"] > 0 else math.ceil(train["num_train_epochs"] * per_epoch)
+        return math.ceil(train["num_train_epochs"] * per_epoch)
+
+    def _stream(self, rows: Iterable[Row], options: EncodeOptions) -> Stream:
+        """The training rows as a stream; nothing but the files' sizes and samples is read yet."""
+        train, data, place = self.config.train, self.config.data, self.place
+        stream = Stream(
+            stream_files(rows, data.dataset), type(self), self.tokenizer, options,
+            per_step=place.micro * place.accumulation * place.ranks.world, steps=train["max_steps"],
+            seed=train["seed"] if train["data_seed"] is None else train["data_seed"],
+            shuffle=train["train_sampling_strategy"] == "random", packing=data.packing, skip_bad_rows=data.skip_bad_rows,
+            check_ids=partial(check_ids, tokenizer=self.tokenizer, rows=embedding_rows(self.model_config)),
+        )  # fmt: skip
+        place.notes += stream.notes()
+        return stream
+
+    def _begin_stream(self, stream: Stream, changed: list[str]) -> None:
+        """Read the first window, or the one that the checkpoint lies in.
+
+        Raises:
+            UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
+        """
+        if len(set(self.orders.gathered(stream.fingerprint))) > 1:
+            raise UserError(f"--dataset {self.config.data.dataset}: the ranks see different files, so they would skip rows")
+        if "data" in changed:
+            raise UserError("--allow_changed data: a stream resumes by position, which other data do not have")
+        stream.begin(read_progress(self.checkpoint)["stream"] if self.checkpoint else None)
 
     def _check_best_metric(self) -> None:
         """Refuse a --metric_for_best_model that no evaluation reports, before the first step."""
@@ -380,7 +418,13 @@ class RecipeBase(ABC):
         self.console.log_to(self.folder.console)
         if self.console.main:
             report.write_start(self.folder, self.config, self.place)
-            report.write_data(self.folder, self.splits, self.sequences)
+            self._write_data(self._resumes_at()[0])
+
+    def _write_data(self, step: int) -> dict[str, Any] | None:
+        """Write data.json; returns what became of the rows of a stream up to a step."""
+        streamed = self.stream.facts(step) if self.stream else None
+        report.write_data(self.folder, self.splits, self.sequences, streamed)
+        return streamed
 
     def _watch(self) -> Watch:
         ranks = self.place.ranks
@@ -392,6 +436,8 @@ class RecipeBase(ABC):
 
     def places_of(self, rows: list[int]) -> str:
         """Where training rows came from: files and lines."""
+        if self.stream:
+            return self.stream.places(rows)
         return places(self.splits["train"].path, rows, self.config.data.max_length if self.cut_into_blocks else None)
 
     def _stood_at(self) -> str:
@@ -434,7 +480,8 @@ class RecipeBase(ABC):
                 self.console.say("verifying the model")
                 problem = verify_apart(self.folder)
             self._write_page()
-            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
+            streamed = self._write_data(result.step)
+            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began, streamed))
         trainer.accelerator.wait_for_everyone()
         if problem:
             raise UserError(problem)
@@ -506,7 +553,7 @@ class _FirstAndLastStep(TrainerCallback):
             keep_gradient_norm(engine)
         sizes = {name: len(each) for name, each in recipe.sequences.items()}
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
-        data = recipe.sequences["train"]
+        data = trainer.train_dataset.sample
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
         largest_batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
@@ -524,7 +571,9 @@ class _FirstAndLastStep(TrainerCallback):
             report.write_ds_config(recipe.folder, trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the last step whatever logging_steps is: it is the run's result."""
+        """Log the last step whatever logging_steps is: it is the run's result. A stream says which epoch it is in."""
+        if self.recipe.stream:
+            state.epoch = self.recipe.stream.epoch(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from dsrecipes.data.stream import Stream
 from dsrecipes.errors import UserError
 from dsrecipes.runs.checkpoint import Facts, facts_of, files_of, seal
 from dsrecipes.runs.disk import is_write_error, no_room, put_in_place
@@ -38,10 +39,14 @@ class Keeping:
     """Terms that a resumed run was allowed to change."""
 
 
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds of a run's progress beside Trainer's own state."""
+    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+
+
 def step_of(checkpoint: Path) -> tuple[int, bool]:
     """The step that a checkpoint was saved at, and whether its evaluation was still due."""
-    progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-    return int(checkpoint.name.rsplit("-", 1)[-1]), progress["evaluate"]
+    return int(checkpoint.name.rsplit("-", 1)[-1]), read_progress(checkpoint)["evaluate"]
 
 
 class SavingTrainer(Trainer):
@@ -111,6 +116,8 @@ class SavingTrainer(Trainer):
             if main:
                 self.state.save_to_json(str(writing / TRAINER_STATE_NAME))
                 progress = {"losses": losses, "last_logged": self._globalstep_last_logged, "evaluate": self._owes_evaluation}
+                if isinstance(self.train_dataset, Stream):
+                    progress["stream"] = self.train_dataset.state(step)
                 (writing / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         self._refuse_failures(step)
         part: Facts = {}

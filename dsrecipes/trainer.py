@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.stream import Stream, StreamSampler
 from dsrecipes.model.router import router_loss_of, trained_tokens
 from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
@@ -76,8 +77,15 @@ class RecipeTrainer(ResumableTrainer):
 
     # ---- rows of a step ----
 
-    def _loader(self, data: Sequences, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
+    def _loader(self, data: Sequences | Stream, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
+        if isinstance(data, Stream):
+            sampler = StreamSampler(args.max_steps, (accumulation, args.world_size, micro), args.process_index)
+            # a worker process would read and tokenize everything once more; the stream's thread reads ahead
+            return StepLoader(
+                data, batch_sampler=sampler, collate_fn=self.data_collator,
+                pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            )  # fmt: skip
         sampler = StepSampler(
             data.lengths, micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
             seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle,

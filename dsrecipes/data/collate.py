@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -33,8 +34,8 @@ class Sequences(TorchDataset):
     row with nothing to learn from.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
-        """The rows of a prepared split's file; `capacity` in tokens packs, None leaves one row to a sequence."""
+    def __init__(self, path: Path | pa.Table, capacity: int | None = None) -> None:
+        """Rows of a prepared split's file, or in memory; `capacity` in tokens packs, None leaves one row to a sequence."""
         self.path = path
         self.bins: list[np.ndarray] | None = None
         self._read_columns()
@@ -49,7 +50,7 @@ class Sequences(TorchDataset):
             self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
 
     def _read_columns(self) -> None:
-        table = read_columns(self.path)
+        table = self.path if isinstance(self.path, pa.Table) else read_columns(self.path)
         self.columns = {
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
@@ -72,6 +73,11 @@ class Sequences(TorchDataset):
     def examples(self, rows: list[int]) -> list[Features]:
         """Prepared rows by number."""
         return [self._row(row) for row in rows]
+
+    @property
+    def sample(self) -> Sequences:
+        """Sequences that can be looked at: all."""
+        return self
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -16,11 +16,16 @@ def write_columns(path: Path, batches: Iterable[dict[str, list]]) -> None:
     writer = None
     with pa.OSFile(str(path), "wb") as sink:
         for batch in batches:
-            table = pa.RecordBatch.from_pydict({name: _array(values) for name, values in batch.items()})
+            table = record_batch(batch)
             writer = writer or pa.ipc.new_stream(sink, table.schema)
             writer.write_batch(table)
         if writer is not None:
             writer.close()
+
+
+def record_batch(columns: dict[str, list]) -> pa.RecordBatch:
+    """Columns as Arrow arrays, integers in 32 bits."""
+    return pa.RecordBatch.from_pydict({name: _array(values) for name, values in columns.items()})
 
 
 def read_columns(path: Path) -> pa.Table:

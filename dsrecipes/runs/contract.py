@@ -47,7 +47,7 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         "code": _code(type(story)),
         "model": _digest(_settings(story.model_config.to_dict())),
         "weights": _weights(config, getattr(story.model_config, "_commit_hash", None)),
-        "data": story.splits["train"].stats.fingerprint,
+        "data": story.stream.fingerprint if story.stream else story.splits["train"].stats.fingerprint,
         "max_length": config.data.max_length,
         "packing": config.data.packing,
         "global_batch_size": batch,

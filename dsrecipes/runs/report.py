@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.prepare import dropped_words
+from dsrecipes.data.stream import Stream
 from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
@@ -80,17 +81,22 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
     from dsrecipes.model.load import count_parameters
 
     trained, frozen = count_parameters(trainer.model)
-    steps, per_epoch = (
-        trainer.state.max_steps,
-        math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world)),
-    )
+    steps, data = trainer.state.max_steps, trainer.train_dataset
+    if isinstance(data, Stream):
+        streamed = [_line("data", data.about())]
+        epochs = "epochs end where the files end"
+    else:
+        streamed = []
+        per_epoch = math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world))
+        epochs = plural(steps / per_epoch, "epoch")
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
-        *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
+        *streamed,
+        *(_line("" if i or streamed else "data", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
         _line(
             "batch",
             f"{plural(place.micro * place.accumulation * place.ranks.world, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
-            f"{plural(steps, 'step')} ({plural(steps / per_epoch, 'epoch')})",
+            f"{plural(steps, 'step')} ({epochs})",
         ),
         _line(
             "engine", place.name(), f"{plural(place.ranks.world, 'rank')} on {place.device}", place.precision,
@@ -104,7 +110,8 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
         )
     lines += [_line("note", note) for note in place.notes]
     if "validation" not in splits:
-        lines.append(_line("note", "no validation rows: --validation_split 0.05 or --eval_dataset FILE holds some out"))
+        holds_out = "--eval_dataset FILE" if streamed else "--validation_split 0.05 or --eval_dataset FILE"
+        lines.append(_line("note", f"no validation rows: {holds_out} holds some out"))
     if trainer.state.global_step:
         lines.append(_line("resume", f"from step {trainer.state.global_step}"))
     return "\n".join(lines if config.train["dry_run"] else [*lines, _line("folder", trainer.args.output_dir)])
@@ -112,7 +119,7 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
 
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
-    row = trainer.train_dataset[0][0]
+    row = trainer.train_dataset.sample[0][0]
     if row["labels"].ndim == 0:
         texts = (
             [tokenizer.decode(ids) for ids in row["input_ids"]]
@@ -132,8 +139,19 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
     return "first example (⟦trained on⟧):\n" + "".join(pieces) + "\ndry run: nothing was trained or written"
 
 
-def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
-    """Result, where things are, the next commands."""
+def _streamed(data: dict[str, Any]) -> str:
+    words = [
+        f"trained on {plural(data['used_rows'], 'row')}, {plural(data['used_tokens'], 'token')}",
+        f"{data['epochs']:.3g} epochs by bytes",
+    ]
+    if data["dropped"]:
+        read = data["rows"] + data["dropped"].get("bad row", 0)
+        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {dropped_words(data['dropped'])}")
+    return ", ".join(words)
+
+
+def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float, data: dict[str, Any] | None) -> str:
+    """Result, where things are, the next commands; `data` are the facts of a stream."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []
     for key, words in (
@@ -151,6 +169,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
     path = folder.path
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
+        *([_line("streamed", _streamed(data))] if data else []),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
         *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
@@ -220,9 +239,11 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences]) -> None:
-    """data.json: what became of each split's rows, and a histogram of their lengths in tokens."""
-    told = {}
+def write_data(
+    folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences], streamed: dict[str, Any] | None
+) -> None:
+    """data.json: what became of each split's rows, and a histogram of their lengths in tokens where none is streamed."""
+    told = {"train": streamed} if streamed else {}
     for name, split in splits.items():
         counts, edges = np.histogram(sequences[name].columns["input_ids"].lengths(), bins=24)
         lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
