@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from small import Small
 from tiny import STARTER, instructions, llama_tokenizer, refusal, tiny_bert, tiny_gpt2, write_rows
 
-from dsrecipes.data import chunks, stream
+from dsrecipes.data import stream, units
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.stream import Stream, StreamSampler
@@ -31,7 +31,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.model.load import check_ids
 from dsrecipes.run import main
 
-CHUNK = 400
+UNIT = 400
 ROWS = [{"text": f'row {n}, "quoted"\n' + "word " * (n % 13), "n": str(n)} for n in range(60)]
 FORMS = [
     "jsonl",
@@ -52,8 +52,8 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of a few kB have many pieces, and windows are small."""
-    monkeypatch.setattr(chunks, "CHUNK", CHUNK)
-    monkeypatch.setattr(chunks, "_ROWS", 7)
+    monkeypatch.setattr(units, "UNIT", UNIT)
+    monkeypatch.setattr(units, "_ROWS", 7)
     monkeypatch.setattr(stream, "_WINDOW_TOKENS", 300)
 
 
@@ -83,7 +83,7 @@ def write(folder: Path, form: str, rows: list[dict[str, str]]) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_row_comes_once_and_any_position_goes_on_from_there(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, form, ROWS)
-    files = chunks.Chunks((path,))
+    files = units.Units((path,))
     pieces = [
         (unit, rows, after, position)
         for unit in range(len(files))
@@ -98,7 +98,7 @@ def test_every_row_comes_once_and_any_position_goes_on_from_there(tmp_path: Path
         assert (second is None) == (after is None) or form not in ("csv", "txt", "parquet")
 
 
-def _with_positions(files: chunks.Chunks, unit: int) -> Any:
+def _with_positions(files: units.Units, unit: int) -> Any:
     """A unit's pieces, each with the position that it begins at."""
     position = None
     for piece in files.pieces(unit):
@@ -122,20 +122,20 @@ def test_a_position_is_reached_without_reading_what_is_before_it(
     def watched(self: Path, mode: str = "r", **_: Any) -> Any:
         return io.BufferedReader(Watched(str(self)), 512) if mode == "rb" else open(self, mode)
 
-    files = chunks.Chunks((path,))
+    files = units.Units((path,))
     if form == "jsonl":
         unit, position = len(files) * 3 // 4, None
-        begin = unit * CHUNK - 1
+        begin = unit * UNIT - 1
     else:
         position = [piece[1] for piece in files.pieces(0)][len(list(files.pieces(0))) * 3 // 4]
         unit, begin = 0, position["offset"]
     assert begin > size // 2
     monkeypatch.setattr(Path, "open", watched)
-    monkeypatch.setattr(chunks, "_HEAD", 512)
+    monkeypatch.setattr(units, "_HEAD", 512)
     next(files.pieces(unit, position))
     header = 0 if form != "csv" else 1000 * 120  # the first thousand lines say what separates the columns
     assert reads and not [start for start, count in reads if header <= start < begin - 512]
-    assert sum(count for start, count in reads if start >= begin - 512) < 20 * CHUNK
+    assert sum(count for start, count in reads if start >= begin - 512) < 20 * UNIT
 
 
 def a_stream(path: Path | tuple[Path, ...], recipe: type = AlpacaLlamaSft, **changed: Any) -> Stream:
@@ -317,7 +317,7 @@ def case(small: Small, folder: Path, **changed: Any) -> dict[str, Any]:
     path = folder / "rows.jsonl"
     if not path.is_file():
         rows = json.loads((STARTER / "data" / "instructions.json").read_text(encoding="utf-8"))
-        write_rows(path, [row for row in rows if row["output"].strip()][:120])
+        write_rows(path, [row for row in rows if row["output"].strip()][:36])
     values = {
         "dataset": str(path), "validation_split": 0, "streaming": True, "packing": True, "eval_strategy": "no", "max_steps": 8,
         "save_steps": 4, "max_length": 400, "global_batch_size": 4, "per_device_train_batch_size": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | Non
             some backends separate the examples of a sequence only in a batch of one.
     """
     lengths = data.columns["input_ids"].lengths()
-    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
+    bins = islice(data.bins or (), _ROWS)
+    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in bins if len(each) > 1]
     if not pairs:
         return None
     pairs.sort(key=lambda pair: lengths[pair].sum())

@@ -14,12 +14,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.pack import pack
+from dsrecipes.data.pack import Bins, pack, packed
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
-_WINDOW = 1 << 15
-"""Examples that are packed at a time."""
 _DEALT = 16
 """Steps whose rows are dealt together by length."""
 COUNTS = "counts"
@@ -37,17 +35,14 @@ class Sequences(TorchDataset):
     def __init__(self, path: Path | pa.Table, capacity: int | None = None) -> None:
         """Rows of a prepared split's file, or in memory; `capacity` in tokens packs, None leaves one row to a sequence."""
         self.path = path
-        self.bins: list[np.ndarray] | None = None
+        self.bins: Bins | None = None
         self._read_columns()
         self.lengths = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
-            self.bins = [
-                start + each
-                for start in range(0, len(self.lengths), _WINDOW)
-                for each in pack(self.lengths[start : start + _WINDOW], capacity)
-            ]
-            self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
+            in_memory = isinstance(path, pa.Table)
+            self.bins = pack(self.lengths, capacity) if in_memory else packed(path, self.lengths, capacity)
+            self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])
 
     def _read_columns(self) -> None:
         table = self.path if isinstance(self.path, pa.Table) else read_columns(self.path)

@@ -15,14 +15,15 @@ import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.chunks import CHUNK, Chunks, Position, Spot, Where, digest_bytes
+from dsrecipes.data.chunk import Chunk, Encoding, groups
 from dsrecipes.data.collate import FILLER, Features, Sequences, StepSampler
-from dsrecipes.data.columns import record_batch
+from dsrecipes.data.columns import record_batch, view
 from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.data.files import FileRows, LocatedRows, Row
+from dsrecipes.data.files import FileRows
 from dsrecipes.data.origin import place_words
-from dsrecipes.data.prepare import SplitStats, _encoded, _refuse_empty, dropped_words
-from dsrecipes.data.records import Chosen, Records
+from dsrecipes.data.pack import BlockCutter
+from dsrecipes.data.prepare import SplitStats, _refuse_empty, dropped_words
+from dsrecipes.data.units import UNIT, Position, Rows, Units, digest_bytes, readable_place
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path, user_path
 
@@ -89,7 +90,7 @@ class State:
     """Where in that unit."""
     rows: dict[str, list] = field(default_factory=dict)
     """Encoded rows of the windows before that fill no whole step."""
-    places: list = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     """Where these rows came from."""
     rest: list[int] = field(default_factory=list)
     """Tokens that fill no whole block."""
@@ -103,8 +104,7 @@ class State:
     @staticmethod
     def of(values: dict[str, Any]) -> State:
         """A state as a checkpoint holds it."""
-        places = [Spot(*place) if isinstance(place, list) else place for place in values["places"]]
-        return State(**values | {"places": places, "read": SplitStats(**values["read"])})
+        return State(**values | {"read": SplitStats(**values["read"])})
 
 
 @dataclass
@@ -116,35 +116,61 @@ class Window:
     data: Sequences
     order: np.ndarray
     """(steps, sequences of a step): numbers of sequences, or FILLER."""
-    places: list[Where]
+    places: list[str]
     """Of the rows."""
 
 
 class _Rows:
-    """Encoded rows of a window while it grows; `add` is what prepare calls for each row that it keeps."""
+    """Encoded rows of a window while it grows; with `block`, blocks of so many tokens."""
 
-    def __init__(self, begin: State) -> None:
-        self.columns = {name: list(values) for name, values in begin.rows.items()}
-        self.places: list[Where] = list(begin.places)
-        self.rest = list(begin.rest)
+    def __init__(self, begin: State, block: int | None) -> None:
+        self.batches = [record_batch(begin.rows)] if begin.rows else []
+        self.places = list(begin.places)
         self.stats = copy.deepcopy(begin.read)
-        self.tokens = sum(map(len, self.columns.get("input_ids", [])))
+        self.tokens = sum(map(len, begin.rows.get("input_ids", [])))
+        self.cutter = BlockCutter(block) if block else None
+        if self.cutter:
+            self.cutter.rest = np.array(begin.rest, np.int32)
 
-    def add(self, where: Where, tokens: int) -> None:
-        self.places.append(where)
-        self.tokens += tokens
+    def add(self, chunk: Chunk) -> None:
+        """A chunk's rows, or the blocks that they complete."""
+        self.stats.count(chunk)
+        if chunk.sequences is None or chunk.origins is None:
+            return
+        places = [_place(row) for row in chunk.origins.to_pylist()]
+        tokens = view(chunk.origins.column("tokens"))
+        self.tokens += int(tokens.sum())
+        if self.cutter is None:
+            self.batches.append(chunk.sequences)
+            self.places += places
+            return
+        ends = len(self.cutter.rest) + np.cumsum(tokens)
+        blocks = self.cutter.cut(view(chunk.sequences.column("input_ids").flatten()))
+        self._add_blocks(blocks)
+        # a block has the place of the row that it ends in
+        rows = np.searchsorted(ends, self.cutter.size * np.arange(1, len(blocks) + 1))
+        self.places += [places[row] for row in rows]
 
-    def extend(self, columns: dict[str, list]) -> None:
-        for name, values in columns.items():
-            self.columns.setdefault(name, []).extend(values)
+    def _add_blocks(self, blocks: np.ndarray) -> None:
+        if blocks.size:
+            self.batches.append(record_batch({"input_ids": blocks.tolist(), "labels": blocks.tolist()}))
 
-    def count(self, stats: SplitStats, dropped: dict[str, int]) -> None:
-        total = self.stats
-        for name, value in vars(stats).items():
-            if isinstance(value, int):
-                setattr(total, name, getattr(total, name) + value)
-        for reason, count in [*dropped.items(), *stats.dropped.items()]:
-            total.dropped[reason] = total.dropped.get(reason, 0) + count
+    def end(self, alone: str | None) -> None:
+        """Leave out the tokens at an epoch's end that fill no block, unless they are all: then `alone` is their place."""
+        if self.cutter is None:
+            return
+        rest = self.cutter.rest
+        if alone and not self.places and len(rest) > 1:
+            self._add_blocks(rest[None])
+            self.places.append(alone)
+        else:
+            self.stats.tail += len(rest)
+        self.cutter.rest = rest[:0]
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        schema = self.batches[0].schema
+        return pa.Table.from_batches([batch.cast(schema) for batch in self.batches]).combine_chunks()
 
 
 class Stream(TorchDataset):
@@ -176,26 +202,28 @@ class Stream(TorchDataset):
             steps: of the run.
             check_ids: raises ValueError for ids that the model does not know.
         """
-        self.chunks = Chunks(rows.files)
-        self.recipe, self.options, self.skip_bad_rows, self.check_ids = recipe, options, skip_bad_rows, check_ids
-        self.tokenizer = copy.deepcopy(tokenizer)  # a fast one must not be used by two threads at a time
+        self.units = Units(rows.files)
+        self.options, self.check_ids = options, check_ids
+        # a fast tokenizer must not be used by two threads at a time
+        self.encoding = Encoding(recipe, copy.deepcopy(tokenizer), options, skip_bad_rows)
+        self.block = options.max_length if recipe.cut_into_blocks else None
         self.per_step, self.steps, self.seed, self.shuffle = per_step, steps, seed, shuffle
         self.capacity = options.max_length if packing and not recipe.cut_into_blocks else None
         self.target = max(_WINDOW_TOKENS, 2 * per_step * options.max_length)
         self.fingerprint = self._fingerprint()
         self.window: Window
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
-        self._pieces: Iterator[tuple[list[tuple[Where, Row]], int, Position | None]] | None = None
+        self._pieces: Iterator[tuple[Rows, int, Position | None]] | None = None
         self._thread = ThreadPoolExecutor(1, "stream")
         self._next: Future[Window] | None = None
 
     def _fingerprint(self) -> str:
         """A hash of the files' names, sizes and samples of their bytes, and of what makes tokens of them."""
-        fast = self.tokenizer.is_fast
-        vocabulary = self.tokenizer.backend_tokenizer.to_str() if fast else json.dumps(self.tokenizer.get_vocab())
-        settings = (self.options, self.tokenizer.chat_template, CHUNK, self.target, vocabulary)
+        tokenizer = self.encoding.tokenizer
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+        settings = (self.options, tokenizer.chat_template, UNIT, self.target, vocabulary)
         hashed = hashlib.sha256(repr(settings).encode())
-        for path in self.chunks.files:
+        for path in self.units.files:
             hashed.update(digest_bytes(path))
         return f"streamed {hashed.hexdigest()[:16]}"
 
@@ -217,16 +245,16 @@ class Stream(TorchDataset):
     def _units(self, epoch: int) -> np.ndarray:
         """The order of an epoch's units."""
         if self._order[0] != epoch:
-            count = len(self.chunks)
+            count = len(self.units)
             order = np.random.default_rng((self.seed, epoch)).permutation(count) if self.shuffle else np.arange(count)
             self._order = (epoch, order)
         return self._order[1]
 
-    def _read(self, state: State) -> Iterator[tuple[list[tuple[Where, Row]], int, Position | None]]:
+    def _read(self, state: State) -> Iterator[tuple[Rows, int, Position | None]]:
         """Pieces of an epoch from a state on, with where the next one begins."""
         order, position = self._units(state.epoch), state.position
         for place in range(state.unit, len(order)):
-            for rows, after in self.chunks.pieces(int(order[place]), position):
+            for rows, after in self.units.pieces(int(order[place]), position):
                 yield rows, place + (after is None), after
             position = None
 
@@ -236,79 +264,58 @@ class Stream(TorchDataset):
         Raises:
             UserError: a row at fault, with its place, or no row of an epoch has a token to train on.
         """
-        rows = _Rows(begin)
+        rows = _Rows(begin, self.block)
         self._pieces = self._pieces or self._read(begin)
         unit, position, ended = begin.unit, begin.position, False
+        at_start = begin.unit == 0 and begin.position is None
         while rows.tokens < self.target and not ended:
             piece = next(self._pieces, None)
             if piece is None:
                 ended, self._pieces = True, None
-                self._end_blocks(rows, alone=begin.unit == 0 and begin.position is None)
+                rows.end(alone=f"{self.units.files[0]}, line 1" if at_start else None)
             else:
                 found, unit, position = piece
-                self._encode(found, rows)
+                for group in groups(found):
+                    rows.add(self._checked(self.encoding(group)))
         if not rows.places:
-            if begin.unit == 0 and begin.position is None:
+            if at_start:
+                rows.stats.kept = 0
                 _refuse_empty({"train": rows.stats})
-            next_epoch = State(begin.step, begin.epoch + 1, read=rows.stats, share=begin.epoch + 1.0)
-            next_epoch.used_rows, next_epoch.used_tokens = begin.used_rows, begin.used_tokens
-            return self._make(next_epoch)
-        data = Sequences(pa.Table.from_batches([record_batch(rows.columns)]), self.capacity)
+            following = State(begin.step, begin.epoch + 1, read=rows.stats, share=begin.epoch + 1.0)
+            following.used_rows, following.used_tokens = begin.used_rows, begin.used_tokens
+            return self._make(following)
+        table = rows.table()
+        data = Sequences(table, self.capacity)
         order, left = self._lay_out(data, begin.step, ended)
-        end = State(
-            begin.step + len(order), begin.epoch + ended, 0 if ended else unit, None if ended else position,
-            {name: [values[row] for row in left] for name, values in rows.columns.items()} if left else {},
-            [rows.places[row] for row in left], rows.rest, share=self._share(begin.epoch, unit, position, ended),
-            read=rows.stats,
-        )  # fmt: skip
+        end = State(begin.step + len(order), begin.epoch + ended, read=rows.stats)
+        end.share = self._share(begin.epoch, unit, position, ended)
+        if not ended:
+            end.unit, end.position = unit, position
+            end.rows = table.take(pa.array(left, pa.int64())).to_pydict() if left else {}
+            end.places = [rows.places[row] for row in left]
+            end.rest = rows.cutter.rest.tolist() if rows.cutter else []
         window = Window(begin, end, data, order, rows.places)
         end.used_rows, end.used_tokens = _used(window, end.step)
         return window
 
+    def _checked(self, chunk: Chunk) -> Chunk:
+        """Refuse tokens that the model does not know (UserError, with the row's place)."""
+        if chunk.sequences is not None and chunk.origins is not None:
+            for row, ids in enumerate(chunk.sequences.column("input_ids")):
+                numbers = view(ids.values)
+                try:
+                    self.check_ids([int(numbers.max(initial=0))])
+                except ValueError as error:
+                    where = chunk.origins.slice(row, 1).to_pylist()[0]
+                    raise UserError(f"{readable_place(_place(where))}: {error}") from None
+        return chunk
+
     def _share(self, epoch: int, unit: int, position: Position | None, ended: bool) -> float:
-        order, weights = self._units(epoch), self.chunks.weights
+        order, weights = self._units(epoch), self.units.weights
         read = weights[order[:unit]].sum()
         if position is not None:
-            read += self.chunks.progress(int(order[unit]), position)
+            read += self.units.progress(int(order[unit]), position)
         return epoch + (1.0 if ended else float(read / max(weights.sum(), 1)))
-
-    def _encode(self, found: list[tuple[Where, Row]], rows: _Rows) -> None:
-        """Add a piece's rows to the window as the recipe encodes them."""
-        stats, before = SplitStats(), len(rows.places)
-        records = Records(self.recipe.format_row, LocatedRows(found), self.skip_bad_rows)  # type: ignore[arg-type]
-        chosen = Chosen(records, lambda _: True)
-        for columns in _encoded(self.recipe, chosen, self.tokenizer, self.options, stats, rows, lambda _: None):
-            for where, ids in zip(rows.places[before:], columns["input_ids"], strict=True):
-                try:
-                    self.check_ids(ids)
-                except ValueError as error:
-                    raise UserError(f"{where}: {error}") from None
-            if self.recipe.cut_into_blocks:
-                columns = self._cut(columns["input_ids"], rows, before)
-            rows.extend(columns)
-            before = len(rows.places)
-        rows.count(stats, records.dropped)
-
-    def _cut(self, texts: list[list[int]], rows: _Rows, before: int) -> dict[str, list]:
-        """Blocks of the tokens so far; each has the place of the row that it ends in."""
-        size, blocks, places = self.options.max_length, [], rows.places[before:]
-        del rows.places[before:]
-        for where, tokens in zip(places, texts, strict=True):
-            rows.rest += tokens
-            whole = len(rows.rest) - len(rows.rest) % size
-            blocks += [rows.rest[start : start + size] for start in range(0, whole, size)]
-            rows.places += [where] * (whole // size)
-            rows.rest = rows.rest[whole:]
-        return {"input_ids": blocks, "labels": blocks}
-
-    def _end_blocks(self, rows: _Rows, alone: bool) -> None:
-        """Leave out the tokens at an epoch's end that fill no block, unless they are all."""
-        if alone and not rows.places and len(rows.rest) > 1:
-            rows.extend({"input_ids": [rows.rest], "labels": [rows.rest]})
-            rows.places.append(f"{self.chunks.files[0]}, line 1")
-        else:
-            rows.stats.tail += len(rows.rest)
-        rows.rest = []
 
     def _lay_out(self, data: Sequences, step: int, ended: bool) -> tuple[np.ndarray, list[int]]:
         """Sequences by step as StepSampler deals them, and the rows of those that fill no step."""
@@ -339,8 +346,8 @@ class Stream(TorchDataset):
 
     def places(self, rows: list[int]) -> str:
         """Rows of this window as places of the user's files."""
-        split = [str(self.window.places[row]).rpartition(" ") for row in rows[:24]]
-        return place_words([(source, int(number)) for source, _, number in split if number.isdecimal()], len(rows))
+        split = [readable_place(self.window.places[row]).rpartition(" ") for row in rows[:24]]
+        return place_words([(source, int(number)) for source, _, number in split], len(rows))
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of a step holds: where the window begins that the next step is in."""
@@ -360,7 +367,7 @@ class Stream(TorchDataset):
 
     def about(self) -> str:
         """The header's line: what is streamed, and what is not known."""
-        files, size, read = self.chunks.files, sum(self.chunks.bytes), self.window.end.read
+        files, size, read = self.units.files, sum(self.units.bytes), self.window.end.read
         dropped = f", dropped {dropped_words(read.dropped)}" if read.dropped else ""
         return (
             f"train: streamed from {plural(len(files), 'file')}, {size / 1e9:.3g} GB; rows, tokens and steps of an epoch are "
@@ -369,7 +376,7 @@ class Stream(TorchDataset):
 
     def notes(self) -> list[str]:
         """What a stream does in another way, for the header."""
-        kinds = set(self.chunks.kinds)
+        kinds = set(self.units.kinds)
         ordered = "pieces of 128 kB in an order drawn for each epoch" if self.shuffle else "the order of the files"
         notes = [
             f"streaming: {ordered}, packed and shuffled inside windows of {self.target:,} tokens, not over the whole; bad rows "
@@ -392,6 +399,11 @@ class Stream(TorchDataset):
         rows, tokens = _used(self.window, step)
         read = asdict(self.window.end.read)
         return read | {"streamed": True, "used_rows": rows, "used_tokens": tokens, "epochs": self.epoch(step)}
+
+
+def _place(origin: dict[str, Any]) -> str:
+    """A row of data.origin.origins as it was given."""
+    return f"{origin['source']} {origin['number']}"
 
 
 def _used(window: Window, step: int) -> tuple[int, int]:

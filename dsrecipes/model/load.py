@@ -274,7 +274,8 @@ def check_splits(
         UserError: names the token, its id and the first row that holds it.
     """
     for name, split in splits.items():
-        beyond = first_beyond(split.path, "input_ids", rows) if rows else None
+        largest = split.stats.largest_id
+        beyond = first_beyond(split.path, "input_ids", rows) if rows and (largest is None or largest >= rows) else None
         if beyond is not None:
             row, number = beyond
             raise UserError(

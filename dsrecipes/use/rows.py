@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.questions import plain, question_record, sources
@@ -46,7 +48,9 @@ class Rows:
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
-        self.raw: dict[str, Iterable[Row]] = self.story.load_rows()
+        self.raw: dict[str, Iterable[Row]] = {
+            name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in self.story.load_rows().items()
+        }
 
     @property
     def name(self) -> str:
@@ -90,11 +94,12 @@ class Rows:
             return {"row": row, "record": self.run.recipe.format_row(row)}
 
         records = Records(both, self.raw["train" if held else split], options.skip_bad_rows)
-        found = [Item(where, **each) for where, each in records]
         if not held:
-            return found
-        out = hold_out([content_of(each.record) for each in found], held, self.story.config.train["seed"])
-        return [each for index, each in enumerate(found) if (index in out) == (split == "validation")]
+            return [Item(where, **pair) for where, pair in records]
+        # twice over the rows, so that only those of the split are kept in memory
+        keys = np.fromiter((content_of(pair["record"]) for _, pair in records), np.uint64)
+        chosen = hold_out(keys, held, self.story.config.train["seed"]) == (split == "validation")
+        return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
 
     def sequences(self, split: str, console: Console) -> Path:
         """The file of a split's token ids and labels, exactly as a training run on these rows evaluates them."""
@@ -181,4 +186,4 @@ def contents(record: dict[str, Any]) -> list[str]:
         return [plain(record["instruction"] + record.get("input", ""))]
     if isinstance(record.get("text"), str):
         return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
-    return [content_of(record)]
+    return [str(content_of(record))]

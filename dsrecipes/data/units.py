@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
 
-CHUNK = 1 << 17
+UNIT = 1 << 17
 """Bytes of a piece."""
 _ROWS = 256
 """Rows of a piece, where positions are counted in rows."""
@@ -29,23 +28,40 @@ Position = dict[str, int]
 """Where in a unit the next piece begins: `offset` and `line`, or `rows` that come before it."""
 
 
-class Spot(NamedTuple):
-    """The place of a row that was found by its byte; its line is counted when somebody asks for it."""
+_BYTE = ", byte "
 
-    path: str
-    offset: int
+
+class Spot(str):
+    """`FILE, byte 100`: the place of a row that was found by its byte; as text it is `FILE, line 7`.
+
+    The line is counted when a message needs it, for that takes reading all that comes before.
+    """
 
     def __str__(self) -> str:
         """`FILE, line 7`."""
-        lines, left = 1, self.offset
-        with open(self.path, "rb") as file:
-            while left and (block := file.read(min(left, 1 << 20))):
-                lines, left = lines + block.count(b"\n"), left - len(block)
-        return f"{self.path}, line {lines}"
+        path, _, offset = self.rpartition(_BYTE)
+        return f"{path}, line {_line_at(path, int(offset))}"
+
+    def __format__(self, spec: str) -> str:
+        """The same."""
+        return str(self)
 
 
-Where = str | Spot
-Piece = tuple[list[tuple[Where, Row]], Position | None]
+def _line_at(path: str, offset: int) -> int:
+    line = 1
+    with open(path, "rb") as file:
+        while offset and (block := file.read(min(offset, 1 << 20))):
+            line, offset = line + block.count(b"\n"), offset - len(block)
+    return line
+
+
+def readable_place(place: str) -> str:
+    """A place with its line, where it has a byte."""
+    return str(Spot(place)) if _BYTE in place else place
+
+
+Rows = list[tuple[str, Row]]
+Piece = tuple[Rows, Position | None]
 """Rows with their places, and where the next piece of the unit begins; None where the unit ends."""
 
 
@@ -69,7 +85,7 @@ def _kind(path: Path) -> str:
     return "jsonl" if kind == ".jsonl" else "lines"
 
 
-class Chunks:
+class Units:
     """Files as numbered units, each read on its own: 128 kB of JSON Lines, a row group of Parquet, or another file."""
 
     def __init__(self, files: tuple[Path, ...]) -> None:
@@ -83,7 +99,7 @@ class Chunks:
 
     def _units(self, path: Path, kind: str, size: int) -> int:
         if kind == "jsonl":
-            return -(-size // CHUNK)
+            return -(-size // UNIT)
         return len(self._groups[path]) if kind == "parquet" else 1
 
     def __len__(self) -> int:
@@ -118,7 +134,7 @@ class Chunks:
             if path.stat().st_size != self.bytes[file]:
                 raise UserError(f"{path}: changed while it was streamed; start again with a file that stays as it is")
             if kind == "jsonl":
-                yield _jsonl(path, number * CHUNK), None
+                yield _jsonl(path, number * UNIT), None
             elif kind == "parquet":
                 yield from _parquet(path, number, self._groups[path], position)
             elif kind == "lines":
@@ -127,16 +143,16 @@ class Chunks:
                 yield from _counted(_read(path), position)
 
 
-def _jsonl(path: Path, start: int) -> list[tuple[Where, Row]]:
-    """Rows of the lines that begin in the chunk at `start`; the last one may end behind it."""
-    rows: list[tuple[Where, Row]] = []
+def _jsonl(path: Path, start: int) -> Rows:
+    """Rows of the lines that begin in the unit at `start`; the last one may end behind it."""
+    rows: Rows = []
     with path.open("rb", buffering=_HEAD) as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # the rest of a line that belongs to the chunk before
+            file.readline()  # the rest of a line that belongs to the unit before
         offset = file.tell()
-        while offset < start + CHUNK and (line := file.readline()):
-            where = Spot(str(path), offset)
+        while offset < start + UNIT and (line := file.readline()):
+            where = Spot(f"{path}{_BYTE}{offset}")
             text = (line.removeprefix(_BOM) if offset == 0 else line).decode()
             offset += len(line)
             if text.strip():
@@ -230,12 +246,12 @@ def _lines(path: Path, position: Position) -> Iterator[Piece]:
             rows = ((f"{path}, line {line}", row) for line, row in texts)
         else:
             rows = table_rows(iter(lines), path, kind == ".tsv", first, head)
-        piece: list[tuple[Where, Row]] = []
+        piece: Rows = []
         begin = 0
         for where, row in rows:
             line = int(where.rpartition(" ")[2])
             offset = lines.starts[line]
-            if piece and offset - begin >= CHUNK:
+            if piece and offset - begin >= UNIT:
                 unfinished = kind == ".txt" and not piece[-1][1]["end"]
                 yield piece, {"offset": offset, "line": line, "unfinished": int(unfinished)}
                 piece = []
