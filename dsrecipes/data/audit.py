@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import FILLER, Features, Sequences
+from dsrecipes.data.collate import FILLER, Features, Sequences, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
@@ -51,9 +50,9 @@ def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | Non
         batch: sequences of the largest micro batch. Above 1 the sample has a second sequence, of another length, because
             some backends separate the examples of a sequence only in a batch of one.
     """
-    lengths = data.columns["input_ids"].lengths()
-    bins = islice(data.bins or (), _ROWS)
-    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in bins if len(each) > 1]
+    lengths = data.row_lengths()
+    sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
+    pairs = [rows[np.argsort(lengths[rows], kind="stable")[:2]] for rows in sequences if len(rows) > 1]
     if not pairs:
         return None
     pairs.sort(key=lambda pair: lengths[pair].sum())
@@ -118,9 +117,10 @@ def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTr
     # <|im_end|>, <|eot_id|>, <end_of_turn>: special, and of no other use
     named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     ends |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
-    labels, wanted = data.columns["labels"], np.array([each for each in ends if each is not None])
-    rows = min(_ROWS, len(data.columns["input_ids"].lengths()))
-    if not any(np.isin(labels[row][1:], wanted).any() for row in range(rows)):
+    wanted = np.array([each for each in ends if each is not None])
+    first = [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
+    rows = len(first)
+    if not any(np.isin(row["labels"][1:], wanted).any() for row in first):
         raise UserError(
             f"none of the first {rows} training rows is trained on an end token ({tokenizer.eos_token}): the model could not "
             "learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
@@ -137,7 +137,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
     """
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
-        learned = (labels.reshape(len(labels), -1) != IGNORE).any(1).tolist()
+        learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
         return [row for line, each in zip(learned, rows, strict=True) for row in each if not line]
     keep = batch.get("logits_to_keep")
     if keep is not None:  # the labels of all sequences in one line

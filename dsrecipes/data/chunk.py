@@ -15,6 +15,8 @@ from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.origin import origins
 from dsrecipes.data.records import Records, content_of, encode_group
+from dsrecipes.data.weights import WEIGHTS, normalize_weights
+from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
@@ -104,11 +106,19 @@ class Encoding:
     def _fill(self, chunk: Chunk, columns: dict[str, list], good: list[int], places: list[str]) -> None:
         """Sequences that have a token to train on and are not too long; `good`: the records that could be encoded."""
         columns = dict(columns)
+        normalize_weights(columns)
+        weights = columns.get(WEIGHTS)
+        if weights and self.recipe.cut_into_blocks:
+            raise UserError(
+                f"{self.recipe.__name__}: rows that are joined and cut into blocks cannot have weights; return none"
+            )
         record = [good[index] for index in columns.pop("record", range(len(good)))]
         keep, tokens, supervised = [], [], []
         faults: dict[int, str] = dict.fromkeys(set(range(chunk.records)) - set(good), "unencodable row")
         for index, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
             learned = _supervised(labels) if isinstance(labels, list) else 1
+            if weights and weights[index] == 0:
+                learned = 0
             if self.recipe.cut_into_blocks or (learned and _length(ids) <= self.options.max_length):
                 keep.append(index)
                 tokens.append(_total(ids))

@@ -152,6 +152,10 @@ class Column:
         chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.chunks[chunk][row - self.starts[chunk]]
 
+    def numbers(self) -> list[np.ndarray]:
+        """All numbers, chunk by chunk and flattened over every level of lists."""
+        return [chunk.numbers() for chunk in self.chunks]
+
     def lengths(self) -> np.ndarray:
         """Numbers in each row; of a list of lists those of its longest."""
         return np.concatenate([chunk.lengths() for chunk in self.chunks])

@@ -24,6 +24,7 @@ class EncodeOptions:
 
     max_length: int
     prompt_style: str
+    problem_type: str = "auto"
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

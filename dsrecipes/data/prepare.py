@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.data.origin import origins, origins_path
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.records import hold_out
+from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
@@ -49,8 +50,12 @@ class SplitStats:
     supervised: int = 0
     tail: int = 0
     """Tokens of a last block shorter than max_length, not trained on."""
+    weighted: int = 0
+    """Rows that weigh other than 1, or have a turn that does."""
+    weight_range: list[float] = field(default_factory=list)
+    """Smallest and largest weight in those rows; empty without such rows."""
     fingerprint: str = ""
-    """Of the tokens and labels, in their order."""
+    """Of the tokens, labels and weights, in their order."""
     largest_id: int | None = None
     """The greatest token id; None where it is not known."""
 
@@ -64,6 +69,15 @@ class SplitStats:
             self.kept += len(np.unique(chunk.record))
             self.tokens += int(view(chunk.origins.column("tokens")).sum())
             self.supervised += int(chunk.supervised.sum())
+        if chunk.sequences is not None and WEIGHTS in chunk.sequences.schema.names:
+            self._count_weights(chunk.sequences.column(WEIGHTS), chunk.record)
+
+    def _count_weights(self, column: pa.Array, record: np.ndarray) -> None:
+        others, weights = other_weights(column)
+        if others.any():
+            self.weighted += len(np.unique(record[others]))
+            numbers = [*self.weight_range, float(weights.min()), float(weights.max())]
+            self.weight_range = [min(numbers), max(numbers)]
 
 
 @dataclass
@@ -79,6 +93,10 @@ class Split:
         from datasets import Dataset
 
         return Dataset.from_file(str(self.path))
+
+
+HoldOut = Callable[[np.ndarray, float, int], np.ndarray]
+"""(keys, share, seed) -> which records are held out."""
 
 
 def cache_root() -> Path:
@@ -98,10 +116,12 @@ def prepare(
     skip_bad_rows: bool,
     console: Console,
     workers: int | None = None,
+    hold_out: HoldOut = hold_out,
 ) -> dict[str, Split]:
     """Format, encode and write each split, or find it in the cache.
 
     Args:
+        hold_out: chooses the held-out records by their keys, the share and the seed.
         workers: processes that format and encode; None: one for each core, and none for few rows. The result is the same.
 
     Raises:
@@ -110,7 +130,7 @@ def prepare(
     known = [name for name in ("train", "validation", "test") if name in splits]
     splits = {name: list(splits[name]) if isinstance(splits[name], Iterator) else splits[name] for name in known}
     held_out = validation_split if "validation" not in splits else 0.0
-    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
+    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows, hold_out.__name__)
     folder = cache_root() / "data" / key
     if not (folder / "stats.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +138,8 @@ def prepare(
         with FileLock(f"{folder}.lock"):
             if not (folder / "stats.json").is_file():
                 encoding = Encoding(recipe, tokenizer, options, skip_bad_rows)
-                _write_splits(folder, splits, encoding, held_out, seed, workers or cores(), console)
+                choose = partial(hold_out, share=held_out, seed=seed) if held_out else None
+                _write_splits(folder, splits, encoding, choose, workers or cores(), console)
     return _read_splits(folder)
 
 
@@ -162,8 +183,7 @@ def _write_splits(
     folder: Path,
     splits: dict[str, Iterable[Row]],
     encoding: Encoding,
-    held_out: float,
-    seed: int,
+    choose: Callable[[np.ndarray], np.ndarray] | None,
     workers: int,
     console: Console,
 ) -> None:
@@ -172,13 +192,17 @@ def _write_splits(
     scratch.mkdir(parents=True)
     stats = {}
     for name, rows in splits.items():
-        keyed = bool(held_out) and name == "train"
+        keyed = choose is not None and name == "train"
         chunks = in_order(replace(encoding, keyed=keyed), groups(located(rows)), workers)
         with console.progress(f"tokenizing {name}", unit=" rows") as bar:
             chunks = _counted(chunks, bar.update)
-            parts = _hold_out(chunks, scratch, held_out, seed) if keyed else ((name, chunk) for chunk in chunks)
+            parts = _hold_out(chunks, scratch, choose) if keyed else ((name, chunk) for chunk in chunks)
             stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
     _refuse_empty(stats)
+    paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
+    was_held_out = "validation" in stats and "validation" not in splits
+    for name, digest in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
+        stats[name].fingerprint = digest
     (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
@@ -190,7 +214,9 @@ def _counted(chunks: Iterable[Chunk], progress: Callable[[int], Any]) -> Iterato
         yield chunk
 
 
-def _hold_out(chunks: Iterable[Chunk], scratch: Path, share: float, seed: int) -> Iterator[tuple[str, Chunk]]:
+def _hold_out(
+    chunks: Iterable[Chunk], scratch: Path, choose: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[str, Chunk]]:
     """Chunks divided into train and validation, which can begin when all rows are known: until then they are on disk."""
     keys, kept = [], []
     path = scratch / "undivided.arrow"
@@ -201,7 +227,7 @@ def _hold_out(chunks: Iterable[Chunk], scratch: Path, share: float, seed: int) -
                 places.write(chunk.origins)
             keys.append(chunk.keys)
             kept.append(replace(chunk, sequences=None, origins=None, keys=keys[-1][:0]))
-    chosen = hold_out(np.concatenate(keys) if keys else np.empty(0, np.uint64), share, seed)
+    chosen = choose(np.concatenate(keys) if keys else np.empty(0, np.uint64))
     keys.clear()
     sequence_batches, place_batches = read_batches(path), read_batches(origins_path(path))
     start = 0
@@ -283,8 +309,7 @@ def _read_splits(folder: Path) -> dict[str, Split]:
 
 
 def _refuse_empty(stats: dict[str, SplitStats]) -> None:
-    for name in sorted(stats, key="train".__ne__):
-        split = stats[name]
+    for name, split in stats.items():
         if split.kept:
             continue
         why = dropped_words(split.dropped)

@@ -56,9 +56,19 @@ def bad_row(where: str, error: Exception) -> UserError:
 
 
 def content_of(record: dict) -> int:
-    """64 bits of a hash of the record: equal ones must not be on both sides of a split."""
-    text = json.dumps(record, sort_keys=True, default=str).encode()
+    """64 bits of a hash of the record without its weights: equal ones must not be on both sides of a split."""
+    text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])
+
+
+def _without_weights(record: dict) -> dict:
+    """The record without `weight`, which a turn of a chat may have too."""
+    content = {name: value for name, value in record.items() if name != "weight"}
+    if isinstance(content.get("messages"), list):
+        content["messages"] = [
+            {name: value for name, value in turn.items() if name != "weight"} for turn in content["messages"]
+        ]
+    return content
 
 
 def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -72,16 +82,28 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
         True for each chosen record; for none where there are fewer than two different ones.
     """
     ordered = np.sort(keys)
-    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(keys) else np.empty(0, np.int64)
+    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]).astype(np.int32)
     if len(firsts) < 2:
         return np.zeros(len(keys), bool)
     order = array("i", range(len(firsts)))
     random.Random(seed).shuffle(order)
     shuffled = np.frombuffer(order, np.int32)[:-1]
-    sizes = np.diff(np.append(firsts, len(keys)))[shuffled]
+    sizes = np.diff(firsts, append=np.int32(len(keys)))[shuffled]
     enough = int(np.searchsorted(np.cumsum(sizes), max(1, round(share * len(keys))))) + 1
     chosen = np.sort(ordered[firsts[shuffled[:enough]]])
     return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys
+
+
+def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Like hold_out, but each record is chosen by itself, so that equal ones of several data sets are on the same side.
+
+    The share is met on average. At least one record is held out, and one stays, where there are two different ones.
+    """
+    if not len(keys) or keys.min() == keys.max():
+        return np.zeros(len(keys), bool)
+    drawn = keys ^ np.uint64(random.Random(seed).getrandbits(64))
+    limit = np.clip(np.uint64(share * 2.0**64), drawn.min(), drawn.max() - np.uint64(1))
+    return drawn <= limit
 
 
 def encode_group(

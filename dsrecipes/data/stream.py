@@ -24,6 +24,7 @@ from dsrecipes.data.origin import place_words
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.prepare import SplitStats, _refuse_empty, dropped_words
 from dsrecipes.data.units import UNIT, Position, Rows, Units, digest_bytes, readable_place
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError, plural
 from dsrecipes.find import starter_path, user_path
 
@@ -42,6 +43,11 @@ def check_streaming(config: Config, auto_class: str) -> list[str]:
         UserError: names the flag.
     """
     data, train, own = config.data, config.train, config.own
+    if data.is_mixture:
+        raise UserError(
+            "--streaming true: --dataset and --eval_dataset take one data set each, without settings of its own: put the "
+            "files into one folder, or give --streaming false"
+        )
     if not auto_class.endswith("ForCausalLM"):
         raise UserError(
             "--streaming true: only recipes that train causal language models stream; the head of this one must know all "
@@ -332,7 +338,13 @@ class Stream(TorchDataset):
     def __getitem__(self, ordinal: int) -> list[Features]:
         step, place = divmod(ordinal, self.per_step)
         while step >= self.window.end.step:
-            self.window = self._next.result() if self._next else self._make(self.window.end)
+            try:
+                self.window = self._next.result() if self._next else self._make(self.window.end)
+            except UserError as error:
+                raise UserError(
+                    f"{error}. The rows before it were trained on: the run stops after step {step}, and can be resumed from "
+                    "its last checkpoint (--resume_from_checkpoint auto) where the file stays as it is"
+                ) from error
             self._next = None
             self._read_ahead()
         return self.window.data[self._sequence(step, place)]
@@ -357,6 +369,11 @@ class Stream(TorchDataset):
         """Epochs that are used after a step, by bytes of the files."""
         begin, end = self.window.begin, self.window.end
         return begin.share + (end.share - begin.share) * min((step - begin.step) / len(self.window.order), 1.0)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows may have weights: a recipe that knows weights always gives the column."""
+        return WEIGHTS in self.window.data.path.column_names
 
     # ---- what is reported ----
 
