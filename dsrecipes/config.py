@@ -91,6 +91,7 @@ class DataConfig:
     )
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
+    streaming: bool = _help("Read, tokenize and pack training files while training; needs max_steps.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
