@@ -31,14 +31,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, best_metric, build_config
-from dsrecipes.data.audit import check_ends, packed_sample
+from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root, prepare
-from dsrecipes.errors import UserError, inflect, nearest
+from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
@@ -108,7 +108,12 @@ class RecipeBase(ABC):
     @staticmethod
     @abstractmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Records as columns: input_ids and labels (-100: not trained on), one entry a record."""
+        """Records as columns: input_ids and labels (-100: not trained on), one entry a record.
+
+        Other keys that may be there: weights, the weight of each label, or an empty list where all are 1; record, the
+        index of each entry's record where a record becomes several entries or none; notes, lines for the header, one a
+        record that they hold for.
+        """
 
     # ---- may be replaced ----
 
@@ -192,9 +197,10 @@ class RecipeBase(ABC):
                 f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"
             )
         self.splits: dict[str, Split] = prepare(
-            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style),
+            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.reasoning),
             validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
         )  # fmt: skip
+        self.place.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in self.splits["train"].stats.notes.items()]
         block = data.max_length if self.cut_into_blocks else None
         check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
         self._fit_head()
@@ -228,6 +234,8 @@ class RecipeBase(ABC):
         self.model = self.load_model()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UserError(f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained")
+        if is_causal_lm(self.model) and not self.cut_into_blocks:
+            self.place.notes += stop_at_ends(self.sequences["train"], self.tokenizer, self.model)
         disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],

@@ -87,6 +87,9 @@ class DataConfig:
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    reasoning: Literal["keep", "drop"] = _help(
+        "Train on the reasoning before answers where rows have some, or leave it out of every turn.", "keep"
+    )
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
     split: Literal["pooled", "official"] = _help(
         "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"

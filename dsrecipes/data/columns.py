@@ -12,7 +12,7 @@ import pyarrow as pa
 
 
 def write_columns(path: Path, batches: Iterable[dict[str, list]]) -> None:
-    """Write batches of columns as an Arrow stream, integers in 32 bits; without a batch the file is empty."""
+    """Write batches of columns as an Arrow stream, numbers in 32 bits; without a batch the file is empty."""
     writer = None
     with pa.OSFile(str(path), "wb") as sink:
         for batch in batches:
@@ -59,9 +59,12 @@ def _array(values: list) -> pa.Array:
     kind, depth = array.type, 0
     while pa.types.is_list(kind):
         kind, depth = kind.value_type, depth + 1
-    if not pa.types.is_int64(kind):
+    if pa.types.is_int64(kind):
+        small = pa.int32()
+    elif pa.types.is_float64(kind) or (depth and pa.types.is_null(kind)):
+        small = pa.float32()  # lists without a number in this batch are weights, which other batches may have
+    else:
         return array
-    small = pa.int32()
     for _ in range(depth):
         small = pa.list_(small)
     return array.cast(small)

@@ -49,6 +49,8 @@ class SplitStats:
     """Tokens of a last block shorter than max_length, not trained on."""
     fingerprint: str = ""
     """Of the tokens and labels, in their order."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Lines for the header -> rows that they hold for."""
 
 
 @dataclass
@@ -207,10 +209,13 @@ def _encoded(
 ) -> Iterator[dict[str, list]]:
     """Batches of encoded rows that have a token to train on and are not too long."""
     dropped: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for group in _batches(records, _BATCH):
         rows = len(group)
         batch, group = encode_group(recipe, group, tokenizer, options, records.skip_bad_rows)
         dropped["unencodable row"] += rows - len(group)
+        notes.update(batch.pop("notes", ()))
+        records = batch.pop("record", range(len(group)))
         keep = []
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
             length = _length(ids)
@@ -222,12 +227,13 @@ def _encoded(
             else:
                 keep.append(index)
                 tokens = _total(ids)
-                origins.add(group[index][0], tokens)
+                origins.add(group[records[index]][0], tokens)
                 stats.tokens += tokens
                 stats.supervised += supervised
         stats.rows += rows
         stats.kept += len(keep)
         stats.dropped = {reason: count for reason, count in dropped.items() if count}
+        stats.notes = dict(notes)
         progress(rows)
         if keep:
             yield {name: [values[index] for index in keep] for name, values in batch.items()}

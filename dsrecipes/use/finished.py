@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +109,19 @@ class FinishedRun:
         """What the rows were encoded with."""
         from dsrecipes.data.encode import EncodeOptions
 
-        return EncodeOptions(self.config.data.max_length, self.config.data.prompt_style)
+        data = self.config.data
+        return EncodeOptions(data.max_length, data.prompt_style, data.reasoning)
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether the run trained on reasoning before answers."""
+        from dsrecipes.data.chat import REASONING
+
+        try:
+            splits = json.loads(self.folder.data.read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return REASONING in splits.get("train", {}).get("notes", {})
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -83,24 +83,23 @@ def test_a_chat_run_sees_the_turns_as_messages(runs: dict[str, FinishedRun]):
 
 
 def test_stanfords_templates_follow_one_another(runs: dict[str, FinishedRun]):
-    """Prompt, answer, its end, prompt: one beginning of text."""
+    """Prompt, answer, its end, prompt: what training makes of such a chat, with one beginning of text."""
     run = runs["alpaca"]
-    session, _, _ = _session(run, ["Hello", "And now?"])
+    session, _, _ = _session(run, ["Hello", "And now?"], suppress_tokens=list(range(300)))
     conversation = session.conversations["tuned"]
-    first, second = (
-        run.recipe.encode([run.recipe.format_row({"instruction": text, "output": "x"})], run.tokenizer, run.options)
-        for text in ("Hello", "And now?")
-    )
-    prompts = [
-        [t for t, label in zip(each["input_ids"][0], each["labels"][0], strict=True) if label == -100]
-        for each in (first, second)
+    answer = conversation.turns[0].answer
+    assert answer, "an answer to build on"
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [
+        {"role": role, "content": text} for role, text in zip(roles, ("Hello", answer, "And now?", "x"), strict=True)
     ]
-    answered = [turn.ids for turn in conversation.turns]
-    ended = [] if answered[0][-1] == 2 else [2]
-    expected = [*prompts[0], *answered[0], *ended, *prompts[1][1:]]
+    encoded = run.recipe.encode([{"messages": turns}], run.tokenizer, run.options)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    end = len(run.tokenizer("x", add_special_tokens=False)["input_ids"]) + 1
+    assert labels[-end - 1] == -100 and labels[-end] != -100
     conversation.turns.pop()
-    assert conversation._prompt("And now?") == expected
-    assert prompts[1][0] == 1 and expected.count(1) == 1
+    prompt = conversation._prompt("And now?")
+    assert prompt == ids[:-end] and prompt.count(1) == 1 and prompt.count(2) == 1
 
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
