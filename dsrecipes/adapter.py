@@ -15,6 +15,8 @@ from dsrecipes.flags import Merged, is_true
 CONFIG = "adapter_config.json"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules"}
 """Flag -> its name in adapter_config.json."""
+HEAD = "head_config.json"
+"""Beside the adapter of a classifier: what its head needs of the model's configuration, which is the base's own otherwise."""
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -75,6 +77,31 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{where}: adapter_model.safetensors is missing")  # peft would take a pickle, or ask the hub
     return values
+
+
+def head_settings(config: Any) -> dict[str, Any]:
+    """What a classifier's head needs of the model's configuration."""
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    pad = config.get_text_config().pad_token_id
+    return {"names": names, "problem_type": config.problem_type, "pad_token_id": pad}
+
+
+def set_head(config: Any, settings: dict[str, Any]) -> None:
+    """Give a configuration another's head_settings."""
+    names = [str(name) for name in settings["names"]]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    config.problem_type = settings["problem_type"]
+    config.get_text_config().pad_token_id = settings["pad_token_id"]
+
+
+def read_head(folder: Path, config: Any) -> None:
+    """Give the base's configuration what an adapter folder's HEAD says, where there is one (UserError: it is damaged)."""
+    if not (folder / HEAD).is_file():
+        return
+    try:
+        set_head(config, json.loads(read_text(folder / HEAD)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / HEAD} is damaged ({error})") from error
 
 
 def base_model(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -10,7 +11,8 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,21 @@ from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.mixture import (
+    JoinedSequences,
+    MixedSplit,
+    Mixture,
+    by_split,
+    named,
+    prepare_source,
+    require_split,
+    rows_by_epoch,
+    source_rows,
+    style_notes,
+)
 from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, cache_root, prepare
+from dsrecipes.data.prepare import Split, cache_root
+from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
@@ -74,6 +89,7 @@ from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.runs.watch import Watch
 from dsrecipes.saving import Keeping, step_of
+from dsrecipes.sources import Source
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
@@ -111,20 +127,26 @@ class RecipeBase(ABC):
         """Records as columns: input_ids and labels (-100: not trained on), one entry a record.
 
         Other keys that may be there: weights, the weight of each label, or an empty list where all are 1; record, the
-        index of each entry's record where a record becomes several entries or none; notes, lines for the header, one a
-        record that they hold for.
+        index of each entry's record where a record becomes several entries or none; notes, a list of lines for the header
+        for each record.
         """
 
     # ---- may be replaced ----
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
-        """Rows by split: train, and validation and test where there are some."""
+        """Rows by split: train, and validation and test where there are some; of several sources called for each."""
         data = self.config.data
         splits = load_splits(data.dataset, data.dataset_config)
         if data.eval_dataset:
             held = load_splits(data.eval_dataset, data.dataset_config)
             splits["validation"] = held.get("validation", held.get("train", held.get("test")))
         return splits
+
+    def of_source(self, source: Source) -> RecipeBase:
+        """This recipe with the settings of one source, for its load_rows."""
+        story = copy.copy(self)
+        story.config = replace(self.config, data=self.config.data.of_source(source))
+        return story
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -136,6 +158,29 @@ class RecipeBase(ABC):
             self.config.model, self.model_config, self.auto_class, self.place.dtype(self.config.model),
             self.config.train["seed"], self.place.zero is not None,
         )  # fmt: skip
+
+    @staticmethod
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
+        """Rewrite prepared files once all rows are known, such as names of classes as numbers; by default not at all.
+
+        Args:
+            paths: an Arrow file by split.
+            held_out: whether the validation rows are a part of the training rows.
+            options: what the rows were encoded with.
+
+        Returns:
+            The new fingerprint (data.columns.ColumnWriter's) of each split that was rewritten.
+        """
+        return {}
+
+    def configure(self) -> None:
+        """Fit self.model_config to the prepared rows, before there is a model: a classifier gets as many classes as labels."""
+        if not self.auto_class.endswith("ForSequenceClassification"):
+            return
+        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
+        if min(classes) < 0:
+            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
+        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
 
     def collator(self) -> Callable[[list], dict[str, torch.Tensor]]:
         """Rows to tensors."""
@@ -158,6 +203,12 @@ class RecipeBase(ABC):
     def __init__(self, layers: Layers, console: Console | None = None) -> None:
         """Check the configuration; nothing is loaded yet."""
         self.config: Config = build_config(layers)
+        if self.config.data.class_weights and not self.auto_class.endswith("ForSequenceClassification"):
+            raise UserError(
+                f"--class_weights: {self.config.layers.recipe.name} has no classes, but "
+                f"{'options, whose order means nothing' if self.auto_class.endswith('ForMultipleChoice') else 'tokens'}: drop "
+                "the flag; a field `weight` weighs rows"
+            )
         self.console = console or Console()
         self._introduced = console is not None
         self.console.bars = not self.config.train["disable_tqdm"]
@@ -191,22 +242,14 @@ class RecipeBase(ABC):
             from dsrecipes.model.lora import check_targets
 
             check_targets(self.config.model, self.model_config, self.auto_class)
-        rows = self.load_rows()
-        if "train" not in rows:
-            raise UserError(
-                f"--dataset {data.dataset} has no training rows, only {', '.join(rows)}: name files with --dataset and --eval_dataset"
-            )
-        self.splits: dict[str, Split] = prepare(
-            type(self), rows, self.tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.reasoning),
-            validation_split=data.validation_split, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=self.console,
-        )  # fmt: skip
+        self.splits = self._prepare()
         self.place.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in self.splits["train"].stats.notes.items()]
-        block = data.max_length if self.cut_into_blocks else None
-        check_splits(self.splits, self.tokenizer, embedding_rows(self.model_config), block)
-        self._fit_head()
+        self.configure()
+        self._set_padding()
         packs = data.packing and self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+        self.class_weights = self._class_weights()
         self.sequences = {
-            name: Sequences(each.path, data.max_length if packs else None) for name, each in self.splits.items()
+            name: self._sequences(name, split, data.max_length if packs else None) for name, split in self.splits.items()
         }
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
@@ -240,7 +283,7 @@ class RecipeBase(ABC):
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, watch=self.watch,
+            processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in self.sequences.values()),
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -316,16 +359,58 @@ class RecipeBase(ABC):
         part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.gathered(part) if each), None)
 
-    def _fit_head(self) -> None:
-        """Give a classifier as many classes as the labels have, and the padding that a decoder lacks."""
-        if not self.auto_class.endswith("ForSequenceClassification"):
-            return
-        classes = {label for split in self.splits.values() for label in split.data["labels"][:]}
-        if min(classes) < 0:
-            raise UserError(f"labels of a classifier count from 0, found {min(classes)}")
-        self.model_config.num_labels = max(self.model_config.num_labels, max(classes) + 1)
-        if self.model_config.pad_token_id is None:
-            self.model_config.pad_token_id = pad_id(self.tokenizer)
+    def _set_padding(self) -> None:
+        """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
+        if self.auto_class.endswith("ForSequenceClassification"):
+            self.model_config.get_text_config().pad_token_id = pad_id(self.tokenizer)
+
+    def _class_weights(self) -> np.ndarray | None:
+        """Weights of the classes in label order; None where none are asked for."""
+        asked = self.config.data.class_weights
+        if not asked:
+            return None
+        names = [str(self.model_config.id2label[index]) for index in range(self.model_config.num_labels)]
+        return class_weights(asked, np.asarray(self.splits["train"].data["labels"][:]), names)
+
+    def _prepare(self) -> dict[str, Split | MixedSplit]:
+        """Prepare each source by itself, so that another one in the list changes nothing of it."""
+        if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
+            raise UserError(
+                f"--dataset: {self.config.layers.recipe.name} takes one data set, since its labels are numbered over all "
+                "rows together; put the files into one folder and name that"
+            )
+        self.by_source = source_rows(self)
+        self.place.notes += style_notes(self.config.data)
+        prepared, mixed = [], self.config.data.is_mixture
+        for part in self.by_source:
+            with named(part.source) if mixed else nullcontext():
+                if not mixed:
+                    require_split(part.source, "train", part.splits)
+                splits = prepare_source(part, self.tokenizer, self.console)
+                options = part.story.config.data
+                block = options.max_length if self.cut_into_blocks else None
+                check_splits(splits, self.tokenizer, embedding_rows(self.model_config), block)
+            prepared.append((part.source, splits))
+        return by_split(prepared) if mixed else prepared[0][1]
+
+    def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
+        """A split's sequences; training rows of several sources are drawn where shares were asked for."""
+        if isinstance(split, Split):
+            return Sequences(split.path, capacity, self.class_weights)
+        data, train = self.config.data, self.config.train
+        counts = None
+        if name == "train":
+            # blocks, where texts are cut into them, else rows
+            parts = {source: Sequences(part.path, None, self.class_weights) for source, part in split.parts.items()}
+            counts = rows_by_epoch(data.sources, {source: len(part) for source, part in parts.items()})
+        if counts is None:
+            return JoinedSequences(
+                {source: Sequences(part.path, capacity, self.class_weights) for source, part in split.parts.items()}
+            )
+        seed = train["seed"] if train["data_seed"] is None else train["data_seed"]
+        mixture = Mixture(parts, counts, capacity, seed)
+        mixture.fix_length(self.place.batch, train["num_train_epochs"], train["max_steps"])
+        return mixture
 
     def _start(self, engine: dict[str, Any] | None) -> TrainConfig:
         """Build TrainConfig, which creates the process group, and see that what was asked for is what started."""
@@ -366,7 +451,7 @@ class RecipeBase(ABC):
     def steps(self) -> int:
         """Optimizer steps of the run."""
         train, place = self.config.train, self.place
-        per_epoch = math.ceil(len(self.sequences["train"]) / (place.micro * place.accumulation * place.ranks.world))
+        per_epoch = math.ceil(len(self.sequences["train"]) / place.batch)
         return train["max_steps"] if train["max_steps"] > 0 else math.ceil(train["num_train_epochs"] * per_epoch)
 
     def _check_best_metric(self) -> None:
@@ -400,7 +485,8 @@ class RecipeBase(ABC):
 
     def places_of(self, rows: list[int]) -> str:
         """Where training rows came from: files and lines."""
-        return places(self.splits["train"].path, rows, self.config.data.max_length if self.cut_into_blocks else None)
+        block = self.config.data.max_length if self.cut_into_blocks else None
+        return "; ".join(places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
 
     def _stood_at(self) -> str:
         trainer = getattr(self, "trainer", None)
@@ -488,11 +574,15 @@ def evaluated_figures(recipe: RecipeBase) -> list[str] | None:
     elif (metrics := recipe.metrics(recipe.splits["validation"])) is not None:
         try:
             labels = np.asarray(recipe.splits["validation"].data["labels"][:])
-            classes = max(int(labels.max()) + 1, recipe.model_config.num_labels)
+            classes = recipe.model_config.num_labels
+            if np.issubdtype(labels.dtype, np.integer):
+                classes = max(int(labels.max()) + 1, classes)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
         except Exception:
             return None
         figures += [name for name, figure in values.items() if not isinstance(figure, dict)]
+    parts = recipe.splits["validation"].parts if recipe.config.data.is_mixture else {}
+    figures += [f"{name}_{figure}" for name in parts for figure in figures if figure in ("loss", "perplexity")]
     return [*figures, "runtime", "samples_per_second", "steps_per_second"]
 
 
@@ -512,8 +602,7 @@ class _FirstAndLastStep(TrainerCallback):
         if engine is not None:
             recipe.place.check_engine(engine)
             keep_gradient_norm(engine)
-        sizes = {name: len(each) for name, each in recipe.sequences.items()}
-        recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, sizes, trainer))
+        recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
         data = recipe.sequences["train"]
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)

@@ -17,9 +17,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
 from dsrecipes.layers import Layers, seconds_of
+from dsrecipes.sources import Source, read_sources
 from dsrecipes.zero_values import ENGINE_KEYS
 
 
@@ -77,11 +79,12 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become batches."""
 
-    dataset: str | None = _help(
-        "Hub id, file (.json .jsonl .csv .tsv .parquet .txt, each also .gz) or folder; `starter:NAME`."
+    dataset: list[str] | str = _list(
+        "Hub id, file (.json .jsonl .csv .tsv .parquet .txt, each also .gz) or folder; `starter:NAME`. Several are mixed; "
+        "an entry may be a mapping {path, name, split, rows or weight, prompt_style, columns, max_length, dataset_config}."
     )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
-    eval_dataset: str | None = _help("Validation rows, in the forms of dataset.")
+    eval_dataset: list[str] | str = _list("Validation rows, in the forms of dataset.")
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
@@ -90,18 +93,62 @@ class DataConfig:
     reasoning: Literal["keep", "drop"] = _help(
         "Train on the reasoning before answers where rows have some, or leave it out of every turn.", "keep"
     )
+    class_weights: list[str] = _list(
+        "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
+    )
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = _help(
+        "What a label is (classification recipes): one class, several, or a number; auto decides by the training labels.",
+        "auto",
+    )
     subjects: list[str] = _list("Names and groups of subjects to keep (question recipes); none keeps all.")
     split: Literal["pooled", "official"] = _help(
         "Pool the rows of all files and split 70/25/5, or keep the files' own.", "pooled"
     )
 
     def __post_init__(self) -> None:
-        """Range checks; ValueError names the flag to change."""
+        """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change."""
+        self.sources, self.dataset = read_sources("dataset", self.dataset)
+        self.eval_sources, self.eval_dataset = read_sources("eval_dataset", self.eval_dataset)
+        if self.class_weights:
+            parse_class_weights(self.class_weights)
         _require(self.max_length >= 2, f"max_length is {self.max_length}: a next token needs at least 2")
         _require(
             0 <= self.validation_split < 1,
             f"validation_split is {self.validation_split}: give a share from 0 (none) up to 1",
         )
+        for source in (*self.sources, *self.eval_sources) if self.is_mixture else ():
+            self.of_source(source)  # refuses settings of a source that the run could not have
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are several sources, or one with settings of its own."""
+        several = len(self.sources) > 1 or len(self.eval_sources) > 1
+        return several or not all(source.is_plain for source in (*self.sources, *self.eval_sources))
+
+    def of_source(self, source: Source) -> DataConfig:
+        """The settings of a run on this source alone; one of --eval_dataset is evaluated, too.
+
+        Raises:
+            ValueError: the source's own settings are out of range.
+        """
+        if not self.is_mixture:
+            return self
+        unknown = source.own.get("prompt_style", "chat") not in _styles()
+        _require(
+            not unknown,
+            f"{source.path}: prompt_style is {source.own.get('prompt_style')!r}: choose from {', '.join(_styles())}",
+        )
+        length = source.own.get("max_length", self.max_length)
+        _require(
+            length <= self.max_length,
+            f"{source.path}: its max_length {length} is above the run's, {self.max_length}: lower it, or raise --max_length",
+        )
+        own = source.own
+        if source.split:
+            own = own | {"split": "official"}
+        elif source in self.eval_sources:
+            own = own | {"eval_dataset": source.path}
+        return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
 
 
 @dataclass(kw_only=True)
@@ -202,7 +249,7 @@ def parser() -> HfArgumentParser:
 
 def _argv(key: str, value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *(json.dumps(item) if isinstance(item, (dict, list)) else str(item) for item in value)]
     if isinstance(value, dict):
         try:
             return [f"--{key}={json.dumps(value)}"]
@@ -257,7 +304,7 @@ def build_config(layers: Layers) -> Config:
         zero = layers.zero_json()
         raise UserError(f"{zero.origin}: {error}" if named and named[1] in zero.values else str(error)) from None
     for key in ("model_name_or_path", "dataset"):
-        if values[key] is None:
+        if not values[key]:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
     return Config(model, data, train, layers, given, notes)
 
@@ -277,6 +324,11 @@ def _spelled(key: str, value: Any) -> Any:
     if key in _OFF_WORD or "no" in _choices().get(key, ()):
         return _OFF_WORD.get(key, "no")
     return value
+
+
+@cache
+def _styles() -> tuple[str, ...]:
+    return typing.get_args(typing.get_type_hints(DataConfig)["prompt_style"])
 
 
 @cache

@@ -70,6 +70,11 @@ class Place:
             self.notes += _idle_values(config, self.engine["optimizer"])
         return self.engine
 
+    @property
+    def batch(self) -> int:
+        """Sequences of a step, over all ranks."""
+        return self.micro * self.accumulation * self.ranks.world
+
     def optimizer(self, asked: str) -> str:
         """The optimizer in words, and where its states are kept."""
         name = self.engine.get("optimizer", {}).get("type", asked)
@@ -81,10 +86,9 @@ class Place:
 
     def made_by(self) -> dict[str, Any]:
         """What a checkpoint records of the place that writes it."""
-        sequences = self.micro * self.accumulation * self.ranks.world
         stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
         return {
-            "ranks": self.ranks.world, "zero": stage, "sequences": sequences, "layout": layout, "hardware": hardware(self.device),
+            "ranks": self.ranks.world, "zero": stage, "sequences": self.batch, "layout": layout, "hardware": hardware(self.device),
         }  # fmt: skip
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:

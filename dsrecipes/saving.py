@@ -15,7 +15,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from dsrecipes.adapter import CONFIG, HEAD, head_settings
 from dsrecipes.errors import UserError
+from dsrecipes.model.task import unwrapped
 from dsrecipes.runs.checkpoint import Facts, facts_of, files_of, seal
 from dsrecipes.runs.disk import is_write_error, no_room, put_in_place
 from dsrecipes.runs.folder import RunFolder
@@ -197,6 +199,10 @@ class SavingTrainer(Trainer):
             config.use_cache = True
         with self._note():
             super()._save(output_dir, state_dict)
+            folder = Path(output_dir or self.args.output_dir)
+            if type(unwrapped(self.model)).__name__.endswith("ForSequenceClassification") and (folder / CONFIG).is_file():
+                settings = head_settings(unwrapped(self.model).config)
+                (folder / HEAD).write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if use_cache is not None:
             config.use_cache = use_cache
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -18,41 +18,93 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dsrecipes.data.collate import COUNTS, Sequences, StepLoader, StepSampler
+from dsrecipes.data.collate import COUNTS, FILLER, Sequences, StepLoader, StepSampler, labelled
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.weights import WEIGHTS
+from dsrecipes.errors import UserError
 from dsrecipes.model.router import router_loss_of, trained_tokens
 from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
 from dsrecipes.resumable import EvaluationInterrupted, ResumableTrainer
 from dsrecipes.runs.watch import Watch
 
 
-def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Cross-entropy summed over labelled rows, over the number of labelled rows of the whole step.
+def row_loss(
+    outputs: Any,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss summed over labelled rows, over the number of labelled rows of the whole step.
 
     Heads with one label a row (BertForMultipleChoice) take **kwargs but ignore num_items_in_batch: their own mean
     would be multiplied by accumulation x ranks, and is NaN for a batch of fillers.
 
     Args:
         outputs: a model output with logits (rows, classes).
-        labels: (rows,), -100 where there is nothing to learn.
-        num_items_in_batch: labelled rows of the step, over micro batches and ranks.
+        labels: as PaddingCollator makes them, -100 or NaN where there is nothing to learn.
+        num_items_in_batch: labelled rows of the step, or the sum of their weights, over micro batches and ranks.
+        weights: (rows,), or None where all are 1.
     """
-    loss = nn.functional.cross_entropy(outputs.logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    losses = losses_by_row(outputs.logits.float(), labels)
+    loss = losses.sum() if weights is None else (losses * weights.to(losses.device)).sum()
     return loss / num_items_in_batch if num_items_in_batch is not None else loss
 
 
-class RecipeTrainer(ResumableTrainer):
-    """Trainer over Sequences; rows of a step depend on seed and step alone, evaluation loss is a sum over labels."""
+def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each row, 0 where there is nothing to learn.
 
-    def __init__(self, *, watch: Watch, **kwargs: Any) -> None:
+    Cross-entropy for a class number, the mean binary cross-entropy over the classes for several labels, the squared error
+    for a number.
+
+    Args:
+        logits: (rows, classes); (rows, 1) for a number.
+        labels: (rows,) integers, or floats of shape (rows, classes) or (rows,).
+    """
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    real = labelled(labels)
+    if labels.ndim == 2:
+        targets = labels.masked_fill(~real[:, None], 0)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    else:
+        losses = (logits[:, 0] - labels.masked_fill(~real, 0)).square()
+    return losses * real
+
+
+def weighted_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, total: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Cross-entropy of each label times its weight, summed, over `total`, the sum of the weights of the whole step.
+
+    torch's CrossEntropyLoss(weight=...) divides by the same sum. Labels that are IGNORE add nothing.
+
+    Args:
+        logits: (..., classes), one line a label.
+        labels: of any shape.
+        weights: of the shape of labels.
+    """
+    logits = logits.float().view(-1, logits.shape[-1])
+    losses = nn.functional.cross_entropy(logits, labels.view(-1).to(logits.device), ignore_index=IGNORE, reduction="none")
+    loss = (losses * weights.view(-1).to(logits.device)).sum()
+    return loss / total if total is not None else loss
+
+
+class RecipeTrainer(ResumableTrainer):
+    """Trainer over Sequences; rows of a step depend on seed and step alone, evaluation loss is a sum over labels.
+
+    Where rows have weights, the sum of the weights of a step's labels, over micro batches and ranks, divides the loss in
+    place of their number, so that a row of weight 2 has the gradient of the row given twice.
+    """
+
+    def __init__(self, *, watch: Watch, weighted: bool = False, **kwargs: Any) -> None:
         causal = is_causal_lm(kwargs["model"])
         if not causal:
             kwargs["model"].accepts_loss_kwargs = False
         if causal:
             kwargs["compute_metrics"] = None
         self.router = router_loss_of(kwargs["model"]) if causal else None
-        loss_function = None if causal else row_loss
-        if self.router is not None or (causal and averages_by_itself(kwargs["model"])):
+        loss_function = None if causal else self._row_loss
+        if causal and (self.router is not None or weighted or averages_by_itself(kwargs["model"])):
             loss_function = self._own_loss
         super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
@@ -64,6 +116,8 @@ class RecipeTrainer(ResumableTrainer):
         """The micro batch whose loss is computed."""
         self._sequences_of_step = 1.0
         """Sequences of this step that are trained on, over micro batches and ranks."""
+        self.step_weight: float | None = None
+        """Sum of the weights of this step's labels, over micro batches and ranks; None where rows have none."""
         self._router_losses: list[torch.Tensor] = []
         self._logged_steps = 0
         """Router losses since the last log line, and the steps that they come from."""
@@ -78,9 +132,14 @@ class RecipeTrainer(ResumableTrainer):
 
     def _loader(self, data: Sequences, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
+        if data.weighted and WEIGHTS not in self.data_collator([data[FILLER]]):
+            raise UserError(
+                "the rows have weights, which the recipe's collator leaves out: have it return `weights`, of the shape of "
+                "its labels (see dsrecipes.data.collate)"
+            )
         sampler = StepSampler(
             data.lengths, micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
-            seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle,
+            seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle, data=data,
         )  # fmt: skip
         return StepLoader(
             data, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
@@ -116,6 +175,26 @@ class RecipeTrainer(ResumableTrainer):
             self._logged_steps += 1
         return batches, items
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """What divides the loss of a step: its labels, or the sum of their weights."""
+        if batch_samples and WEIGHTS in batch_samples[0]:
+            total = sum(float(batch[WEIGHTS].sum(dtype=torch.float64)) for batch in batch_samples)
+            self.step_weight = self._over_ranks([total], torch.distributed.ReduceOp.SUM)[0]
+            # where all weigh 0, loss and gradient are 0 as well
+            return torch.tensor(self.step_weight or 1.0, device=device)
+        if not self.causal:  # transformers compares labels with -100, also where they are numbers
+            batch_samples = [{"labels": torch.where(labelled(batch["labels"]), 0, IGNORE)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device; numbers to learn stay in fp32, which Trainer would round to the engine's dtype."""
+        numbers = {
+            name: value.to(self.args.device)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        return {**super()._prepare_inputs(inputs), **numbers}
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a micro batch, whose loss is kept until the step ends."""
         self.watch.at("forward")
@@ -125,6 +204,7 @@ class RecipeTrainer(ResumableTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The loss; where the model trains, the backward pass comes next."""
         self._inputs = dict(inputs)
+        inputs.pop(WEIGHTS, None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             self.watch.at("backward")
@@ -139,15 +219,31 @@ class RecipeTrainer(ResumableTrainer):
         classes for images and text average over the micro batch.
         """
         base = unwrapped(self.model)
-        loss = base.loss_function(
-            logits=outputs.logits, labels=labels, vocab_size=base.config.get_text_config().vocab_size,
-            num_items_in_batch=num_items_in_batch, shift_labels=self._inputs.get("shift_labels"),
-        )  # fmt: skip
+        weights, shift_labels = self._inputs.get(WEIGHTS), self._inputs.get("shift_labels")
+        if weights is None:
+            loss = base.loss_function(
+                logits=outputs.logits, labels=labels, vocab_size=base.config.get_text_config().vocab_size,
+                num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
+            )  # fmt: skip
+        elif shift_labels is None:  # a collator of the recipe's own
+            loss = weighted_loss(
+                outputs.logits[:, :-1].contiguous(),
+                labels[:, 1:].contiguous(),
+                weights[:, 1:].contiguous(),
+                num_items_in_batch,
+            )
+        else:
+            loss = weighted_loss(outputs.logits, shift_labels, weights, num_items_in_batch)
         if self.router is None or not self.model.training or not self._sequences_of_step:
             return loss
         router_loss = self.router.of_micro_batch(outputs, trained_tokens(self._inputs)) / self._sequences_of_step
         self._router_losses.append(router_loss.detach())
         return loss + router_loss.to(loss.device)
+
+    def _row_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        return row_loss(outputs, labels, num_items_in_batch, self._inputs.get(WEIGHTS))
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
@@ -180,8 +276,35 @@ class RecipeTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Loss summed over labels of all ranks, then divided: the same for any batch size and number of ranks.
 
-        Trainer's own loop averages batch means and repeats rows to fill the last batch.
+        Where rows have weights, the loss is their weighted mean. Trainer's own loop averages batch means and repeats rows
+        to fill the last batch.
         """
+        parts = dataloader.dataset.parts
+        if len(parts) == 1:
+            found = {name: self._evaluate_source(dataloader) for name in parts}
+        else:
+            found = {name: self._evaluate_source(self.get_eval_dataloader(part)) for name, part in parts.items()}
+        self.watch.at("computing metrics")
+        metrics = self._loss_and_perplexity(sum(sums for sums, _ in found.values()))
+        if self.compute_metrics is not None:
+            logits, labels = (np.concatenate(each) for each in zip(*(rows for _, rows in found.values()), strict=True))
+            metrics |= self.compute_metrics(EvalPrediction(logits, labels))
+        for name, (sums, _) in found.items():
+            if name:
+                metrics |= {f"{name}_{key}": value for key, value in self._loss_and_perplexity(sums).items()}
+        self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _loss_and_perplexity(self, sums: torch.Tensor) -> dict[str, float]:
+        """Of [loss summed over labels, labels], on all ranks."""
+        total, count = sums.tolist()
+        loss = total / count if count else math.nan
+        perplexity = {"perplexity": math.exp(min(loss, 700)) if count else math.nan} if self.causal else {}
+        return {"loss": loss} | perplexity
+
+    def _evaluate_source(self, dataloader: DataLoader) -> tuple[torch.Tensor, tuple[np.ndarray, np.ndarray] | None]:
+        """[Loss summed over labels, labels] of all ranks; logits and labels in row order where metrics need them."""
         model, device = self.model, self.args.device
         model.eval()
         one = torch.ones((), device=device)
@@ -195,27 +318,21 @@ class RecipeTrainer(ResumableTrainer):
             batch.pop(COUNTS)
             batch = self._prepare_inputs(batch)
             targets = batch["labels"]
+            weight = batch[WEIGHTS].sum(dtype=torch.float64) if WEIGHTS in batch else labelled(targets).sum().double()
             with torch.no_grad():
                 loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=one)
-            sums += torch.stack([loss.double() / self.accelerator.num_processes, (targets != IGNORE).sum().double()])
+            sums += torch.stack([loss.double() / self.accelerator.num_processes, weight])
             if self.compute_metrics is not None:
                 logits.append(self.accelerator.gather(outputs.logits.float()).cpu())
                 labels.append(self.accelerator.gather(targets).cpu())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.watch.at("computing metrics")
-        total, count = self.accelerator.reduce(sums).tolist()
-        metrics = {"loss": total / count if count else math.nan}
-        if self.causal:
-            metrics["perplexity"] = math.exp(min(metrics["loss"], 700)) if count else math.nan
-        rows = len(dataloader.dataset)
-        if self.compute_metrics is not None:
-            order = dataloader.batch_sampler.order().flatten()
-            place = np.argsort(order, kind="stable")[-rows:]  # fillers, -1, come first
-            prediction = EvalPrediction(torch.cat(logits).numpy()[place], torch.cat(labels).numpy()[place])
-            metrics |= self.compute_metrics(prediction)
-        self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+        sums = self.accelerator.reduce(sums)
+        if self.compute_metrics is None:
+            return sums, None
+        order = dataloader.batch_sampler.order().flatten()
+        place = np.argsort(order, kind="stable")[-len(dataloader.dataset) :]  # fillers, -1, come first
+        return sums, (torch.cat(logits).numpy()[place], torch.cat(labels).numpy()[place])
 
     def _leave_evaluation(self) -> None:
         if self.is_in_train:

@@ -42,7 +42,7 @@ _SHORT: dict[str, dict[str, tuple[str, str]]] = {
         "load_in_4bit": ("", "4-bit base weights (needs --lora_r)"),
     },
     "data": {
-        "dataset": ("DATA", "hub id, file or folder"),
+        "dataset": ("DATA", "hub id, file or folder; several are mixed"),
         "eval_dataset": ("DATA", "validation rows; also --validation_split"),
         "max_length": ("", "longest sequence, in tokens"),
         "packing": ("", "several examples in one sequence"),

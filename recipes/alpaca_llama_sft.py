@@ -5,7 +5,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.chat import NO_REASONING, encode_chats, joined_roles, leading_as_context, reasoning_of, weight_of
+from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, weight_of
 from dsrecipes.data.encode import EncodeOptions, Segments, encode_segments, weigh
 from dsrecipes.data.files import Row
 from dsrecipes.data.formats import messages_field, text_field
@@ -22,6 +22,8 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The same source's template for rows with an empty input."""
+NO_FORM = "Stanford's templates have no form for reasoning, which is not trained on"
+"""Note of rows that have some."""
 _NO_INPUT = re.compile(r"\s*|\W*no ?input\W*|<?NA>?|N/A|nan|null|none", flags=re.IGNORECASE)
 """What rows write for an input that is not there: nothing, noinput, <noinput>, and pandas' or R's nan, None, NA, <NA>."""
 
@@ -51,9 +53,7 @@ class AlpacaLlamaSft(RecipeBase):
             return encode_chats([_as_chat(record) for record in records], tokenizer, options)
         chats = [_as_chat(record) if "messages" in record else record for record in records]
         batch = encode_segments([_segments(chat) for chat in chats], tokenizer)
-        reasoned = [turn for chat in chats for turn in chat.get("messages", []) if reasoning_of(turn)]
-        weights = [_weights(chat) for chat in chats]
-        return weigh(batch, weights) | {"notes": [NO_REASONING] * bool(reasoned and options.reasoning == "keep")}
+        return weigh(batch, [_weights(chat) for chat in chats]) | {"notes": [_notes(chat, options) for chat in chats]}
 
 
 def _as_chat(record: dict) -> dict:
@@ -85,6 +85,11 @@ def _segments(record: dict) -> Segments:
         else:
             (system if turn["role"] == "system" else said).append(turn["content"])
     return segments
+
+
+def _notes(record: dict, options: EncodeOptions) -> list[str]:
+    reasoned = any(turn.get("reasoning_content") for turn in record.get("messages", ()))
+    return [NO_FORM] if reasoned and options.reasoning == "keep" else []
 
 
 def _prompt(instruction: str, more: str) -> str:

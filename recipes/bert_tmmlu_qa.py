@@ -18,6 +18,7 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row, located
 from dsrecipes.data.prepare import Split
 from dsrecipes.data.questions import LETTERS, SHARES, SUBJECTS, UNGROUPED, pool, question_record, sources
+from dsrecipes.data.weights import WEIGHTS, row_weights
 from dsrecipes.trainer import Metrics
 
 
@@ -28,7 +29,7 @@ class BertTmmluQa(RecipeBase):
 
     @staticmethod
     def format_row(row: Row) -> dict:
-        """{"question", "options" (four), "answer" (0 to 3), "subject"}; column names in any letter case."""
+        """{"question", "options" (four), "answer" (0 to 3), "subject", "weight" if given}; columns in any letter case."""
         return question_record(row)
 
     @staticmethod
@@ -40,7 +41,8 @@ class BertTmmluQa(RecipeBase):
             return_attention_mask=False,
         )  # fmt: skip
         batch = {name: [flat[i : i + 4] for i in range(0, len(flat), 4)] for name, flat in encoded.items()}
-        return batch | {"labels": [r["answer"] for r in records], "subject": [r["subject"] for r in records]}
+        labels, subjects = [r["answer"] for r in records], [r["subject"] for r in records]
+        return batch | {"labels": labels, "subject": subjects, WEIGHTS: row_weights(records)}
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
         """Questions with their subject, pooled and split anew, or by the files' own splits."""
@@ -52,8 +54,7 @@ class BertTmmluQa(RecipeBase):
             splits["validation"] = [pair for _, rows in sources(data.eval_dataset, data.subjects) for pair in rows]
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
-        self.questions = {name: LocatedRows(rows) for name, rows in splits.items() if rows}
-        return dict(self.questions)
+        return {name: LocatedRows(rows) for name, rows in splits.items() if rows}
 
     def metrics(self, split: Split) -> Metrics | None:
         """Accuracy over all, per subject and per group, with what guessing reaches."""
@@ -75,7 +76,7 @@ class BertTmmluQa(RecipeBase):
     def write_extras(self, folder: Path) -> None:
         """test_qa_data.json: the held-out questions, for asking the trained model."""
         questions = []
-        for _, row in located(self.questions.get("test", [])):
+        for _, row in (pair for part in self.by_source for pair in located(part.splits.get("test", []))):
             try:
                 record = self.format_row(row)
             except ValueError:

@@ -54,6 +54,7 @@ def _restore_signals() -> None:
 
 
 _restore_signals()
+_HANDLERS = {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGALRM}}  # pytest-timeout's
 with contextlib.suppress(locale.Error):
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
 
@@ -78,12 +79,14 @@ def _ranks(world: int, folder: Path) -> Iterator[Ranks]:
 def _environment(request: pytest.FixtureRequest) -> Iterator[None]:
     """The environment, signal handlers and processes that a test leaves do not reach the next test."""
     before = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     os.environ[reaper.TAG] = f"{_TAG}{request.node.nodeid}"
     yield
-    os.environ.clear()
-    os.environ |= before
-    for number, handler in handlers.items():
+    # only what differs: a thread of an earlier test may read the environment while it is written, which C does not survive
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ |= {name: value for name, value in before.items() if os.environ.get(name) != value}
+    # those of the session: a fixture of a wider scope may have called a command in this process, which set its own
+    for number, handler in _HANDLERS.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
     reaper.kill_tagged(f"{_TAG}{request.node.nodeid}\0")
@@ -93,6 +96,12 @@ def _environment(request: pytest.FixtureRequest) -> Iterator[None]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """A pool of one worker process."""
     yield from _ranks(1, tmp_path_factory.mktemp("one-rank"))
+
+
+@pytest.fixture
+def fresh_rank(tmp_path: Path) -> Iterator[Ranks]:
+    """A worker process of the test's own, whose heap holds no memory that earlier runs have freed."""
+    yield from _ranks(1, tmp_path)
 
 
 @pytest.fixture(scope="session")

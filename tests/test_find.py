@@ -17,7 +17,7 @@ from dsrecipes.find import (
 
 
 def test_names_are_the_files():
-    assert recipe_names() == ["alpaca_llama_sft", "bert_tmmlu_qa", "gpt2_clm", "qlora_zero3"]
+    assert recipe_names() == ["alpaca_llama_sft", "bert_tmmlu_qa", "gpt2_clm", "qlora_zero3", "seq_classification"]
     assert zero_names() == [
         "zero0",
         "zero1",
@@ -29,7 +29,7 @@ def test_names_are_the_files():
         "zero3_offload",
     ]
     assert {"gpt2_medium_32gb", "alpaca_llama3", "alpaca_qwen", "alpaca_24gb"} <= set(variant_names())
-    assert {"qlora_llama", "qlora_mistral", "qlora_qwen"} <= set(variant_names())
+    assert {"qlora_llama", "qlora_mistral", "qlora_qwen", "seq_classification_zh"} <= set(variant_names())
 
 
 def test_a_recipe_is_a_name_a_file_or_a_module(tmp_path, monkeypatch):

@@ -96,11 +96,11 @@ def test_the_sdist_holds_what_a_wheel_needs(built: Path):
 
 def test_the_wheel_runs_away_from_the_checkout(installed: Path, tmp_path: Path):
     out = python("-m", "dsrecipes.cli", "list", cwd=tmp_path, path=installed)
-    for name in ("alpaca_llama_sft", "bert_tmmlu_qa", "gpt2_clm", "qlora_zero3"):
+    for name in ("alpaca_llama_sft", "bert_tmmlu_qa", "gpt2_clm", "qlora_zero3", "seq_classification"):
         assert name in out
         assert f"# {name}, profile" in python("-m", "dsrecipes.cli", "show", name, cwd=tmp_path, path=installed)
     recipes, variants, zeros, module, yaml = python("-c", LOAD_ALL, "import", cwd=tmp_path, path=installed).split()
-    assert (recipes, zeros) == ("4", "8") and int(variants) >= 7
+    assert (recipes, zeros) == ("5", "8") and int(variants) >= 7
     assert Path(module).is_relative_to(installed) and Path(yaml).is_relative_to(installed / "dsrecipes" / "recipes")
     assert (installed / "bin" / "dsrecipes").is_file()
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import FILLER, Features, Sequences
+from dsrecipes.data.collate import FILLER, Features, Sequences, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
@@ -50,8 +50,9 @@ def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | Non
         batch: sequences of the largest micro batch. Above 1 the sample has a second sequence, of another length, because
             some backends separate the examples of a sequence only in a batch of one.
     """
-    lengths = data.columns["input_ids"].lengths()
-    pairs = [each[np.argsort(lengths[each], kind="stable")[:2]] for each in (data.bins or [])[:_ROWS] if len(each) > 1]
+    lengths = data.row_lengths()
+    sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
+    pairs = [rows[np.argsort(lengths[rows], kind="stable")[:2]] for rows in sequences if len(rows) > 1]
     if not pairs:
         return None
     pairs.sort(key=lambda pair: lengths[pair].sum())
@@ -111,14 +112,19 @@ def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTr
         UserError: none of the first rows does.
     """
     ends = np.array(sorted({*_own_ends(model), *_special_ends(tokenizer)}))
-    labels = data.columns["labels"]
-    rows = min(_ROWS, len(data.columns["input_ids"].lengths()))
-    if not any(np.isin(labels[row][1:], ends).any() for row in range(rows)):
+    first = _first_rows(data)
+    rows = len(first)
+    if not any(np.isin(row["labels"][1:], ends).any() for row in first):
         raise UserError(
             f"none of the first {rows} training rows is trained on an end token ({tokenizer.eos_token}): the model could not "
             "learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
             f"{OFF} where that is meant"
         )
+
+
+def _first_rows(data: Sequences) -> list[Features]:
+    """The first rows of each source."""
+    return [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
 
 
 def _own_ends(model: PreTrainedModel) -> list[int]:
@@ -141,8 +147,8 @@ def stop_at_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: Pre
     """
     own, special = _own_ends(model), _special_ends(tokenizer)
     trained: set[int] = set()
-    for row in range(min(_ROWS, len(data.columns["input_ids"].lengths()))):
-        labels = np.append(data.columns["labels"][row], IGNORE)
+    for row in _first_rows(data):
+        labels = np.append(row["labels"], IGNORE)
         trained.update(labels[:-1][(labels[:-1] != IGNORE) & (labels[1:] == IGNORE)].tolist())
     missing = sorted((trained & special) - set(own))
     if not missing or getattr(model, "generation_config", None) is None:
@@ -161,7 +167,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
     """
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
-        learned = (labels.reshape(len(labels), -1) != IGNORE).any(1).tolist()
+        learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
         return [row for line, each in zip(learned, rows, strict=True) for row in each if not line]
     keep = batch.get("logits_to_keep")
     if keep is not None:  # the labels of all sequences in one line

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE, EncodeOptions, eos_of
 from dsrecipes.data.template import render
+from dsrecipes.data.weights import as_weight
 from dsrecipes.errors import UserError
 
 Turn = dict[str, Any]
@@ -104,7 +105,7 @@ def encode_chats(chats: list[dict], tokenizer: PreTrainedTokenizerBase, options:
     """Chats ({"messages", "tools", "weight"}) as columns, with labels on the answers and their end tokens.
 
     Returns:
-        input_ids, labels and weights (an empty list where all are 1) of each sequence; notes for the header, one a chat;
+        input_ids, labels and weights (an empty list where all are 1) of each sequence; notes, the lines for the header that hold for each chat;
         and record, the index of each sequence's chat, where a chat became several sequences.
 
     Raises:
@@ -114,12 +115,12 @@ def encode_chats(chats: list[dict], tokenizer: PreTrainedTokenizerBase, options:
     template = chat_template(tokenizer)
     sequences: list[Sequence] = []
     records: list[int] = []
-    notes: list[str] = []
+    notes: list[list[str]] = []
     for index, chat in enumerate(chats):
         parts, found = template.sequences(chat, options)
         sequences += parts
         records += [index] * len(parts)
-        notes += found
+        notes.append(found)
     batch: dict[str, list] = {"input_ids": [], "labels": [], "weights": []}
     owners = []
     for record, encoded in zip(records, _encoded(sequences, tokenizer), strict=True):
@@ -360,7 +361,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     found = []
     for answer in ({"role": "assistant", "content": "2"}, call):
         try:
-            parts, _ = template.sequences({"messages": [question, answer]}, EncodeOptions(0, "chat"))
+            parts, _ = template.sequences({"messages": [question, answer]}, EncodeOptions(max_length=0, prompt_style="chat"))
         except ValueError:
             continue  # no tool calls
         ids, answers = next(_encoded(parts, tokenizer))[-1]
@@ -388,12 +389,8 @@ def reasoning_of(turn: Turn) -> str:
 
 
 def weight_of(holder: dict, where: str) -> float:
-    """The weight of a row or turn; 1 where it has none (ValueError: below 0, or not finite)."""
-    weight = holder.get("weight")
-    weight = 1.0 if weight is None else float(weight)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"{where} has weight {weight}: give 0 (not trained on) or a positive number")
-    return weight
+    """The weight of a row or turn; 1 where it has none (ValueError: no number of 0 or more)."""
+    return as_weight(holder.get("weight"), f"{where}: weight")
 
 
 def leading_as_context(messages: list[Turn]) -> list[Turn]:
@@ -535,7 +532,7 @@ def joined_roles(messages: list[Turn]) -> list[Turn]:
         if turn["role"] != before["role"] or turn["role"] == "tool":
             turns.append(turn)
             continue
-        if weight_of(turn, "") != weight_of(before, ""):
+        if weight_of(turn, f"turn {number}") != weight_of(before, f"turn {number - 1}"):
             raise ValueError(
                 f"turn {number}: it has the role of the turn before and another weight, so they cannot be joined"
             )

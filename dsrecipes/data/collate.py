@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.pack import pack
+from dsrecipes.data.pack import Bins, packed
+from dsrecipes.data.weights import WEIGHTS
 
 FILLER = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
-_WINDOW = 1 << 15
-"""Examples that are packed at a time."""
 _DEALT = 16
 """Steps whose rows are dealt together by length."""
 COUNTS = "counts"
@@ -33,26 +32,37 @@ class Sequences(TorchDataset):
     row with nothing to learn from.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
-        """The rows of a prepared split's file; `capacity` in tokens packs, None leaves one row to a sequence."""
-        self.path = path
-        self.bins: list[np.ndarray] | None = None
+    def __init__(self, path: Path, capacity: int | None = None, class_weights: np.ndarray | None = None) -> None:
+        """The rows of a prepared split's file.
+
+        Args:
+            capacity: in tokens, packs; None leaves one row to a sequence.
+            class_weights: in label order, multiplies the weight of each row.
+        """
+        self.path, self.class_weights = path, class_weights
+        self.bins: Bins | None = None
         self._read_columns()
         self.lengths = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
-            self.bins = [
-                start + each
-                for start in range(0, len(self.lengths), _WINDOW)
-                for each in pack(self.lengths[start : start + _WINDOW], capacity)
-            ]
-            self.lengths = np.array([self.lengths[each].sum() for each in self.bins])
+            self.bins = packed(path, self.lengths, capacity)
+            self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])
 
     def _read_columns(self) -> None:
         table = read_columns(self.path)
         self.columns = {
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
+        weights: Any = self.columns.pop(WEIGHTS, None)
+        numbers = weights.numbers() if weights is not None else [np.ones(1, np.float32)]
+        if self.class_weights is not None:
+            labels = np.concatenate(self.columns["labels"].numbers())
+            weights = self.class_weights[labels] * np.concatenate(numbers)
+            numbers = [weights]
+        self.weighted = any((part != 1).any() for part in numbers)
+        """Whether rows have weights other than 1."""
+        if self.weighted:
+            self.columns[WEIGHTS] = weights
 
     def __getstate__(self) -> dict[str, Any]:
         """For data workers: what lies in a file is opened there again."""
@@ -61,6 +71,32 @@ class Sequences(TorchDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._read_columns()
+
+    @property
+    def parts(self) -> dict[str, Sequences]:
+        """By source, where there are several."""
+        return {"": self}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows that an epoch draws, by source; empty where it has all rows."""
+        return {}
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each prepared row; of a row of several texts those of its longest."""
+        return self.columns["input_ids"].lengths()
+
+    def lengths_of(self, epoch: int) -> np.ndarray:
+        """Tokens of each sequence of an epoch."""
+        return self.lengths
+
+    def first_of(self, epoch: int) -> int:
+        """Index of an epoch's first sequence; other than 0 where each epoch draws rows of its own."""
+        return 0
+
+    def by_file(self, rows: Iterable[int]) -> list[tuple[Path, list[int]]]:
+        """Prepared rows by the file that they lie in, with their numbers there."""
+        return [(self.path, list(rows))]
 
     def _row(self, row: int) -> Features:
         return {name: column[row] for name, column in self.columns.items()}
@@ -79,9 +115,12 @@ class Sequences(TorchDataset):
     def __getitem__(self, index: int) -> list[Features]:
         if index == FILLER:
             row = self._row(0)
+            if np.issubdtype(np.asarray(row["labels"]).dtype, np.floating):
+                return [{**row, "labels": np.full_like(row["labels"], np.nan)}]
             if np.ndim(row["labels"]) == 0:
                 return [{**row, "labels": np.array(IGNORE)}]
-            return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE])}]
+            none = {WEIGHTS: np.empty(0, np.float32)} if self.weighted else {}
+            return [{"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE]), **none}]
         return self.examples(self.rows(index))
 
 
@@ -106,7 +145,10 @@ class StepSampler:
         world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        data: Sequences | None = None,
     ) -> None:
+        """`data` gives the lengths and numbers of later epochs, where they are not those of the first."""
+        self.data = data
         self.lengths, self.shape, self.rank = np.append(lengths, 0), (accumulation, world, micro), rank
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.steps = -(-len(lengths) // (accumulation * world * micro))
@@ -114,6 +156,8 @@ class StepSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
         self.epoch = epoch
+        if self.data is not None:
+            self.lengths = np.append(self.data.lengths_of(epoch), 0)
 
     def __len__(self) -> int:
         return self.steps * self.shape[0]
@@ -128,7 +172,9 @@ class StepSampler:
             self._deal(order[: rows - rows % (len(order) // self.steps)], len(order) // self.steps, draw)
         else:
             order[:rows] = self._longest_first(np.arange(rows))
-        return np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        steps = np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        first = self.data.first_of(self.epoch) if self.data is not None else 0
+        return np.where(steps == FILLER, FILLER, steps + first)
 
     def _longest_first(self, rows: np.ndarray) -> np.ndarray:
         return rows[np.argsort(-self.lengths[rows], kind="stable")]  # lengths[FILLER] is the 0 at the end
@@ -159,8 +205,8 @@ class CausalCollator:
 
     No attention_mask: padding stands behind the text, where no text position looks, and position ids that restart
     keep packed examples apart on every attention backend but flash attention, which reads them only in a batch of
-    one. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels and labels (number of
-    labels,), counts (2,).
+    one. Shapes: input_ids, position_ids and logits_to_keep (batch, length), shift_labels, labels and, where rows have
+    them, weights (number of labels,), counts (2,).
     """
 
     def __init__(self, pad_id: int, select_logits: bool, flash: bool = False) -> None:
@@ -178,6 +224,7 @@ class CausalCollator:
         ids = np.full((len(items), width), self.pad_id, dtype=np.int64)
         positions = np.zeros_like(ids)
         targets = np.full_like(ids, IGNORE)
+        weights = np.ones(ids.shape, dtype=np.float32) if WEIGHTS in items[0][0] else None
         tokens = rows = 0
         for line, item in enumerate(items):
             start = 0
@@ -186,6 +233,8 @@ class CausalCollator:
                 ids[line, start:end] = row["input_ids"]
                 positions[line, start:end] = np.arange(end - start)
                 targets[line, start : end - 1] = row["labels"][1:]
+                if weights is not None and len(row[WEIGHTS]):
+                    weights[line, start : end - 1] = row[WEIGHTS][1:]
                 if (row["labels"] != IGNORE).any():
                     tokens, rows = tokens + end - start, rows + 1
                 start = end
@@ -203,6 +252,9 @@ class CausalCollator:
         }
         if self.select_logits:
             batch["logits_to_keep"] = keep
+        if weights is not None:
+            values = torch.from_numpy(weights)
+            batch[WEIGHTS] = values[keep] if self.select_logits else values * keep
         return batch | segments(batch["position_ids"]) if self.flash else batch
 
 
@@ -217,10 +269,19 @@ def segments(position_ids: torch.Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Where there is something to learn, by row for numbers: a filler has NaN, for IGNORE may be a number that is meant."""
+    if not labels.is_floating_point():
+        return labels != IGNORE
+    return ~labels.reshape(len(labels), -1).isnan().any(1)
+
+
 class PaddingCollator:
     """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
 
-    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length); labels: (batch,).
+    input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length). labels: (batch,) class
+    numbers or, in float32, numbers; (batch, classes) of 0 and 1 in float32 for rows with several labels. weights, where
+    rows have them: (batch,).
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -241,7 +302,11 @@ class PaddingCollator:
             )
         mask = [[[1] * len(text) + [0] * (width - len(text)) for text in texts(row, "input_ids")] for row in rows]
         batch["attention_mask"] = torch.tensor(mask if nested else [line[0] for line in mask])
-        batch["labels"] = torch.tensor([int(row["labels"]) for row in rows])
-        real = batch["labels"] != IGNORE
+        labels = np.array([row["labels"] for row in rows])
+        is_number = np.issubdtype(labels.dtype, np.floating)
+        batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))
+        real = labelled(batch["labels"])
         batch[COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
+        if WEIGHTS in rows[0]:
+            batch[WEIGHTS] = torch.tensor([float(row[WEIGHTS]) for row in rows]) * real
         return batch

@@ -3,24 +3,90 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+_PIECE = 16 << 20
+"""Bytes of a batch in a file: many small ones would cost memory for each when the file is mapped."""
+
+
+class ColumnWriter:
+    """Writes batches as an Arrow stream while they are made; a file without a batch is empty.
+
+    `fingerprint` is a hash of the numbers, whatever batches they came in, and `largest` the greatest of `input_ids`.
+    """
+
+    def __init__(self, path: Path, piece: int = _PIECE) -> None:
+        """Batches are joined to one of `piece` bytes; 0 writes them as they come."""
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._piece, self._waiting, self._size = piece, list[pa.RecordBatch](), 0
+        self._hashes: dict[tuple[str, int], Any] = {}
+        self.rows, self.largest = 0, -1
+
+    def __enter__(self) -> ColumnWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._waiting and error[0] is None:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+        self._sink.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows; their columns are those of the first batch."""
+        if self._writer is None:
+            self._writer = pa.ipc.new_stream(self._sink, batch.schema)
+            self._schema = batch.schema
+        batch = batch if batch.schema == self._schema else batch.cast(self._schema)
+        self._hash(batch)
+        self.rows += len(batch)
+        self._waiting.append(batch)
+        self._size += batch.nbytes
+        if self._size >= self._piece:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._writer is not None
+        for batch in pa.Table.from_batches(self._waiting).combine_chunks().to_batches():
+            self._writer.write_batch(batch)
+        self._waiting, self._size = [], 0
+
+    def _hash(self, batch: pa.RecordBatch) -> None:
+        for name, array in zip(batch.schema.names, batch.columns, strict=True):
+            if not Column.reads(array.type):
+                continue
+            depth = 0
+            while pa.types.is_list(array.type):
+                self._hashes.setdefault((name, depth), hashlib.sha256()).update(np.diff(view(array.offsets)))
+                array, depth = array.flatten(), depth + 1
+            numbers = view(array)
+            self._hashes.setdefault((name, depth), hashlib.sha256()).update(np.ascontiguousarray(numbers))
+            if name == "input_ids":
+                self.largest = max(self.largest, int(numbers.max(initial=-1)))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the numbers and of the lengths of their lists, column by column."""
+        parts = (f"{name} {depth} {hashed.hexdigest()}" for (name, depth), hashed in sorted(self._hashes.items()))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
 
 def write_columns(path: Path, batches: Iterable[dict[str, list]]) -> None:
-    """Write batches of columns as an Arrow stream, numbers in 32 bits; without a batch the file is empty."""
-    writer = None
-    with pa.OSFile(str(path), "wb") as sink:
+    """Write batches of columns as an Arrow stream; without a batch the file is empty."""
+    with ColumnWriter(path) as writer:
         for batch in batches:
-            table = pa.RecordBatch.from_pydict({name: _array(values) for name, values in batch.items()})
-            writer = writer or pa.ipc.new_stream(sink, table.schema)
-            writer.write_batch(table)
-        if writer is not None:
-            writer.close()
+            writer.write(record_batch(batch))
+
+
+def record_batch(columns: dict[str, list]) -> pa.RecordBatch:
+    """Columns as Arrow arrays, numbers in 32 bits; empty lists get the type that the column has elsewhere."""
+    return pa.RecordBatch.from_pydict({name: _array(name, values) for name, values in columns.items()})
 
 
 def read_columns(path: Path) -> pa.Table:
@@ -28,15 +94,11 @@ def read_columns(path: Path) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def fingerprint_columns(path: Path) -> str:
-    """A hash of the numbers in an Arrow stream."""
-    hashed, table = hashlib.sha256(), read_columns(path)
-    for name in table.column_names:
-        if Column.reads(table.schema.field(name).type):
-            for chunk in table.column(name).chunks:
-                for buffer in chunk.buffers():
-                    hashed.update(buffer or b"")
-    return hashed.hexdigest()[:16]
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow stream, read one after another: no more than one is in memory."""
+    if path.stat().st_size:
+        with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            yield from reader
 
 
 def first_beyond(path: Path, name: str, limit: int) -> tuple[int, int] | None:
@@ -54,15 +116,17 @@ def first_beyond(path: Path, name: str, limit: int) -> tuple[int, int] | None:
     return None
 
 
-def _array(values: list) -> pa.Array:
+def _array(name: str, values: list) -> pa.Array:
     array = pa.array(values)
     kind, depth = array.type, 0
     while pa.types.is_list(kind):
         kind, depth = kind.value_type, depth + 1
     if pa.types.is_int64(kind):
         small = pa.int32()
-    elif pa.types.is_float64(kind) or (depth and pa.types.is_null(kind)):
-        small = pa.float32()  # lists without a number in this batch are weights, which other batches may have
+    elif depth and pa.types.is_null(kind):  # only empty lists here; other batches may have numbers
+        small = pa.float32() if name == "weights" else pa.int32()
+    elif depth and pa.types.is_float64(kind):
+        small = pa.float32()
     else:
         return array
     for _ in range(depth):
@@ -88,20 +152,24 @@ class Column:
         chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.chunks[chunk][row - self.starts[chunk]]
 
+    def numbers(self) -> list[np.ndarray]:
+        """All numbers, chunk by chunk and flattened over every level of lists."""
+        return [chunk.numbers() for chunk in self.chunks]
+
     def lengths(self) -> np.ndarray:
         """Numbers in each row; of a list of lists those of its longest."""
         return np.concatenate([chunk.lengths() for chunk in self.chunks])
 
 
-def _view(numbers: pa.Array) -> np.ndarray:
+def view(numbers: pa.Array) -> np.ndarray:
     """The numbers where they lie; to_numpy gives the same, but imports pandas first, which takes half a second."""
     return np.from_dlpack(numbers) if len(numbers) else np.empty(0, np.int32)
 
 
 class _Chunk:
     def __init__(self, array: pa.Array) -> None:
-        self.offsets = _view(array.offsets) if pa.types.is_list(array.type) else None
-        self.inner = _Chunk(array.values) if pa.types.is_list(array.type) else _view(array)
+        self.offsets = view(array.offsets) if pa.types.is_list(array.type) else None
+        self.inner = _Chunk(array.values) if pa.types.is_list(array.type) else view(array)
 
     def __getitem__(self, row: int) -> Any:
         if self.offsets is None:

@@ -23,6 +23,7 @@ class EncodeOptions:
 
     max_length: int
     prompt_style: str
+    problem_type: str = "auto"
     reasoning: str = "keep"
 
 

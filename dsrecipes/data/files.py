@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsrecipes.data.json_stream import JsonStream
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
@@ -24,6 +25,12 @@ from dsrecipes.find import parse_json
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _PIECE = 4096
+_PARQUET_ROWS = 1024
+"""Rows that are Python objects at a time."""
+_BIG, _GZIP = 64 << 20, 8
+"""Bytes from which JSON is read in pieces, and how much a gzip file is taken to unpack to."""
+_LONG = 1 << 24
+"""Characters of a line above which a big .json file is not taken for JSON lines."""
 _MOST_TIMES, _MOST_UNPACKED = 200, 64 << 20
 """A gzip file may unpack to so many times its size, and so many bytes: text packs to a tenth, zeros to a thousandth."""
 _MARKS = {
@@ -190,6 +197,9 @@ def _likely_encoding(sample: bytes) -> str:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    if path.stat().st_size * (_GZIP if path.name.endswith(".gz") else 1) >= _BIG:
+        yield from _big_json(path)
+        return
     with _open(path) as file:
         text = file.read()
     try:
@@ -205,6 +215,50 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: expected a list of rows, found {_kind(rows)}")
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+
+
+def _big_json(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a file that would fill the memory: a list, {"data": a list}, or JSON lines."""
+    with _open(path) as file:
+        first = next((line for line in iter(lambda: file.readline(_LONG), "") if line.strip()), "")
+        lines = len(first) < _LONG and _is_json(first) and file.read(_PIECE).strip()
+    if lines:
+        yield from _jsonl(path)
+        return
+    with _open(path) as file:
+        stream = JsonStream(file, str(path))
+        for values in _row_lists(stream, str(path)):
+            for number, row in enumerate(values, 1):
+                yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+        stream.end()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _row_lists(stream: JsonStream, where: str) -> Iterator[Iterator[Any]]:
+    """The list that holds a JSON text's rows."""
+    if stream.peek() == "[":
+        yield stream.items()
+        return
+    if stream.peek() != "{":
+        raise UserError(f"{where}: expected a list of rows, found {_kind(stream.value())}")
+    found = False
+    for key in stream.keys():  # noqa: SIM118 (no mapping)
+        if key == "data" and stream.peek() == "[":
+            if found:
+                raise UserError(f"{where}: key 'data' is written twice")
+            found = True
+            yield stream.items()
+        else:
+            stream.value()
+    if not found:
+        raise UserError(f"{where}: expected a list of rows, found an object")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -228,7 +282,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         number = 0
         source = io.BytesIO(_bytes(path).read()) if path.name.endswith(".gz") else path
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(_PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row

@@ -21,28 +21,21 @@ def origins_path(rows: Path) -> Path:
     return rows.with_suffix(".rows")
 
 
-class Origins:
-    """Places of the rows that a split keeps, as they are written: a number in 4 bytes, a file's name once."""
+ORIGIN = pa.schema({"source": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64(), "tokens": pa.int32()})
+"""A sequence's file, its row's number in it, and its tokens; each batch has the names of its own files once."""
 
-    def __init__(self) -> None:
-        self.sources: dict[str, int] = {}
-        self.source, self.number, self.tokens = array("i"), array("q"), array("q")
 
-    def add(self, where: str, tokens: int) -> None:
-        """A kept row's place (`FILE, line 7`) and its tokens."""
+def origins(places: Iterable[str], tokens: Iterable[int]) -> pa.RecordBatch:
+    """Sequences' places (`FILE, line 7`) and tokens, as written beside them."""
+    sources, indices, numbers = dict[str, int](), array("i"), array("q")
+    for where in places:
         source, _, number = where.rpartition(" ")
         if not number.isdecimal():
             source, number = where, "0"
-        self.source.append(self.sources.setdefault(source, len(self.sources)))
-        self.number.append(int(number))
-        self.tokens.append(tokens)
-
-    def write(self, path: Path) -> None:
-        """Write them as an Arrow stream."""
-        names = pa.DictionaryArray.from_arrays(pa.array(self.source, pa.int32()), pa.array(list(self.sources), pa.string()))
-        table = pa.table({"source": names, "number": pa.array(self.number), "tokens": pa.array(self.tokens)})
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        indices.append(sources.setdefault(source, len(sources)))
+        numbers.append(int(number))
+    names = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(list(sources), pa.string()))
+    return pa.record_batch([names, pa.array(numbers, pa.int64()), pa.array(tokens, pa.int32())], schema=ORIGIN)
 
 
 def places(path: Path, rows: Iterable[int], block: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -9,22 +10,26 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.columns import fingerprint_columns, write_columns
-from dsrecipes.data.encode import IGNORE, EncodeOptions
-from dsrecipes.data.files import Row, fingerprint
-from dsrecipes.data.origin import Origins, origins_path
-from dsrecipes.data.pack import blocks
-from dsrecipes.data.records import Chosen, Records, content_of, encode_group, hold_out
+from dsrecipes.data.chunk import Chunk, Encoding, groups
+from dsrecipes.data.columns import ColumnWriter, read_batches, view
+from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.data.files import Row, fingerprint, located
+from dsrecipes.data.origin import origins, origins_path
+from dsrecipes.data.pack import BlockCutter
+from dsrecipes.data.records import hold_out
+from dsrecipes.data.weights import WEIGHTS, other_weights
+from dsrecipes.data.workers import cores, in_order
 from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.console import Console
 
@@ -32,8 +37,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from dsrecipes.base import RecipeBase
-
-_BATCH = 512
 
 
 @dataclass
@@ -47,8 +50,14 @@ class SplitStats:
     supervised: int = 0
     tail: int = 0
     """Tokens of a last block shorter than max_length, not trained on."""
+    weighted: int = 0
+    """Rows that weigh other than 1, or have a turn that does."""
+    weight_range: list[float] = field(default_factory=list)
+    """Smallest and largest weight in those rows; empty without such rows."""
     fingerprint: str = ""
-    """Of the tokens and labels, in their order."""
+    """Of the tokens, labels and weights, in their order."""
+    largest_id: int | None = None
+    """The greatest token id; None where it is not known."""
     notes: dict[str, int] = field(default_factory=dict)
     """Lines for the header -> rows that they hold for."""
 
@@ -68,6 +77,10 @@ class Split:
         return Dataset.from_file(str(self.path))
 
 
+HoldOut = Callable[[np.ndarray, float, int], np.ndarray]
+"""(keys, share, seed) -> which records are held out."""
+
+
 def cache_root() -> Path:
     """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("DSRECIPES_CACHE")
@@ -84,8 +97,14 @@ def prepare(
     seed: int,
     skip_bad_rows: bool,
     console: Console,
+    workers: int | None = None,
+    hold_out: HoldOut = hold_out,
 ) -> dict[str, Split]:
     """Format, encode and write each split, or find it in the cache.
+
+    Args:
+        hold_out: chooses the held-out records by their keys, the share and the seed.
+        workers: processes that format and encode; None: one for each core, and none for few rows. The result is the same.
 
     Raises:
         UserError: a row at fault (with its place), no rows, or no row with a token to train on.
@@ -93,14 +112,16 @@ def prepare(
     known = [name for name in ("train", "validation", "test") if name in splits]
     splits = {name: list(splits[name]) if isinstance(splits[name], Iterator) else splits[name] for name in known}
     held_out = validation_split if "validation" not in splits else 0.0
-    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows)
+    key = _cache_key(recipe, splits, tokenizer, options, held_out, seed if held_out else 0, skip_bad_rows, hold_out.__name__)
     folder = cache_root() / "data" / key
     if not (folder / "stats.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _let_rank_zero_begin(folder)
         with FileLock(f"{folder}.lock"):
             if not (folder / "stats.json").is_file():
-                _write_splits(folder, recipe, splits, tokenizer, options, held_out, seed, skip_bad_rows, console)
+                encoding = Encoding(recipe, tokenizer, options, skip_bad_rows)
+                choose = partial(hold_out, share=held_out, seed=seed) if held_out else None
+                _write_splits(folder, splits, encoding, choose, workers or cores(), console)
     return _read_splits(folder)
 
 
@@ -142,13 +163,10 @@ def _let_rank_zero_begin(folder: Path) -> None:
 
 def _write_splits(
     folder: Path,
-    recipe: type[RecipeBase],
     splits: dict[str, Iterable[Row]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: EncodeOptions,
-    held_out: float,
-    seed: int,
-    skip_bad_rows: bool,
+    encoding: Encoding,
+    choose: Callable[[np.ndarray], np.ndarray] | None,
+    workers: int,
     console: Console,
 ) -> None:
     scratch = folder.with_suffix(".partial")
@@ -156,21 +174,135 @@ def _write_splits(
     scratch.mkdir(parents=True)
     stats = {}
     for name, rows in splits.items():
-        records = Records(recipe.format_row, rows, skip_bad_rows)
-        parts: dict[str, Callable[[int], bool]] = {name: lambda _: True}
-        if name == "train" and held_out:
-            out = hold_out([content_of(record) for _, record in records], held_out, seed)
-            if out:
-                parts = {"train": lambda i, out=out: i not in out, "validation": lambda i, out=out: i in out}
-        for part, wanted in parts.items():
-            chosen = Chosen(records, wanted)
-            stats[part] = _write(scratch / f"{part}.arrow", recipe, chosen, tokenizer, options, console, part)
-            if part == name:  # rows held out of it are no rows of another file
-                stats[part].dropped = {**records.dropped, **stats[part].dropped}
+        keyed = choose is not None and name == "train"
+        chunks = in_order(replace(encoding, keyed=keyed), groups(located(rows)), workers)
+        with console.progress(f"tokenizing {name}", unit=" rows") as bar:
+            chunks = _counted(chunks, bar.update)
+            parts = _hold_out(chunks, scratch, choose) if keyed else ((name, chunk) for chunk in chunks)
+            stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
     _refuse_empty(stats)
-    (scratch / "stats.json").write_text(json.dumps({name: asdict(each) for name, each in stats.items()}))
+    paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
+    was_held_out = "validation" in stats and "validation" not in splits
+    for name, digest in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
+        stats[name].fingerprint = digest
+    (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
+
+
+def _counted(chunks: Iterable[Chunk], progress: Callable[[int], Any]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        progress(chunk.bad + chunk.records)
+        yield chunk
+
+
+def _hold_out(
+    chunks: Iterable[Chunk], scratch: Path, choose: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[str, Chunk]]:
+    """Chunks divided into train and validation, which can begin when all rows are known: until then they are on disk."""
+    keys, kept = [], []
+    path = scratch / "undivided.arrow"
+    with ColumnWriter(path, piece=0) as sequences, ColumnWriter(origins_path(path), piece=0) as places:
+        for chunk in chunks:
+            if chunk.sequences is not None and chunk.origins is not None:
+                sequences.write(chunk.sequences)
+                places.write(chunk.origins)
+            keys.append(chunk.keys)
+            kept.append(replace(chunk, sequences=None, origins=None, keys=keys[-1][:0]))
+    chosen = choose(np.concatenate(keys) if keys else np.empty(0, np.uint64))
+    keys.clear()
+    sequence_batches, place_batches = read_batches(path), read_batches(origins_path(path))
+    start = 0
+    for chunk in kept:
+        if len(chunk.record):
+            chunk = replace(chunk, sequences=next(sequence_batches), origins=next(place_batches))
+        validation = chosen[start : start + chunk.records]
+        start += chunk.records
+        yield "train", replace(chunk.of(~validation), bad=chunk.bad)
+        yield "validation", chunk.of(validation)
+    path.unlink()
+    origins_path(path).unlink()
+
+
+def _write(chunks: Iterable[tuple[str, Chunk]], folder: Path, encoding: Encoding, names: list[str]) -> dict[str, SplitStats]:
+    """Write each chunk into the file of its split."""
+    block = encoding.options.max_length if encoding.recipe.cut_into_blocks else None
+    with contextlib.ExitStack() as files:
+        parts = {name: files.enter_context(_SplitWriter(folder / f"{name}.arrow", block, name == "train")) for name in names}
+        for name, chunk in chunks:
+            parts[name].write(chunk)
+        # nothing was held out of one row: there is no validation split
+        return {name: part.finish() for name, part in parts.items() if name == names[0] or part.stats.rows}
+
+
+class _SplitWriter:
+    """Writes a split's tokens and places while they are made, and counts."""
+
+    def __init__(self, path: Path, block: int | None, training: bool) -> None:
+        """`block`: cut the tokens into blocks; of training rows a last shorter one is left out, unless it is all."""
+        self.stats, self.training = SplitStats(), training
+        self.cutter = BlockCutter(block) if block else None
+        self.columns, self.places = ColumnWriter(path), ColumnWriter(origins_path(path), piece=1 << 20)
+        self.places.write(origins([], []))
+
+    def __enter__(self) -> _SplitWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.columns.__exit__(*error)
+        self.places.__exit__(*error)
+
+    def write(self, chunk: Chunk) -> None:
+        """Add a chunk."""
+        stats = self.stats
+        stats.rows += chunk.records
+        for why, count in [("bad row", chunk.bad), *((why, len(rows)) for why, rows in chunk.dropped.items())]:
+            if count:
+                stats.dropped[why] = stats.dropped.get(why, 0) + count
+        for note, rows in chunk.notes.items():
+            if rows:
+                stats.notes[note] = stats.notes.get(note, 0) + len(rows)
+        if chunk.sequences is None or chunk.origins is None:
+            return
+        stats.kept += len(np.unique(chunk.record))
+        stats.tokens += int(view(chunk.origins.column("tokens")).sum())
+        stats.supervised += int(chunk.supervised.sum())
+        self._count_weights(chunk)
+        self.places.write(chunk.origins)
+        if self.cutter is None:
+            self.columns.write(chunk.sequences)
+        else:
+            self._write_blocks(self.cutter.cut(view(chunk.sequences.column("input_ids").flatten())))
+
+    def _count_weights(self, chunk: Chunk) -> None:
+        if chunk.sequences is None or WEIGHTS not in chunk.sequences.schema.names:
+            return
+        others, weights = other_weights(chunk.sequences.column(WEIGHTS))
+        if others.any():
+            self.stats.weighted += len(np.unique(chunk.record[others]))
+            numbers = [*self.stats.weight_range, float(weights.min()), float(weights.max())]
+            self.stats.weight_range = [min(numbers), max(numbers)]
+
+    def _write_blocks(self, blocks: np.ndarray) -> None:
+        if blocks.size:
+            offsets = np.arange(0, blocks.size + 1, blocks.shape[1], dtype=np.int32)
+            ids = pa.ListArray.from_arrays(offsets, blocks.ravel())
+            self.columns.write(pa.record_batch({"input_ids": ids, "labels": ids}))
+
+    def finish(self) -> SplitStats:
+        """What was written; nothing can be added."""
+        stats = self.stats
+        if self.cutter is not None:
+            rest = self.cutter.rest
+            if len(rest) == 1 or (self.training and self.columns.rows):
+                stats.tail = len(rest)
+            else:
+                self._write_blocks(rest[None])
+            stats.supervised = stats.tokens - stats.tail
+            stats.kept = stats.kept if self.columns.rows else 0
+        stats.fingerprint = self.columns.fingerprint if stats.kept else ""
+        stats.largest_id = self.columns.largest
+        return stats
 
 
 def _read_splits(folder: Path) -> dict[str, Split]:
@@ -178,110 +310,8 @@ def _read_splits(folder: Path) -> dict[str, Split]:
     return {name: Split(folder / f"{name}.arrow", SplitStats(**each)) for name, each in stats.items() if each["kept"]}
 
 
-def _write(
-    path: Path,
-    recipe: type[RecipeBase],
-    records: Chosen,
-    tokenizer: PreTrainedTokenizerBase,
-    options: EncodeOptions,
-    console: Console,
-    split: str,
-) -> SplitStats:
-    stats, origins = SplitStats(), Origins()
-    with console.progress(f"tokenizing {split}", unit=" rows") as bar:
-        encoded = _encoded(recipe, records, tokenizer, options, stats, origins, bar.update)
-        write_columns(
-            path, _blocked(encoded, options.max_length, stats, split == "train") if recipe.cut_into_blocks else encoded
-        )
-    stats.fingerprint = fingerprint_columns(path) if stats.kept else ""
-    origins.write(origins_path(path))
-    return stats
-
-
-def _encoded(
-    recipe: type[RecipeBase],
-    records: Chosen,
-    tokenizer: PreTrainedTokenizerBase,
-    options: EncodeOptions,
-    stats: SplitStats,
-    origins: Origins,
-    progress: Callable[[int], Any],
-) -> Iterator[dict[str, list]]:
-    """Batches of encoded rows that have a token to train on and are not too long."""
-    dropped: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    for group in _batches(records, _BATCH):
-        rows = len(group)
-        batch, group = encode_group(recipe, group, tokenizer, options, records.skip_bad_rows)
-        dropped["unencodable row"] += rows - len(group)
-        notes.update(batch.pop("notes", ()))
-        records = batch.pop("record", range(len(group)))
-        keep = []
-        for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-            length = _length(ids)
-            supervised = _supervised(labels) if isinstance(labels, list) else 1
-            if length > options.max_length and not recipe.cut_into_blocks:
-                dropped[f"longer than {options.max_length} tokens"] += 1
-            elif not supervised and not recipe.cut_into_blocks:
-                dropped["nothing to learn from"] += 1
-            else:
-                keep.append(index)
-                tokens = _total(ids)
-                origins.add(group[records[index]][0], tokens)
-                stats.tokens += tokens
-                stats.supervised += supervised
-        stats.rows += rows
-        stats.kept += len(keep)
-        stats.dropped = {reason: count for reason, count in dropped.items() if count}
-        stats.notes = dict(notes)
-        progress(rows)
-        if keep:
-            yield {name: [values[index] for index in keep] for name, values in batch.items()}
-
-
-def _blocked(batches: Iterable[dict[str, list]], size: int, stats: SplitStats, equal: bool) -> Iterator[dict[str, list]]:
-    """Blocks of `size` tokens. Of training rows a last shorter block is left out and counted, unless it is all."""
-    streams = (ids for batch in batches for ids in batch["input_ids"])
-    wrote = False
-    for group in _batches(blocks(streams, size), _BATCH):
-        if len(group[-1]) < size and ((equal and (wrote or len(group) > 1)) or len(group[-1]) == 1):
-            stats.tail = len(group.pop())
-        if group:
-            wrote = True
-            yield {"input_ids": group, "labels": group}
-    stats.supervised = stats.tokens - stats.tail
-    stats.kept = stats.kept if wrote else 0
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _supervised(labels: list[int]) -> int:
-    """Labels that are learned; the first token is nobody's next one."""
-    return len(labels) - 1 - labels.count(IGNORE) + (labels[0] == IGNORE) if labels else 0
-
-
-def _length(ids: list) -> int:
-    return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)
-
-
-def _total(ids: list) -> int:
-    return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-
-
 def _refuse_empty(stats: dict[str, SplitStats]) -> None:
-    for name in ("train", *(name for name in stats if name != "train")):
-        split = stats.get(name)
-        if split is None:
-            raise UserError(f"the data set has no training rows (it has: {', '.join(stats) or 'nothing'})")
+    for name, split in stats.items():
         if split.kept:
             continue
         why = dropped_words(split.dropped)

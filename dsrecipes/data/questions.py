@@ -11,6 +11,7 @@ from typing import Any
 
 from dsrecipes.data.files import Row, located
 from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
+from dsrecipes.data.weights import row_weight
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path, user_path
 
@@ -39,10 +40,10 @@ UNGROUPED = "ungrouped"
 
 
 def question_record(row: Row) -> dict:
-    """{"question", "options" (four), "answer" (0 to 3), "subject"}; column names in any letter case.
+    """{"question", "options" (four), "answer" (0 to 3), "subject", and "weight" if given}; column names in any letter case.
 
     Raises:
-        ValueError: a field is missing or empty, or the answer is not one of the letters.
+        ValueError: a field is missing or empty, the answer is not one of the letters, or the weight is no number.
     """
     fields = {str(key).strip().lower(): value for key, value in row.items()}
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
@@ -56,6 +57,7 @@ def question_record(row: Row) -> dict:
         "options": options,
         "answer": LETTERS.index(letter),
         "subject": str(fields.get("subject", "")),
+        **row_weight(fields),
     }
 
 

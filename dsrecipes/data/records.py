@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import EncodeOptions
@@ -53,42 +55,55 @@ def bad_row(where: str, error: Exception) -> UserError:
     return UserError(f"{where}: {fault_of(error)}. Mend the row, or give --skip_bad_rows to drop such rows")
 
 
-class Chosen:
-    """The records whose number is wanted."""
-
-    def __init__(self, records: Records, wanted: Callable[[int], bool]) -> None:
-        self.records, self.wanted = records, wanted
-
-    @property
-    def skip_bad_rows(self) -> bool:
-        return self.records.skip_bad_rows
-
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        return (pair for index, pair in enumerate(self.records) if self.wanted(index))
+def content_of(record: dict) -> int:
+    """64 bits of a hash of the record without its weights: equal ones must not be on both sides of a split."""
+    text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])
 
 
-def content_of(record: dict) -> str:
-    """A hash of the record: equal ones must not stand on both sides of a split."""
-    return hashlib.md5(json.dumps(record, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
+def _without_weights(record: dict) -> dict:
+    """The record without `weight`, which a turn of a chat may have too."""
+    content = {name: value for name, value in record.items() if name != "weight"}
+    if isinstance(content.get("messages"), list):
+        content["messages"] = [
+            {name: value for name, value in turn.items() if name != "weight"} for turn in content["messages"]
+        ]
+    return content
 
 
-def hold_out(keys: list[str], share: float, seed: int) -> set[int]:
+def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Seeded choice of about `share` of the records for validation, equal ones (by key) on the same side.
 
+    Args:
+        keys: content_of of each record, in 64 bits: of millions of records two different ones seldom share a key, and
+            then only stay on the same side.
+
     Returns:
-        Indices of the chosen records; empty only where there are fewer than two different ones.
+        True for each chosen record; for none where there are fewer than two different ones.
     """
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    names = sorted(groups)
-    random.Random(seed).shuffle(names)
-    goal, chosen = max(1, round(share * len(keys))), set[int]()
-    for name in names[:-1]:
-        if len(chosen) >= goal:
-            break
-        chosen.update(groups[name])
-    return chosen
+    ordered = np.sort(keys)
+    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]).astype(np.int32)
+    if len(firsts) < 2:
+        return np.zeros(len(keys), bool)
+    order = array("i", range(len(firsts)))
+    random.Random(seed).shuffle(order)
+    shuffled = np.frombuffer(order, np.int32)[:-1]
+    sizes = np.diff(firsts, append=np.int32(len(keys)))[shuffled]
+    enough = int(np.searchsorted(np.cumsum(sizes), max(1, round(share * len(keys))))) + 1
+    chosen = np.sort(ordered[firsts[shuffled[:enough]]])
+    return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys
+
+
+def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Like hold_out, but each record is chosen by itself, so that equal ones of several data sets are on the same side.
+
+    The share is met on average. At least one record is held out, and one stays, where there are two different ones.
+    """
+    if not len(keys) or keys.min() == keys.max():
+        return np.zeros(len(keys), bool)
+    drawn = keys ^ np.uint64(random.Random(seed).getrandbits(64))
+    limit = np.clip(np.uint64(share * 2.0**64), drawn.min(), drawn.max() - np.uint64(1))
+    return drawn <= limit
 
 
 def encode_group(
@@ -97,23 +112,26 @@ def encode_group(
     tokenizer: PreTrainedTokenizerBase,
     options: EncodeOptions,
     skip_bad_rows: bool,
-) -> tuple[dict[str, list], list[tuple[str, dict]]]:
-    """Encode a group; where a row makes it fail, one by one, so that the row can be named or dropped."""
+) -> tuple[dict[str, list], list[int]]:
+    """Encode a group; where a row makes it fail, one by one, so that the row can be named or dropped.
+
+    Returns:
+        The columns, and the indices of the records that could be encoded.
+    """
     try:
-        return recipe.encode([record for _, record in group], tokenizer, options), group
+        return recipe.encode([record for _, record in group], tokenizer, options), list(range(len(group)))
     except (ValueError, TypeError) as failure:
         good = []
-        for where, record in group:
+        for index, (where, record) in enumerate(group):
             try:
                 recipe.encode([record], tokenizer, options)
             except (ValueError, TypeError) as error:
                 if not skip_bad_rows:
                     raise bad_row(where, error) from error
             else:
-                good.append((where, record))
+                good.append(index)
         if len(good) == len(group):
             raise failure  # no row is at fault: a bug in the recipe
-        return recipe.encode([record for _, record in good], tokenizer, options) if good else {
-            "input_ids": [],
-            "labels": [],
-        }, good
+        if not good:
+            return {"input_ids": [], "labels": []}, []
+        return recipe.encode([group[index][1] for index in good], tokenizer, options), good

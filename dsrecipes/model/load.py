@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
 from dsrecipes.adapter import CONFIG as ADAPTER_CONFIG
-from dsrecipes.adapter import adapter_folder, base_model
+from dsrecipes.adapter import adapter_folder, base_model, read_head
 from dsrecipes.config import ModelConfig
 from dsrecipes.data.columns import first_beyond
 from dsrecipes.data.origin import places
@@ -101,6 +101,9 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(name, **where)
     except damaged() as error:
         raise _explain(error, options) from error
+    folder = adapter_folder(options.model_name_or_path)
+    if folder is not None:
+        read_head(folder, config)
     table, task, same_head = _TASKS.get(auto_class, ("", "", False))
     if not table:
         return config
@@ -274,7 +277,8 @@ def check_splits(
         UserError: names the token, its id and the first row that holds it.
     """
     for name, split in splits.items():
-        beyond = first_beyond(split.path, "input_ids", rows) if rows else None
+        largest = split.stats.largest_id
+        beyond = first_beyond(split.path, "input_ids", rows) if rows and (largest is None or largest >= rows) else None
         if beyond is not None:
             row, number = beyond
             raise UserError(
@@ -370,13 +374,21 @@ def load_model(
 
         set_seed(seed)
         folder = adapter_folder(options.model_name_or_path)
-        heads = sorted({key.rpartition(".")[0] for key in missing})
+        heads = sorted({key.rpartition(".")[0] for key in missing} | _classification_head(model, auto_class))
         if folder is None:
             model = add_lora(model, options, heads, keep_dtype=deepspeed)
         else:
             model = load_lora(model, options, folder, keep_dtype=deepspeed)
     disable_cpu_packing(model)
     return model
+
+
+def _classification_head(model: PreTrainedModel, auto_class: str) -> set[str]:
+    """The layers of a classifier behind its body: trained whole beside an adapter, also where the checkpoint has them."""
+    if not auto_class.endswith("ForSequenceClassification"):
+        return set()
+    layers = model.named_children()
+    return {name for name, layer in layers if name != model.base_model_prefix and next(layer.parameters(), None) is not None}
 
 
 def _forget_unused_renames(model: PreTrainedModel) -> None:

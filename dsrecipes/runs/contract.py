@@ -41,16 +41,17 @@ def contract(story: RecipeBase) -> dict[str, Any]:
     Evaluating, logging and saving are no terms: they change no weight.
     """
     config, place = story.config, story.place
-    batch = place.micro * place.accumulation * place.ranks.world
     terms = {
         "recipe": config.layers.recipe.name,
         "code": _code(type(story)),
         "model": _digest(_settings(story.model_config.to_dict())),
         "weights": _weights(config, getattr(story.model_config, "_commit_hash", None)),
         "data": story.splits["train"].stats.fingerprint,
+        "mixture": _mixture(story),
         "max_length": config.data.max_length,
         "packing": config.data.packing,
-        "global_batch_size": batch,
+        "class_weights": config.data.class_weights or None,
+        "global_batch_size": place.batch,
         "max_steps": story.steps(),
         "precision": place.precision,
         **{key: place.engine[key] for key in ("optimizer", "scheduler") if key in place.engine},
@@ -58,6 +59,16 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         **{key: getattr(config.model, key) for key in _MODEL},
     }
     return json.loads(json.dumps(terms, default=lambda value: str(getattr(value, "value", value))))
+
+
+def _mixture(story: RecipeBase) -> str | None:
+    """How many rows of each source an epoch draws, in how many sequences; None where it takes all rows.
+
+    A longer run may have an epoch that packs worse, and so more sequences in all epochs.
+    """
+    data = story.sequences["train"]
+    rows = ", ".join(f"{name} {count}" for name, count in data.counts.items())
+    return f"{rows} in {len(data)} sequences" if rows else None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsrecipes.data.collate import COUNTS
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.runs.disk import checksum
 from dsrecipes.runs.folder import RunFolder
@@ -25,6 +26,8 @@ Batch = dict[str, torch.Tensor]
 _TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
 _DRAWN, _ROWS, _WIDTH, _KEPT = 16, 2, 64, 4
 """Length of drawn rows; number of training rows and their length; positions from the end whose logits are kept."""
+_NOT_INPUTS = ("labels", WEIGHTS, COUNTS)
+"""What of a batch the model is not given."""
 _FACTS = {
     "step": int, "auto_class": str, "precision": str, "dtype": str, "learned": bool, "tokenizer": dict, "weights": dict,
     "files": dict,
@@ -45,7 +48,7 @@ def _first_rows(trainer: RecipeTrainer, auto_class: str) -> Batch:
     if auto_class.endswith("ForCausalLM"):
         width = min(_WIDTH, *(len(item[0]["input_ids"]) for item in items))
         return {"input_ids": torch.tensor([item[0]["input_ids"][:width].tolist() for item in items])}
-    batch = {key: value for key, value in trainer.data_collator(items).items() if key not in ("labels", COUNTS)}
+    batch = {key: value for key, value in trainer.data_collator(items).items() if key not in _NOT_INPUTS}
     shape = batch["input_ids"].shape
     return {key: value[..., :_WIDTH] if value.shape == shape else value for key, value in batch.items()}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.collate import labelled
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def check_step(recipe: RecipeBase, trainer: RecipeTrainer) -> None:
     losses, size = values[: len(trainer.losses)], values[len(trainer.losses)] if norm is not None else None
     overflowed = recipe.place.precision == "fp16" and trainer.accelerator.optimizer_step_was_skipped
     mine = health(losses, size, overflowed)
+    if mine == Health.NO_LOSS and trainer.step_weight == 0:  # all rows of the step weigh 0
+        mine = Health.WELL
     (worst,) = trainer.keeping.orders.agree(mine)
     if worst != Health.WELL:
         raise UserError(_told(Health(int(worst)), mine, losses, recipe, trainer))
@@ -70,8 +72,8 @@ def _told(worst: Health, mine: Health, losses: list[float], recipe: RecipeBase, 
     data = trainer.train_dataset
     chosen = sum(batches, []) if micro is None else batches[micro]
     rows = [row for index in chosen for row in data.rows(index)]
-    labelled = any(bool((batch["labels"] != IGNORE).any()) for batch in trainer.batches)
-    found = trainer.keeping.orders.gathered((mine, micro, None if micro is None else losses[micro], rows, labelled))
+    has_labels = any(bool(labelled(batch["labels"]).any()) for batch in trainer.batches)
+    found = trainer.keeping.orders.gathered((mine, micro, None if micro is None else losses[micro], rows, has_labels))
     if worst == Health.BAD_LOSS:
         rank, (_, micro, loss, rows, _) = next((i, each) for i, each in enumerate(found) if each[0] == worst)
         what = f"the loss is {loss} on rank {rank} in micro batch {(micro or 0) + 1} of {len(losses)}"

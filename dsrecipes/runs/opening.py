@@ -60,7 +60,8 @@ def _refuse_own_inputs(path: Path, config: Config) -> None:
     """Refuse to delete a folder that holds what the run reads (UserError)."""
     layers = config.layers
     inputs = [
-        config.model.model_name_or_path, config.data.dataset, config.data.eval_dataset, config.train["deepspeed"],
+        config.model.model_name_or_path, *(source.path for source in (*config.data.sources, *config.data.eval_sources)),
+        config.train["deepspeed"],
         layers.recipe.module, *(layer.origin for layer in layers.layers),
     ]  # fmt: skip
     for name in inputs:

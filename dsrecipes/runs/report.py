@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.mixture import MixedSplit
 from dsrecipes.data.prepare import dropped_words
 from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
@@ -51,6 +53,7 @@ _PACKAGES = (
     "numpy",
 )
 _NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
+_PATHS = ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
 _SECRETS = ("token", "key", "secret", "password")
 
 
@@ -65,9 +68,12 @@ def loading(model: ModelConfig) -> str:
     return _line("loading", name, note or ("random weights" if model.from_scratch else ""))
 
 
-def _about(name: str, stats: SplitStats, sequences: int) -> str:
+def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
     share = f"{stats.supervised / stats.tokens:.0%} trained on" if stats.supervised > stats.kept else ""
-    parts = [f"{name}: {plural(stats.kept, 'row')} in {plural(sequences, 'sequence')}", plural(stats.tokens, "token"), share]
+    rows = plural(stats.kept, "row")
+    if sequences.counts:
+        rows = f"{sum(sequences.counts.values()):,} of {rows} an epoch"
+    parts = [f"{name}: {rows} in {plural(len(sequences), 'sequence')}", plural(stats.tokens, "token"), share]
     if stats.tail:
         parts.append(f"last {plural(stats.tail, 'token')} left over")
     if stats.dropped:
@@ -75,21 +81,68 @@ def _about(name: str, stats: SplitStats, sequences: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[str, int], trainer: RecipeTrainer) -> str:
+def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
+    """What the header says about weights in the loss; nothing where there are none."""
+    parts = []
+    for name, split in splits.items():
+        if stats := split.stats.weighted and split.stats:
+            low, high = stats.weight_range
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            where = "" if name == "train" else f" of {name}"
+            parts.append(f"{stats.weighted:,} of {plural(stats.kept, 'row')}{where} weigh other than 1 ({span})")
+    if class_weights is not None:
+        parts.append(f"classes {', '.join(f'{names[index]} {weight:.4g}' for index, weight in enumerate(class_weights))}")
+    return [_line("weights", *parts, "losses are weighted means, evaluation too")] if parts else []
+
+
+def _sources(split: Split | MixedSplit, sequences: Sequences) -> dict[str, dict[str, Any]]:
+    """By source of a split: what became of its rows, and what of them an epoch has; empty where there is one data set."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, part in split.parts.items() if isinstance(split, MixedSplit) else ():
+        available = len(sequences.parts[name].row_lengths())
+        drawn = sequences.counts.get(name, available)
+        tokens = round(part.stats.tokens * drawn / available)  # the mean of many epochs
+        result[name] = asdict(part.stats) | {"rows_an_epoch": drawn, "tokens_an_epoch": tokens}
+    return result
+
+
+def _source_lines(split: Split | MixedSplit, sequences: Sequences, config: Config) -> list[str]:
+    """A line for each source of a split."""
+    shares = {source.name: source.share for source in config.data.sources} if sequences.counts else {}
+    lines = []
+    for name, facts in _sources(split, sequences).items():
+        kept, drawn = len(sequences.parts[name].row_lengths()), facts["rows_an_epoch"]
+        parts = [f"{name}: {plural(kept, 'row')}, {plural(facts['tokens'], 'token')}"]
+        if sequences.counts:
+            share = f" ({shares[name]})" if shares[name] else ""
+            epoch = f"{plural(drawn, 'row')} and about {plural(facts['tokens_an_epoch'], 'token')} an epoch{share}"
+            parts += [epoch, *([f"each row {drawn / kept:.3g} times"] if drawn > kept else [])]
+        lines.append(_line("", *parts))
+    return lines
+
+
+def header(
+    config: Config,
+    place: Place,
+    splits: dict[str, Split | MixedSplit],
+    sequences: dict[str, Sequences],
+    trainer: RecipeTrainer,
+) -> str:
     """Model, data, batch, ranks, engine and precision, as they came to be."""
     from dsrecipes.model.load import count_parameters
 
     trained, frozen = count_parameters(trainer.model)
     steps, per_epoch = (
         trainer.state.max_steps,
-        math.ceil(sizes["train"] / (place.micro * place.accumulation * place.ranks.world)),
+        math.ceil(len(sequences["train"]) / place.batch),
     )
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
-        *(_line("data" if i == 0 else "", _about(name, split.stats, sizes[name])) for i, (name, split) in enumerate(splits.items())),
+        *_data_lines(config, splits, sequences),
+        *_weights(splits, trainer.train_dataset.class_weights, trainer.model.config.id2label),
         _line(
             "batch",
-            f"{plural(place.micro * place.accumulation * place.ranks.world, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
+            f"{plural(place.batch, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
             f"{plural(steps, 'step')} ({plural(steps / per_epoch, 'epoch')})",
         ),
         _line(
@@ -110,17 +163,28 @@ def header(config: Config, place: Place, splits: dict[str, Split], sizes: dict[s
     return "\n".join(lines if config.train["dry_run"] else [*lines, _line("folder", trainer.args.output_dir)])
 
 
+def _data_lines(config: Config, splits: dict[str, Split | MixedSplit], sequences: dict[str, Sequences]) -> Iterator[str]:
+    for index, (name, split) in enumerate(splits.items()):
+        yield _line("data" if index == 0 else "", _about(name, split.stats, sequences[name]))
+        yield from _source_lines(split, sequences[name], config)
+
+
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
     row = trainer.train_dataset[0][0]
-    if row["labels"].ndim == 0:
+    if not trainer.causal:
         texts = (
             [tokenizer.decode(ids) for ids in row["input_ids"]]
             if row["input_ids"].dtype == object or row["input_ids"].ndim > 1
             else [tokenizer.decode(row["input_ids"])]
         )
         return "\n".join(
-            ["first example:", *texts, f"label: {int(row['labels'])}", "dry run: nothing was trained or written"]
+            [
+                "first example:",
+                *texts,
+                f"label: {_label(row['labels'], trainer.model.config)}",
+                "dry run: nothing was trained or written",
+            ]
         )
     pieces, start = [], 0
     trained = row["labels"] != IGNORE
@@ -132,6 +196,15 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
     return "first example (⟦trained on⟧):\n" + "".join(pieces) + "\ndry run: nothing was trained or written"
 
 
+def _label(label: np.ndarray, config: PretrainedConfig) -> str:
+    """A label in words: the name of its class where the model's classes have names, or a number."""
+    if np.issubdtype(label.dtype, np.integer):
+        return config.id2label[int(label)] if config.problem_type else str(int(label))
+    if label.ndim == 0:
+        return f"{label:g}"
+    return ", ".join(config.id2label[index] for index in np.flatnonzero(label).tolist()) or "none"
+
+
 def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
     """Result, where things are, the next commands."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
@@ -140,14 +213,19 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         ("eval_loss", "validation loss"),
         ("eval_perplexity", "perplexity"),
         ("eval_accuracy", "accuracy"),
+        ("eval_macro_f1", "macro-F1"),
+        ("eval_pearson", "Pearson"),
         ("test_loss", "test loss"),
         ("test_accuracy", "test accuracy"),
+        ("test_macro_f1", "test macro-F1"),
+        ("test_pearson", "test Pearson"),
     ):
         if key in figures:
             guess = figures.get(f"{key}_majority")
             shown.append(
                 f"{words} {figures[key]:.4g}" + (f" (always the commonest answer: {guess:.4g})" if guess is not None else "")
             )
+    shown += _losses_by_source(config, figures)
     path = folder.path
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
@@ -159,6 +237,16 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
         _line("", f"{_command('dsrecipes')} train --config {folder.config}   (the same again)"),
     ]
     return "\n".join(lines)
+
+
+def _losses_by_source(config: Config, figures: dict[str, float]) -> list[str]:
+    sources = config.data.eval_sources or config.data.sources
+    losses = {
+        source.name: figures[f"eval_{source.name}_loss"] for source in sources if f"eval_{source.name}_loss" in figures
+    }
+    return (
+        [f"validation loss by source: {', '.join(f'{name} {loss:.4g}' for name, loss in losses.items())}"] if losses else []
+    )
 
 
 def verified(facts: dict[str, Any]) -> str:
@@ -193,8 +281,7 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
         if key in idle and key not in config.own:
             continue  # the recipe sets it again; in a file of the user's it would be noted as without effect
         if key not in (*_NOT_REPEATED, *by_json) and not any(secret in key.split("_") for secret in _SECRETS):
-            local = isinstance(value, str) and key in ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
-            values[key] = str(Path(value).expanduser().absolute()) if local and Path(value).expanduser().exists() else value
+            values[key] = _absolute(value) if key in _PATHS else value
     values |= dict.fromkeys(config.layers.removed() - set(_NOT_REPEATED))
     text = f"# {config.layers.recipe.name}: the same again\n#   dsrecipes train --config {folder.config}\n"
     write_whole(folder.config, text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -213,6 +300,16 @@ def write_start(folder: RunFolder, config: Config, place: Place) -> None:
     write_whole(folder.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
+def _absolute(value: Any) -> Any:
+    """A path that is there, or those of several data sets, independent of the working directory; other values as they are."""
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _absolute(value["path"])}
+    is_path = isinstance(value, str) and Path(value).expanduser().exists()
+    return str(Path(value).expanduser().absolute()) if is_path else value
+
+
 def _plain(value: Any) -> Any:
     """Enumerations as their values, which YAML can hold."""
     if isinstance(value, list):
@@ -220,13 +317,15 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def write_data(folder: RunFolder, splits: dict[str, Split], sequences: dict[str, Sequences]) -> None:
+def write_data(folder: RunFolder, splits: dict[str, Split | MixedSplit], sequences: dict[str, Sequences]) -> None:
     """data.json: what became of each split's rows, and a histogram of their lengths in tokens."""
     told = {}
     for name, split in splits.items():
-        counts, edges = np.histogram(sequences[name].columns["input_ids"].lengths(), bins=24)
+        counts, edges = np.histogram(sequences[name].row_lengths(), bins=24)
         lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
         told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
+        if sources := _sources(split, sequences[name]):
+            told[name]["sources"] = sources
     write_whole(folder.data, json.dumps(told, ensure_ascii=False) + "\n")
 
 

@@ -40,7 +40,9 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
         UserError: the recipe's model does not write text.
     """
     if not run.recipe.auto_class.endswith("ForCausalLM"):
-        raise UserError(f"{run.folder.path}: this model does not write text; it answers questions with four options")
+        is_classifier = run.recipe.auto_class.endswith("ForSequenceClassification")
+        does = "gives a text its label" if is_classifier else "answers questions with four options"
+        raise UserError(f"{run.folder.path}: this model does not write text; it {does}")
     from dsrecipes.model.load import check_ids
 
     asked, answered = _with_answer(row, run.reasons)

@@ -22,7 +22,11 @@ _PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForSequenceCl
 
 
 def _name(value: Any) -> Any:
-    """A path of this machine as its last part; anything else as it is."""
+    """A path of this machine as its last part, inside lists and mappings too; anything else as it is."""
+    if isinstance(value, list):
+        return [_name(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _name(item) for key, item in value.items()}
     if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "."))):
         return Path(value).name
     return value
@@ -45,13 +49,17 @@ def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
         f"{_MERGED[result['merged']]} Weights: {result['dtype']}.",
         f"## Load it\n\n```python\n{_code(auto)}\n```",
         *_prompt(run),
-        f"## Data\n\n`{_name(run.config.data.dataset)}`, at most {run.config.data.max_length} tokens a row.",
+        f"## Data\n\n{_datasets(run)}, at most {run.config.data.max_length} tokens a row.",
         f"## Figures\n\n{_figures(run)}",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}```",
         f"## Check\n\nThe largest difference of its logits from those of the run, on fixed random ids and computed in "
         f"float32: {result['largest_difference']:.2g}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _datasets(run: FinishedRun) -> str:
+    return ", ".join(f"`{_name(source.path)}`" for source in run.config.data.sources)
 
 
 def _code(auto: str) -> str:

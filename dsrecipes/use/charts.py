@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dsrecipes.use.recorded import RecordedRun, is_number
+from dsrecipes.use.recorded import RecordedRun, as_mapping, is_number
 
 _CURVES = {
     "loss": {"loss": "train", "eval_loss": "validation"},
@@ -61,6 +61,8 @@ def curves(runs: list[RecordedRun]) -> list[Chart]:
     charts = []
     for name, parts in _CURVES.items():
         series, gaps = [], 0
+        if name == "loss":
+            parts = parts | _losses_by_source(runs)
         for number, run in enumerate(runs):
             for key, part in parts.items():
                 points = [(line["step"], line[key]) for line in run.log if line.get(key) is not None]
@@ -72,6 +74,12 @@ def curves(runs: list[RecordedRun]) -> list[Chart]:
         if series:
             charts.append(Chart(name, "line", series, gaps))
     return charts
+
+
+def _losses_by_source(runs: list[RecordedRun]) -> dict[str, str]:
+    """Keys of the validation losses of single data sets -> the name of the data set."""
+    names = _in_order(name for run in runs for name in as_mapping(run.splits.get("validation", {}).get("sources")))
+    return {f"eval_{name}_loss": name for name in names}
 
 
 def thin(points: list[tuple[float, float | None]], limit: int) -> list[tuple[float, float | None]]:

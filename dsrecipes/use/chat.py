@@ -39,7 +39,8 @@ def chat(
     """Say `turns` one after the other; the conversation as messages, {"role", "content"}.
 
     Of a multiple-choice run each turn is a question and four options with tabs between, and what is returned are
-    {"question", "options", "answer", "probabilities"}.
+    {"question", "options", "answer", "probabilities"}. Of a classifier each turn is a text (two with a tab between), and what
+    is returned are {"text", "predicted", "probabilities"}, or {"text", "value"} of a number.
 
     Args:
         run: a run folder's path, `last`, or an opened run.
@@ -96,6 +97,12 @@ def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, syst
                 f"{run.folder.path}: this model chooses among four options; it takes no system text and no sampling"
             )
         return QuestionSession(run, speakers, terminal)
+    if run.recipe.auto_class.endswith("ForSequenceClassification"):
+        from dsrecipes.use.labels import LabelSession
+
+        if system or settings.keys() - {"max_new_tokens"}:
+            raise UserError(f"{run.folder.path}: this model gives a text its label; it takes no system text and no sampling")
+        return LabelSession(run, speakers, terminal)
     from dsrecipes.use.session import TextSession
 
     return TextSession(run, speakers, terminal, system, settings)
@@ -168,6 +175,8 @@ def main(argv: list[str]) -> int:
 def _web(run: FinishedRun, flags: argparse.Namespace, settings: Json) -> int:
     from dsrecipes.use.web import import_gradio, serve
 
+    if run.recipe.auto_class.endswith("ForSequenceClassification"):
+        raise UserError("--web: the page is for models that write or answer questions; a classifier has the terminal alone")
     import_gradio()  # told before the model is loaded
     recipe = run.config.layers.recipe.name
     print(f"{run.folder.path} · {recipe} · loading", flush=True)

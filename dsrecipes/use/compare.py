@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
 
 Json = dict[str, Any]
-_FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact_match")}
+_FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact_match"), "labels": ("loss",)}
 """What is compared in each task: a key of its items."""
 
 
@@ -96,10 +96,11 @@ def _difference(first: list[Json], second: list[Json], name: str, seed: int) -> 
     """The mean of each, the difference, and where 95% of the bootstrap's differences lie."""
     import numpy as np
 
+    from dsrecipes.use.measure import weight_of
     from dsrecipes.use.statistics import paired_interval
 
     values = [np.array([item[name] for item in items]) for items in (first, second)]
-    weights = np.array([item["tokens"] if name == "loss" else 1 for item in first])
+    weights = np.array([weight_of(item) if name == "loss" else 1 for item in first])
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)
     means = [float(each.sum() / weights.sum()) for each in values]
     return {

@@ -1,4 +1,4 @@
-"""A finished run measured: dsrecipes evaluate RUN [--dataset D] [--task loss|choices|answers] [--base].
+"""A finished run measured: dsrecipes evaluate RUN [--dataset D] [--task loss|choices|answers|labels] [--base].
 
 dsrecipes evaluate last
 dsrecipes evaluate last --dataset exam --num_fewshot 5
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, plural
+from dsrecipes.sources import paths_of
 from dsrecipes.use.device import add_device, memory_errors
 from dsrecipes.use.finished import CommandParser, FinishedRun, check_out, open_run
 from dsrecipes.use.log_likelihood import FORMS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from dsrecipes.use.rows import Item
 
 Json = dict[str, Any]
-TASKS = ("loss", "choices", "answers")
+TASKS = ("loss", "choices", "answers", "labels")
 
 
 @memory_errors("a smaller --batch_size")
@@ -48,7 +49,7 @@ def evaluate(
         dataset: a file, folder or hub name; the run's own data where it is not given.
         split: test, validation or train; the first of these that is there.
         base: measure the model as it was before the run.
-        task: loss, choices or answers; what the recipe trains where it is not given.
+        task: loss, choices, answers or labels; what the recipe trains where it is not given.
         skip_bad_rows: leave out rows of `dataset` that cannot be read.
         console: shows progress; none where it is not given.
         device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
@@ -96,18 +97,26 @@ class Evaluation:
         return self.run.recipe.auto_class.endswith("ForCausalLM")
 
     def _fitting(self) -> str:
-        return "loss" if self._writes() else "choices"
+        if self._writes():
+            return "loss"
+        return "labels" if self._classifies() else "choices"
+
+    def _classifies(self) -> bool:
+        return self.run.recipe.auto_class.endswith("ForSequenceClassification")
 
     def _refuse_unfit(self, dataset: str | None) -> None:
         name = self.run.config.layers.recipe.name
         for asked, known in ((self.task, TASKS), (self.settings.form, tuple(FORMS))):
             if asked not in known:
                 raise UserError(f"{asked!r} is unknown; choose from {', '.join(known)}")
-        if not self._writes() and self.run.recipe.auto_class != "AutoModelForMultipleChoice":
+        if not (self._writes() or self._classifies()) and self.run.recipe.auto_class != "AutoModelForMultipleChoice":
             raise UserError(
-                f"{name}: evaluate measures causal language models and multiple choice, not a {self.run.recipe.auto_class}"
+                f"{name}: evaluate measures causal language models, multiple choice and classifiers, not a "
+                f"{self.run.recipe.auto_class}"
             )
-        if not self._writes() and self.task != "choices":
+        if self._classifies() != (self.task == "labels"):
+            raise UserError(f"--task {self.task}: a model of {name} is measured by --task {self._fitting()}")
+        if not self._writes() and self.task not in ("choices", "labels"):
             raise UserError(f"--task {self.task}: a model of {name} answers questions with four options; --task choices")
         if self._writes() and self.task == "choices" and not dataset:
             raise UserError(
@@ -126,26 +135,33 @@ class Evaluation:
         items = self.items()
         if self.task == "answers":
             return measure.written(self.run, items, self.settings)
+        if self.task == "labels":
+            return measure.labels_by_head(self.run, items, self.settings)
         if not isinstance(self.rows, QuestionRows):
             return measure.choices_by_head(self.run, items, self.settings)
         shots = self.rows.shots(items, self.split, self.settings.num_fewshot)
         return measure.choices_by_likelihood(self.run, items, shots, self.settings)
 
     def items(self) -> list[Item]:
-        """The rows of the split, up to the limit."""
-        found = self.rows.items(self.split)[: self.settings.limit]
+        """The rows of the split, up to the limit; those of weight 0 are left out, as in training."""
+        found = [item for item in self.rows.items(self.split) if item.record.get("weight") != 0]
+        if self.task == "labels":  # a hub data set may have rows without one
+            found = [item for item in found if item.record.get("label", "") is not None]
+        found = found[: self.settings.limit]
         if not found:
             raise UserError(f"{self.rows.name}: no rows in {self.split}")
         return found
 
     def _source(self) -> str:
         """Where the rows come from; a run may take its validation rows from another file."""
-        own = self.split == "validation" and self.rows.name == self.run.config.data.dataset
-        return (own and self.run.config.data.eval_dataset) or self.rows.name
+        data = self.run.config.data
+        own = self.split == "validation" and self.rows.name == paths_of(data.sources)
+        return (own and paths_of(data.eval_sources)) or self.rows.name
 
     def of(self, base: bool) -> Json:
         """Figures of the tuned model or the base."""
-        from dsrecipes.use.measure import figures
+        from dsrecipes.use.labels import label_names
+        from dsrecipes.use.measure import figures, weight_of
 
         model = self.run.load(base=base)
         with self.console.progress("base" if base else "tuned", total=self.total, leave=False) as bar:
@@ -154,7 +170,10 @@ class Evaluation:
         told |= {"dataset": self._source(), "split": self.split, "rows": len(items)}
         if self.task == "choices" and self._writes():
             told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
-        return told | {"figures": figures(self.task, items), "items": items}
+        if self.task != "answers":
+            told["weighted"] = sum(weight_of(item) != item.get("tokens", 1) for item in items)
+        names = label_names(model) if self.task == "labels" else None
+        return told | {"figures": figures(self.task, items, names), "items": items}
 
 
 def lines(result: Json) -> Iterator[str]:
@@ -163,8 +182,16 @@ def lines(result: Json) -> Iterator[str]:
     yield f"run       {result['run']} · {result['weights']} model"
     yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
     yield f"task      {result['task']}{how}"
+    if result.get("weighted"):
+        yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
+    if "by_label" in figures:
+        yield from _label_lines(figures)
+        return
+    for name, values in figures.get("by_source", {}).items():
+        shown = " · ".join(f"{key} {value:,.4f}" for key, value in values.items() if isinstance(value, float))
+        yield f"          {name}: {shown} · {plural(values['tokens'], 'token')}"
     if "confusion" not in figures:
         return
     for kind in ("group", "subject"):
@@ -180,11 +207,30 @@ def lines(result: Json) -> Iterator[str]:
     yield from (f"{each['confidence']:<21.3f}{each['accuracy']:>8.3f}{each['questions']:>11,}" for each in figures["bins"])
 
 
+def _label_lines(figures: Json) -> Iterator[str]:
+    columns = ("precision", "recall", "f1")
+    yield f"\n{'label':<32}" + "".join(f"{name:>11}" for name in columns) + f"{'rows':>9}"
+    for name, row in figures["by_label"].items():
+        yield f"{name:<32}" + "".join(f"{row[column]:>11.3f}" for column in columns) + f"{row['rows']:>9,}"
+    mistakes = [
+        (count, label, predicted)
+        for label, counts in zip(figures["by_label"], figures.get("confusion", []), strict=False)
+        for predicted, count in zip(figures["by_label"], counts, strict=True)
+        if count and label != predicted
+    ]
+    if mistakes:
+        yield "\nmost frequent mistakes"
+        yield from (
+            f"{count:>7,}  {label} taken for {predicted}"
+            for count, label, predicted in sorted(mistakes, key=lambda mistake: -mistake[0])[:10]
+        )
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that evaluate and compare share."""
     parser.add_argument("--dataset", help="file, folder or hub name (default: the run's own)")
     parser.add_argument("--split", choices=("test", "validation", "train"), help="default: the first of these that is there")
-    parser.add_argument("--task", choices=TASKS, help="default: loss for models that write, choices for questions")
+    parser.add_argument("--task", choices=TASKS, help="default: what the recipe trains (loss, choices or labels)")
     parser.add_argument("--limit", type=above_zero, help="take the first N rows")
     parser.add_argument("--batch_size", type=above_zero, default=8, help="rows at a time (default: 8)")
     parser.add_argument("--num_fewshot", type=_count_or_none, default=0, help="solved questions before each (default: 0)")

@@ -110,7 +110,7 @@ class FinishedRun:
         from dsrecipes.data.encode import EncodeOptions
 
         data = self.config.data
-        return EncodeOptions(data.max_length, data.prompt_style, data.reasoning)
+        return EncodeOptions(data.max_length, data.prompt_style, data.problem_type, data.reasoning)
 
     @cached_property
     def reasons(self) -> bool:
@@ -197,17 +197,25 @@ class FinishedRun:
         return ready(model, self.device)
 
     def _base_config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        from dsrecipes.adapter import head_settings, read_head, set_head
         from dsrecipes.model.load import load_config
 
         name = self.config.model.model_name_or_path
         try:
-            return load_config(self.config.model, self.recipe.auto_class)
+            config = load_config(self.config.model, self.recipe.auto_class)
         except UserError as error:
             reason = str(error).removeprefix("--model_name_or_path ")
             raise UserError(
                 f"{self.folder.path}: the base model of this run, {name}, cannot be had ({reason}); if it was moved, correct "
                 f"model_name_or_path in {self.folder.config}"
             ) from error
+        if self.recipe.auto_class.endswith("ForSequenceClassification"):
+            read_head(self.source, config)
+            if (self.source / "config.json").is_file():
+                set_head(config, head_settings(AutoConfig.from_pretrained(self.source)))
+        return config
 
     @cached_property
     def embedding_rows(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.questions import LETTERS
 from dsrecipes.data.records import content_of
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,14 +42,20 @@ class Settings:
     max_new_tokens: int = 256
 
 
-def losses(run: FinishedRun, path: Path, settings: Settings) -> tuple[Measure, int]:
-    """The summed loss of each sequence over its labels, in nats."""
+def losses(run: FinishedRun, paths: dict[str, Path], settings: Settings) -> tuple[Measure, int]:
+    """The summed loss of each sequence over its labels, in nats; where rows have weights, each label's times its weight."""
     from dsrecipes.data.collate import Sequences
 
-    sequences = Sequences(path)
-    count = min(len(sequences), settings.limit or len(sequences))
-    rows = [sequences[index][0] for index in range(count)]
-    return partial(_losses, run, rows, settings.batch_size), count
+    found = [
+        (name, part[index][0]) for name, path in paths.items() for part in [Sequences(path)] for index in range(len(part))
+    ]
+    names, rows = zip(*found[: settings.limit], strict=True)
+    measure = partial(_losses, run, list(rows), settings.batch_size)
+    return partial(_with_sources, measure, names) if len(paths) > 1 else measure, len(rows)
+
+
+def _with_sources(measure: Measure, names: tuple[str, ...], model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    return [item | {"source": name} for item, name in zip(measure(model, bar), names, strict=True)]
 
 
 def _losses(run: FinishedRun, rows: list[Json], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
@@ -62,9 +70,16 @@ def _losses(run: FinishedRun, rows: list[Json], batch_size: int, model: PreTrain
     found: list[Json] = [{} for _ in rows]
     for index, logits in logits_at(model, wanted, pad_id(run.tokenizer), batch_size):
         targets = torch.from_numpy(labels[index][places[index] + 1].astype(np.int64)).to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        weights = rows[index].get(WEIGHTS, ())
+        weighed: Json = {}
+        if len(weights):
+            numbers = torch.from_numpy(weights[places[index] + 1].copy()).to(logits.device)
+            loss = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * numbers).sum().item()
+            weighed = {"weight": numbers.sum().item()}
+        else:
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         key = hashlib.md5(np.array(wanted[index][0]).tobytes(), usedforsecurity=False).hexdigest()
-        found[index] = {"item": f"sequence {index + 1}", "key": key, "loss": loss, "tokens": len(targets)}
+        found[index] = {"item": f"sequence {index + 1}", "key": key, "loss": loss, "tokens": len(targets)} | weighed
         bar.update()
     return found
 
@@ -87,7 +102,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
             check_ids([token for text in texts for token in text], run.tokenizer, run.embedding_rows)
         except ValueError as error:
             raise bad_row(item.where, error) from error
-    names = [name for name in encoded if name != "subject"]
+    names = [name for name in encoded if name not in ("subject", WEIGHTS)]
     rows = [{name: _texts(encoded[name][index]) for name in names} for index in range(len(items))]
     order = sorted(range(len(rows)), key=lambda index: -max(map(len, rows[index]["input_ids"])))
     collate, found = PaddingCollator(pad_id(run.tokenizer)), [dict[str, Any]() for _ in items]
@@ -116,6 +131,44 @@ def _texts(value: Any) -> Any:
     return texts
 
 
+def labels_by_head(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
+    """Texts put to a classifier: its logits, beside the row's own label."""
+    return partial(_by_label, run, items, settings.batch_size), len(items)
+
+
+def _by_label(run: FinishedRun, items: list[Item], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
+    import torch
+
+    from dsrecipes.data.records import bad_row
+    from dsrecipes.model.task import unwrapped
+    from dsrecipes.recipes.seq_classification import target
+    from dsrecipes.trainer import losses_by_row
+    from dsrecipes.use.labels import answer, label_names, logits_of_rows
+
+    kind, names = unwrapped(model).config.problem_type, label_names(model)
+    records = [item.record for item in items]
+    labels = run.recipe.encode(records, run.tokenizer, run.options)["labels"]
+    found: list[Json] = [{} for _ in items]
+    for index, logits in logits_of_rows(run, model, records, batch_size):
+        item, label = items[index], labels[index]
+        try:  # labels are JSON text until their numbers are known; a recipe of the user's own gives numbers
+            label = target(json.loads(label), kind, names) if isinstance(label, str) else label
+        except ValueError as error:
+            raise bad_row(item.where, error) from error
+        loss = losses_by_row(logits[None], torch.tensor([label]))[0].item()
+        shown = {name: item.record[name] for name in ("text", "text_pair", "label", "weight") if name in item.record}
+        found[index] = {
+            "item": item.where,
+            "key": content_of(item.record),
+            **shown,
+            "target": label,
+            **answer(logits, kind, names),
+        }
+        found[index] |= {"logits": logits.tolist(), "loss": loss, "tokens": 1}
+        bar.update()
+    return found
+
+
 def choices_by_likelihood(
     run: FinishedRun, items: list[Item], shots: dict[str, list[Json]], settings: Settings
 ) -> tuple[Measure, int]:
@@ -142,7 +195,8 @@ def _by_likelihood(
 def _question(item: Item) -> Json:
     record = item.record
     shown = {"question": record["question"], "options": record["options"], "subject": record["subject"]}
-    return {"item": item.where, "key": content_of(record), **shown, "answer": LETTERS[record["answer"]]}
+    weight = {name: record[name] for name in ("weight",) if name in record}
+    return {"item": item.where, "key": content_of(record), **shown, "answer": LETTERS[record["answer"]], **weight}
 
 
 def written(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
@@ -180,11 +234,22 @@ def _written(
     return found
 
 
-def figures(task: str, items: list[Json]) -> Json:
-    """The figures of a task over its items."""
+def figures(task: str, items: list[Json], names: list[str] | None = None) -> Json:
+    """The figures of a task over its items; a loss is the mean by weight where rows have weights.
+
+    Args:
+        names: of a classifier's labels.
+    """
+    if task == "labels":
+        return _label_figures(items, names or [])
     if task == "loss":
-        mean = sum(each["loss"] for each in items) / sum(each["tokens"] for each in items)
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
+        mean = sum(each["loss"] for each in items) / sum(map(weight_of, items))
+        result = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": sum(each["tokens"] for each in items)}
+        sources = dict.fromkeys(item["source"] for item in items if "source" in item)
+        if len(sources) > 1:
+            of = {name: [item for item in items if item["source"] == name] for name in sources}
+            result["by_source"] = {name: figures(task, own) for name, own in of.items()}
+        return result
     if task == "answers":
         from dsrecipes.use.metrics import ExactMatch, RougeL
 
@@ -192,6 +257,26 @@ def figures(task: str, items: list[Json]) -> Json:
         both = [metric(keep_in_memory=True).compute(**pairs) for metric in (RougeL, ExactMatch)]
         return {**(both[0] or {}), **(both[1] or {})}
     return _choice_figures(items)
+
+
+def weight_of(item: Json) -> float:
+    """What an item counts in the mean loss: the weights of its labels, or their number."""
+    return item.get("weight", item.get("tokens", 1))
+
+
+def _label_figures(items: list[Json], names: list[str]) -> Json:
+    from dsrecipes.recipes.seq_classification import NUMBER, ONE, SEVERAL, scores
+
+    first = items[0]["target"]
+    kind = SEVERAL if isinstance(first, list) else NUMBER if isinstance(first, float) else ONE
+    logits, labels = (np.array([item[name] for item in items]) for name in ("logits", "target"))
+    result = scores(logits, labels, kind, names)
+    result["loss"] = float(np.average([item["loss"] for item in items], weights=list(map(weight_of, items))))
+    if kind == ONE:
+        confusion = np.zeros((len(names), len(names)), dtype=int)
+        np.add.at(confusion, (labels, logits.argmax(-1)), 1)
+        result["confusion"] = confusion.tolist()
+    return result
 
 
 def _choice_figures(items: list[Json]) -> Json:
@@ -207,9 +292,7 @@ def _choice_figures(items: list[Json]) -> Json:
     )
     confusion = np.zeros((4, 4), dtype=int)
     np.add.at(confusion, (letters["answer"], letters["predicted"]), 1)
-    rest = {
-        name: float(np.mean([each[name] for each in items]))
-        for name in ("acc_norm", "acc_bytes", "loss")
-        if name in items[0]
-    }
+    rest = {name: float(np.mean([each[name] for each in items])) for name in ("acc_norm", "acc_bytes") if name in items[0]}
+    if "loss" in items[0]:
+        rest["loss"] = float(np.average([each["loss"] for each in items], weights=[weight_of(each) for each in items]))
     return {**(accuracy or {}), **rest, **(calibration or {}), "confusion": confusion.tolist()}

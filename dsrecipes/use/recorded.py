@@ -102,6 +102,11 @@ class RecordedRun:
         return next((line[key] for line in reversed(self.log) if is_number(line.get(key))), None)
 
 
+def as_mapping(value: Json) -> dict[str, Json]:
+    """A value that should be an object, or an empty one: files of a run may be damaged."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_number(value: Json) -> bool:
     """Whether a value is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # as a float, too

@@ -19,7 +19,7 @@ from dsrecipes.find import user_path
 from dsrecipes.runs.disk import write_whole
 from dsrecipes.use import charts, tables
 from dsrecipes.use.finished import CommandParser
-from dsrecipes.use.recorded import RecordedRun, is_number, open_recorded, read_json
+from dsrecipes.use.recorded import RecordedRun, as_mapping, is_number, open_recorded, read_json
 
 LANGUAGES = ("en", "zh-TW")
 PAGE = Path(__file__).with_name("page")
@@ -121,6 +121,7 @@ def render(runs: list[RecordedRun], lang: str, attached: list[Path]) -> str:
         result=tables.by_run([(run.name, _result(run, text)) for run in runs]),
         config=tables.by_run([(run.name, run.config) for run in runs]),
         differing=tables.differing(tables.by_run([(run.name, _settings(run)) for run in runs])),
+        sources=_sources(runs, text),
         charts=drawn,
         drawn=[{"key": c.key, "kind": c.kind, "series": [vars(each) for each in c.series]} for c in drawn],
         metrics=tables.by_run([(run.name, run.metrics) for run in runs]),
@@ -164,6 +165,20 @@ def _environment(run: RecordedRun) -> dict[str, Any]:
         key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in run.environment.items() if key != "origins"
     }
     return told | (packages if isinstance(packages, dict) else {})
+
+
+def _sources(runs: list[RecordedRun], text: dict[str, str]) -> tables.Table:
+    """A row for each data set of each split, where a run has several."""
+    keys = ("kept", "tokens", "supervised", "rows_an_epoch", "tokens_an_epoch")
+    rows = [
+        [*([run.name] if len(runs) > 1 else []), text.get(split, split), name, *(facts.get(key) for key in keys)]
+        for run in runs
+        for split, held in run.splits.items()
+        for name, facts in as_mapping(held.get("sources")).items()
+        if isinstance(facts, dict)
+    ]
+    heads = [*(["run"] if len(runs) > 1 else []), "split", "source", *keys]
+    return tables.Table("", [text[head] for head in heads], rows, len(rows))
 
 
 def _attached(runs: list[RecordedRun], attached: list[Path]) -> list[tuple[str, list[tables.Table]]]:

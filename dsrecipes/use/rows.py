@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dsrecipes.data.files import LocatedRows, Row
+from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
 from dsrecipes.data.questions import plain, question_record, sources
-from dsrecipes.data.records import Records, content_of, hold_out
+from dsrecipes.data.records import Records, content_of
 from dsrecipes.errors import UserError
+from dsrecipes.sources import paths_of
 
 if TYPE_CHECKING:
     from dsrecipes.runs.console import Console
@@ -27,6 +31,8 @@ class Item:
     where: str
     row: Row
     record: dict[str, Any]
+    source: str = ""
+    """Its data set's name, where a run has several."""
 
 
 @dataclass
@@ -46,22 +52,26 @@ class Rows:
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
-        self.raw: dict[str, Iterable[Row]] = self.story.load_rows()
+        self.by_source: list[SourceRows] = [
+            replace(
+                part, splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()}
+            )
+            for part in source_rows(self.story)
+        ]
 
     @property
     def name(self) -> str:
-        """The data set's name."""
-        return str(self.story.config.data.dataset)
-
-    @property
-    def held_out(self) -> float:
-        """The share of the training rows that the run held out itself."""
-        return 0.0 if "validation" in self.raw else self.story.config.data.validation_split
+        """The data set's name, or the names of several."""
+        return paths_of(self.story.config.data.sources)
 
     @property
     def splits(self) -> list[str]:
         """Those that there are, in the order in which an evaluation looks for rows."""
-        return [name for name in SPLITS if name in self.raw or (name == "validation" and self.held_out)]
+        return [name for name in SPLITS if self._with(name)]
+
+    def _with(self, split: str) -> list[SourceRows]:
+        """The sources that have rows of a split."""
+        return [part for part in self.by_source if split in part.splits or (split == "validation" and part.held_out)]
 
     def choose(self, asked: str | None) -> str:
         """The split that is asked for; else test, validation or, of a data set given by hand, its only one.
@@ -84,34 +94,40 @@ class Rows:
         Raises:
             UserError: a row at fault, where the run did not skip such rows.
         """
-        options, held = self.story.config.data, self.held_out if split != "test" else 0.0
+        several = self.story.config.data.is_mixture
+        return [
+            replace(item, source=part.source.name if several else "")
+            for part in self._with(split)
+            for item in self._items_of(part, split)
+        ]
+
+    def _items_of(self, part: SourceRows, split: str) -> list[Item]:
+        options, held = part.story.config.data, part.held_out if split != "test" else 0.0
 
         def both(row: Row) -> dict[str, Any]:
             return {"row": row, "record": self.run.recipe.format_row(row)}
 
-        records = Records(both, self.raw["train" if held else split], options.skip_bad_rows)
-        found = [Item(where, **each) for where, each in records]
+        records = Records(both, part.splits["train" if held else split], options.skip_bad_rows)
         if not held:
-            return found
-        out = hold_out([content_of(each.record) for each in found], held, self.story.config.train["seed"])
-        return [each for index, each in enumerate(found) if (index in out) == (split == "validation")]
+            return [Item(where, **pair) for where, pair in records]
+        # twice over the rows, so that only those of the split are kept in memory
+        keys = np.fromiter((content_of(pair["record"]) for _, pair in records), np.uint64)
+        chosen = part.hold_out(keys, held, part.story.config.train["seed"]) == (split == "validation")
+        return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
 
-    def sequences(self, split: str, console: Console) -> Path:
-        """The file of a split's token ids and labels, exactly as a training run on these rows evaluates them."""
-        from dsrecipes.data.prepare import prepare
+    def sequences(self, split: str, console: Console) -> dict[str, Path]:
+        """Files of a split's token ids and labels by source, exactly as a training run on these rows evaluates them."""
+        return {part.source.name: self._sequences_of(part, split, console) for part in self._with(split)}
+
+    def _sequences_of(self, part: SourceRows, split: str, console: Console) -> Path:
         from dsrecipes.model.load import check_splits
 
-        splits, name = self.raw, split
-        if self.dataset and split == "train":
-            splits, name = {"train": self.raw[split], "test": self.raw[split]}, "test"  # no last block is left out
-        elif "train" not in splits:
-            splits = splits | {"train": splits[split]}
-        prepared = prepare(
-            self.run.recipe, splits, self.run.tokenizer, self.run.options, validation_split=self.held_out,
-            seed=self.story.config.train["seed"], skip_bad_rows=self.story.config.data.skip_bad_rows, console=console,
-        )  # fmt: skip
+        name = split
+        if self.dataset and split == "train":  # under another name no last block is left out
+            part, name = replace(part, splits={"test": part.splits[split]}), "test"
+        prepared = prepare_source(part, self.run.tokenizer, console)
         if name not in prepared:
-            raise UserError(f"{self.name}: no row of {split} is left; --split names another")
+            raise UserError(f"{part.source.path}: no row of {split} is left; --split names another")
         check_splits({split: prepared[name]}, self.run.tokenizer, self.run.embedding_rows)
         return prepared[name].path
 
@@ -171,7 +187,8 @@ _LINE = 40
 def contents(record: dict[str, Any]) -> list[str]:
     """What makes a record the same as another, letter case and spacing aside.
 
-    The question without its options; an instruction or a chat without its answers; the longer lines of a text.
+    The question without its options; an instruction or a chat without its answers; a text without its label; the longer
+    lines of a plain text.
     """
     if "question" in record:
         return [plain(record["question"])]
@@ -179,6 +196,8 @@ def contents(record: dict[str, Any]) -> list[str]:
         return [plain("".join(turn["content"] for turn in record["messages"] if turn["role"] != "assistant"))]
     if "instruction" in record:
         return [plain(record["instruction"] + record.get("input", ""))]
+    if "label" in record and "text" in record:
+        return [plain("\n".join(record[name] for name in ("text", "text_pair") if name in record))]
     if isinstance(record.get("text"), str):
         return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
-    return [content_of(record)]
+    return [str(content_of(record))]

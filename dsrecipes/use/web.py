@@ -114,9 +114,9 @@ class Page:
         return address
 
     def close(self) -> None:
-        """End the answer that is being written, and the server."""
+        """End the answer that is being written, at its next token, and the server."""
         self._closing.set()
-        self._one.shutdown(wait=False, cancel_futures=True)
+        self._one.shutdown(cancel_futures=True)
         self.blocks.close(verbose=False)
 
     def _chat(self, ask_with: str) -> gr.Blocks:

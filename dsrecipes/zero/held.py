@@ -100,8 +100,10 @@ def shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]) -> Sha
     params = list(module.parameters())
     sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in params]
     trained = sum(size for size, p in sizes if p.requires_grad)
-    moments = getattr(optimizer, "optimizer", optimizer).state.values()
-    updated = sum(max((each.numel() for each in leaves(dict(state))), default=0) for state in moments)
+    adam = getattr(optimizer, "optimizer", optimizer)
+    updated = sum(max((each.numel() for each in leaves(dict(state))), default=0) for state in adam.state.values())
+    if not updated:  # SGD without momentum: its only state is ZeRO's copy of the parameters
+        updated = sum(each.numel() for group in adam.param_groups for each in group["params"])
     states = sum(held(module, optimizer)["optimizer"].values())
     return Shards(
         weights=sum(storages([getattr(p, "ds_tensor", p.data) for p in params], {}).values()),

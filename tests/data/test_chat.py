@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
 from itertools import groupby, product
-from pathlib import Path
 
 import pytest
+from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from tiny import SHARED, STARTER, llama_tokenizer, needs_shared
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from dsrecipes.data.chat import NO_END, NO_REASONING, NO_TOOLS, REASONING, chat_template, encode_chats, end_ids
+from dsrecipes.data.chat import NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
+from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.errors import UserError
 
@@ -25,11 +27,15 @@ OWN = {
     "chatml": CHATML,
     "header always": re.sub(r"{% if add.*", "", CHATML),
     "llama 2": (
-        "{% for m in messages %}" + ALTERNATE + "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'].strip() }} [/INST]"
+        "{% for m in messages %}"
+        + ALTERNATE
+        + "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'].strip() }} [/INST]"
         "{% else %} {{ m['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
     ),
     "mistral 0.1": (
-        "{{ bos_token }}{% for m in messages %}" + ALTERNATE + "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{{ bos_token }}{% for m in messages %}"
+        + ALTERNATE
+        + "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
         "{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
     ),
     "mistral 0.3": (
@@ -67,7 +73,9 @@ TOOLS = [
 def templates() -> dict[str, str]:
     """All that are at hand, by name."""
     paths = [*SHARED.glob("chat_templates/*.jinja"), *SHARED.glob("cases/models/*/chat_template.jinja")]
-    found = {path.stem if path.parent.name == "chat_templates" else path.parent.name: path.read_text("utf-8") for path in paths}
+    found = {
+        path.stem if path.parent.name == "chat_templates" else path.parent.name: path.read_text("utf-8") for path in paths
+    }
     for path in SHARED.glob("cases/models/*/tokenizer_config.json"):
         template = json.loads(path.read_text("utf-8")).get("chat_template")
         found |= {path.parent.name: template} if template else {}
@@ -81,12 +89,12 @@ def _base(kind: str):
 
 def tokenizer_of(kind: str, template: str, special: bool):
     """A tokenizer with this template, whose markers are tokens of it, or plain text."""
-    import copy
-
     tokenizer = copy.deepcopy(_base(kind))
     tokenizer.chat_template = template
     if special:
-        markers = set(re.findall(r"<\|[^<>'{}]+\|>|<｜[^<>']+｜>|<\|?[a-z_]*turn\|?>", template)) - set(tokenizer.get_vocab())
+        markers = set(re.findall(r"<\|[^<>'{}]+\|>|<｜[^<>']+｜>|<\|?[a-z_]*turn\|?>", template)) - set(
+            tokenizer.get_vocab()
+        )
         tokenizer.add_special_tokens({"extra_special_tokens": sorted(markers)})
     return tokenizer
 
@@ -139,12 +147,16 @@ def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) ->
         content = turns[index]["content"]
         assert decoded.count(content) == 1 or not content
         assert not re.search(r"Question|Be brief|\bassistant\b(?!.*final)|\buser\b", decoded), decoded
-        special = [token for token in tokenizer.all_special_tokens if token != tokenizer.bos_token or token == tokenizer.eos_token]
+        special = [
+            token for token in tokenizer.all_special_tokens if token != tokenizer.bos_token or token == tokenizer.eos_token
+        ]
         assert decoded.endswith(tuple(special)), "an end token"
         end = answered.rstrip()
         written = end.endswith(tuple(special))
-        assert (answer[-1] == tokenizer(end, add_special_tokens=False)["input_ids"][-1]) if written else (
-            answer[-1] == tokenizer.eos_token_id
+        assert (
+            (answer[-1] == tokenizer(end, add_special_tokens=False)["input_ids"][-1])
+            if written
+            else (answer[-1] == tokenizer.eos_token_id)
         )
         texts.append(decoded)
     if len(batch["input_ids"]) == 1:
@@ -176,3 +188,138 @@ def test_every_template_trains_on_what_a_server_sends(kind, special):
                 check_chat(tokenizer, turns)
             except AssertionError as error:
                 raise AssertionError(f"{name}, {count} answers, system {system}, reasoning {reasoning}: {error}") from error
+
+
+def encoded(
+    template: str, turns: list[dict], options: EncodeOptions = KEEP, kind: str = "gpt2", **more
+) -> tuple[str, str, list]:
+    """(all text, what is learned, notes) of a chat."""
+    tokenizer = tokenizer_of(kind, template, True)
+    batch = encode_chats([{"messages": turns, **more}], tokenizer, options)
+    learned = "|".join(tokenizer.decode(answer) for _, answer in answers_of(batch))
+    return "|".join(map(tokenizer.decode, batch["input_ids"])), learned, batch["notes"][0]
+
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}" + ALTERNATE + "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SAID = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n{}<end_of_turn>"
+
+
+def test_what_a_template_refuses_is_put_elsewhere_with_a_note():
+    """System text, an assistant turn at the beginning, two turns of one role: nothing is lost."""
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+    system, again = {"role": "system", "content": "Be Tom."}, {"role": "user", "content": "There?"}
+    start = "<|endoftext|>"
+    cases = [
+        ([system, user, answer], SAID.format("Be Tom.\n\nHi", "Yes"), "Yes<end_of_turn>", "refuses system turns"),
+        ([user, again, answer], SAID.format("Hi\n\nThere?", "Yes"), "Yes<end_of_turn>", "two turns of one role"),
+        ([answer, user, answer], SAID.format("", "Yes") + "\n" + SAID.format("Hi", "Yes"), "Yes<end_of_turn>", "at the beginning"),
+        ([system, answer, user, answer], SAID.format("Be Tom.", "Yes") + "\n" + SAID.format("Hi", "Yes"), "Yes<end_of_turn>", "system"),
+        (
+            [user, answer, system, user, answer],
+            SAID.format("Hi", "Yes") + "\n" + SAID.format("Be Tom.\n\nHi", "Yes"), "Yes<end_of_turn>|Yes<end_of_turn>", "system",
+        ),
+    ]  # fmt: skip
+    for turns, text, learned, note in cases:
+        found = encoded(GEMMA, turns)
+        assert found[0] == start + text and found[1] == learned and note in found[2][0], turns
+        assert encoded(CHATML, turns)[2] == [], "a template that takes them gets them"
+    whole, learned, _ = encoded(CHATML, [user, again, answer, answer])
+    assert whole.count("<|im_start|>user") == 2 and learned == "Yes<|im_end|>|Yes<|im_end|>"
+    with pytest.raises(ValueError, match="turn 3: .* another weight"):
+        encoded(GEMMA, [user, answer, answer | {"weight": 0}])
+
+
+def test_reasoning_is_kept_or_dropped():
+    turns = chat(2, reasoning=True)
+    text, learned, notes = encoded(THINKING, turns)
+    assert learned.count("<think>") == 2 and text.count("thought 0") == text.count("thought 1") == 1 and notes == [REASONING]
+    dropped = encoded(THINKING, turns, EncodeOptions(4096, "chat", reasoning="drop"))
+    assert "thought" not in dropped[0] and dropped[2] == []
+    assert encoded(CHATML, turns)[2] == [NO_REASONING] and "thought" not in encoded(CHATML, turns)[0]
+    inline = [turns[0], {"role": "assistant", "content": "<think>thought</think>\n4"}]
+    assert encoded(CHATML, inline)[1] == "<think>thought</think>\n4<|im_end|>"
+    assert encoded(CHATML, inline, EncodeOptions(4096, "chat", reasoning="drop"))[1] == "4<|im_end|>"
+
+
+@needs_shared
+def test_a_template_that_reads_reasoning_in_the_text_gets_it_there():
+    _, learned, notes = encoded(templates()["tok_qwen3"], chat(1, reasoning=True))
+    assert learned == f"<think>\nthought 0\n</think>\n\n{TEXTS[0]}<|im_end|>" and notes == [REASONING]
+
+
+@needs_shared
+def test_tools_calls_and_results():
+    """Calls are learned whole, results never; a template without a form for calls refuses the row."""
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4 degrees", "tool_call_id": "a1b2c3d4e", "name": "weather"},
+        {"role": "assistant", "content": "It is cold."},
+    ]
+    shown = 0
+    for name, template in templates().items():
+        try:
+            text, learned, notes = encoded(template, turns, tools=TOOLS)
+        except ValueError as error:
+            assert "chat template" in str(error), name
+            continue
+        shown += 1
+        assert learned.count("It is cold.") == 1 and learned.count("Oslo") == 1, name
+        assert "4 degrees" not in learned and "4 degrees" in text, name
+        assert NO_TOOLS in notes or text.count("weather") > learned.count("weather"), name
+    assert shown >= 12
+    with pytest.raises(ValueError, match="turn 2: the chat template does not show all tool_calls"):
+        encoded(CHATML, turns)
+    as_text = copy.deepcopy(turns)
+    as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
+    assert encoded(templates()["qwen3"], as_text) == encoded(templates()["qwen3"], turns)
+
+
+def test_generation_stops_at_what_answers_end_with():
+    for template, end in ((CHATML, "<|im_end|>"), (GEMMA, "<end_of_turn>"), (OWN["zephyr"], "<|endoftext|>")):
+        tokenizer = tokenizer_of("gpt2", template, True)
+        assert tokenizer.convert_ids_to_tokens(end_ids(tokenizer)) == [end]
+
+
+def test_templates_without_an_answer_to_find():
+    tokenizer = copy.deepcopy(_base("gpt2"))
+    with pytest.raises(UserError, match="no chat template; use --prompt_style alpaca"):
+        encode_chats([{"messages": chat(1)}], tokenizer, KEEP)
+    for template, message in (
+        ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "turn 2: .* rewrites the prompt"),
+        ("{{ raise_exception('no chats') }}", "no chats"),
+        (
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            "does not show the text",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoded(template, chat(1))
+    with pytest.raises(ValueError, match="no answer to learn"):
+        encoded(CHATML, chat(1)[:1])
+
+
+def test_a_tokenizer_without_offsets():
+    """Where the ids of a beginning begin those of the whole: as with offsets."""
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    tokenizer.chat_template = OWN["zephyr"]
+    assert check_chat(tokenizer, chat(2)) == [f"{text}</s>" for text in TEXTS[:2]]
+
+
+def test_rows_become_sequences_with_their_places_and_notes():
+    row = {"messages": chat(2)}
+    encoding = Encoding(AlpacaLlamaSft, tokenizer_of("gpt2", OWN["plain text"], True), KEEP, False)
+    chunk = encoding([("a.jsonl, line 1", row), ("a.jsonl, line 2", row)])
+    assert chunk.record.tolist() == [0, 0, 1, 1] and chunk.notes == {NO_END: [0, 1]}
+    assert chunk.of(chunk.record[::2] == 1).notes == {NO_END: [1]}

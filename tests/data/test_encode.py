@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 from dsrecipes.data.encode import IGNORE, encode_segments, encode_texts
 
+
 @pytest.fixture(params=["gpt2", "llama"])
 def tokenizer(request):
     return AutoTokenizer.from_pretrained(STARTER / "gpt2") if request.param == "gpt2" else llama_tokenizer()

@@ -60,6 +60,63 @@ def test_variations_of_json(tmp_path):
     assert list(FileRows((path,))) == ROWS
 
 
+BIG = {
+    "list": json.dumps(ROWS * 9), "indented": json.dumps(ROWS * 9, indent=2), "spaces": " [\n\r\t{} ,{}\n ] \n", "empty": "[]",
+    "escapes": '[{"a": "\\ud83d\\ude00 \\ud800 \\u0000 \\\\ \\" \u6c34 \U0001f600"}]' , "marked": "[{}, {}]",
+    "numbers": '[{"a": NaN, "b": [-Infinity, Infinity, 1e999, -0.0, 1E3, 12345678901234567890123, true, null]}]',
+    "twice": '[{"a": 1, "a": {"b": [], "b": {}}}]', "data": '{"version": [1, {"data": [2]}], "data": [{"a": 1}], "end": "]"}',
+    "lines": '\n{"a": 1}\n\n{"a": 2}', "nested": '[{"a": ' + "[" * 60 + "]" * 60 + "}]",
+    "number": "12", "object": '{"a": [1]}', "other rows": '[{}, 3, {}]', "other data": '{"data": {"a": 1}}', "no value": "[{},]",
+    "no comma": '[{} {"a": 1}]', "cut": '[{"a": 1}, {"a": "b', "cut word": '[{"a": 1}, {"a": tru', "not closed": "[{}, {}", "nothing": "",
+    "more": "[{}]\n]", "a second list": '[{"a": 1}]\n\n[{"a": 2}]', "a line end in text": '[{"a": "b\nc"}]', "no escape": '[{"a": "\\x"}]',
+    "no key": "{data: []}", "no colon": '{"data" []}', "no end": '{"data": [{}]', "deep": '[{"a": ' + "[" * 200_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8 gz"])
+@pytest.mark.parametrize("name", BIG)
+def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkeypatch, name, encoding):
+    path = tmp_path / ("rows.json.gz" if "gz" in encoding else "rows.json")
+    raw = BIG[name].encode("utf-8-sig" if name == "marked" else encoding.split()[0])
+    path.write_bytes(gzip.compress(raw) if "gz" in encoding else raw)
+
+    def read():
+        found = []
+        try:
+            found.extend(FileRows((path,)).located())
+        except UserError as error:
+            return [] if "not JSON" in str(error) else found, str(error)
+        return found, None
+
+    (small, problem), found = read(), []
+    for piece in (1, 7, 1 << 20):
+        monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+        monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", piece)
+        rows, big_problem = read()
+        assert repr(rows) == repr(small)  # NaN is unequal to itself
+        assert (big_problem is None) == (problem is None)
+        found.append(big_problem)
+    assert len(set(found)) == 1
+    if problem and "not JSON" in problem:
+        assert "not JSON" in found[0] and problem.rpartition("(")[2][:9] == found[0].rpartition("(")[2][:9]
+    elif problem:
+        assert found[0] == problem
+
+
+def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+    monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", 5)
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1},\n {"b": "some text"},\n\n  {"a": }]')
+    found = []
+    with pytest.raises(UserError, match=r"rows.json, line 4, column 9: not JSON \(Expecting value\)"):
+        found.extend(FileRows((path,)).located())
+    assert [where.rsplit(", ")[1] for where, _ in found] == ["row 1", "row 2"]
+    path.write_bytes(b'[{"a": 1},\n{"a": "\xe9"}]')
+    with pytest.raises(UserError, match="not UTF-8 .byte 0xe9 in line 2."):
+        list(FileRows((path,)))
+
+
 def test_text_is_cut_into_pieces_and_nothing_is_lost(tmp_path):
     text = " = One = \n" + "line of words\r\n" * 2000 + "\n = = Section = = \nmore\n\n = Two = \nthe end"
     path = tmp_path / "a.txt"

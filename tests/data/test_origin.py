@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from dsrecipes.data.origin import Origins, origins_path, places
+from dsrecipes.data.columns import ColumnWriter
+from dsrecipes.data.origin import origins, origins_path, places
 
 
 def written(folder: Path, wheres: list[str], tokens: list[int]) -> Path:
-    origins = Origins()
-    for where, count in zip(wheres, tokens, strict=True):
-        origins.add(where, count)
-    origins.write(origins_path(folder / "train.arrow"))
+    with ColumnWriter(origins_path(folder / "train.arrow"), piece=0) as writer:
+        for start in range(0, len(wheres), 4):
+            writer.write(origins(wheres[start : start + 4], tokens[start : start + 4]))
     return folder / "train.arrow"
 
 

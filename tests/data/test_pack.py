@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import SHARED, needs_shared
 
-from dsrecipes.data.pack import blocks, pack
+from dsrecipes.data.pack import BlockCutter, pack, packed
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,7 +26,47 @@ def test_every_row_once_and_no_bin_overfull(seed):
 
 def test_best_fit_takes_the_fullest_bin_that_holds():
     assert [each.tolist() for each in pack([6, 5, 4, 3, 2], 10)] == [[0, 2], [1, 3, 4]]
-    assert [each.tolist() for each in pack([5], 5)] == [[0]] and pack([], 5) == []
+    assert [each.tolist() for each in pack([5], 5)] == [[0]] and len(pack([], 5)) == 0
+
+
+def best_fit_decreasing(lengths, capacity):
+    """Example by example; of equally full bins the one that was filled last."""
+    bins = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [index for index, content in enumerate(bins) if sum(content) + length <= capacity]
+        best = max(fitting, key=lambda index: (sum(bins[index]), index), default=None)
+        bins.append([*(bins.pop(best) if best is not None else []), length])
+    return sorted(map(sorted, bins))
+
+
+@pytest.mark.parametrize("capacity", [7, 40, 200])
+def test_bins_are_those_of_best_fit_decreasing_example_by_example(capacity):
+    for largest in (capacity, max(2, capacity // 5)):
+        lengths = np.random.default_rng(capacity).integers(1, largest + 1, size=300)
+        bins = pack(lengths, capacity)
+        assert sorted(sorted(lengths[rows].tolist()) for rows in bins) == best_fit_decreasing(lengths.tolist(), capacity)
+
+
+def test_bins_of_a_million_rows_take_seconds_and_are_kept(tmp_path, monkeypatch):
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.7, 1_000_000).astype(int).clip(8, 512)
+    began = time.perf_counter()
+    bins = packed(tmp_path / "train.arrow", lengths, 512)
+    assert time.perf_counter() - began < 10
+    assert np.array_equal(np.sort(bins.rows), np.arange(len(lengths))) and bins.rows.dtype == np.int32
+    monkeypatch.setattr("dsrecipes.data.pack.pack", None)
+    again = packed(tmp_path / "train.arrow", lengths, 512)
+    assert np.array_equal(again.rows, bins.rows) and np.array_equal(again.starts, bins.starts)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.packed-512.npz"]
+
+
+def test_bins_of_other_rows_or_a_damaged_file_are_not_taken(tmp_path):
+    path, file = tmp_path / "train.arrow", tmp_path / "train.packed-9.npz"
+    lengths = np.array([3, 4, 5, 6])
+    bins = packed(path, lengths, 9)
+    assert len(packed(path, lengths + 1, 9)) == 3 > len(bins)
+    for damaged in (b"", b"PK", file.read_bytes()[:200]):
+        file.write_bytes(damaged)
+        assert np.array_equal(packed(path, lengths, 9).rows, bins.rows)
 
 
 @needs_shared
@@ -48,8 +88,8 @@ def test_alpaca_at_512_is_97_percent_full():
 
 @pytest.mark.parametrize(("sizes", "size"), [([3, 0, 5, 1], 4), ([8], 4), ([1, 1], 4), ([], 4), ([9, 9, 9], 2)])
 def test_blocks_carry_the_remainder_on(sizes, size):
-    tokens = iter(range(100))
-    streams = [[next(tokens) for _ in range(count)] for count in sizes]
-    cut = list(blocks(streams, size))
-    assert [token for block in cut for token in block] == list(range(sum(sizes)))
-    assert all(len(block) == size for block in cut[:-1]) and all(0 < len(block) <= size for block in cut)
+    stream, cutter = np.arange(sum(sizes)), BlockCutter(size)
+    parts = np.split(stream, np.cumsum(sizes)[:-1]) if sizes else []
+    blocks = [cutter.cut(tokens) for tokens in parts]
+    assert all(each.shape[1] == size for each in blocks) and len(cutter.rest) < size
+    assert np.array_equal(np.concatenate([*(each.ravel() for each in blocks), cutter.rest]), stream)

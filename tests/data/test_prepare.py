@@ -1,6 +1,10 @@
 """Rows to token files: what is kept, dropped, held out, refused, and what the cache remembers."""
 
+import hashlib
 import io
+import json
+import multiprocessing
+import random
 from collections import Counter
 
 import numpy as np
@@ -11,11 +15,13 @@ from tiny import STARTER, llama_tokenizer, write_rows
 from transformers import AutoTokenizer
 
 from dsrecipes.base import RecipeBase
+from dsrecipes.data.columns import ColumnWriter, record_batch
 from dsrecipes.data.encode import EncodeOptions, encode_texts
 from dsrecipes.data.formats import text_field
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import prepare
-from dsrecipes.data.records import hold_out
+from dsrecipes.data.records import content_of, hold_out
 from dsrecipes.errors import UserError
 from dsrecipes.runs.console import Console
 
@@ -154,11 +160,29 @@ def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
 
 
 def test_hold_out_keeps_equal_rows_on_one_side():
-    keys = [str(n % 37) for n in range(400)]
+    keys = np.array([content_of({"n": n % 37}) for n in range(400)], np.uint64)
     out = hold_out(keys, 0.1, 3)
-    assert 40 <= len(out) <= 51 and out == hold_out(keys, 0.1, 3) != hold_out(keys, 0.1, 4)
-    assert not {keys[i] for i in out} & {keys[i] for i in range(400) if i not in out}
-    assert hold_out(["a", "a"], 0.5, 0) == set() and len(hold_out(["a", "b"], 0.001, 0)) == 1
+    assert 40 <= out.sum() <= 51 and (out == hold_out(keys, 0.1, 3)).all() and (out != hold_out(keys, 0.1, 4)).any()
+    assert not set(keys[out]) & set(keys[~out])
+    few = [
+        hold_out(np.array(keys, np.uint64), share, 0).sum() for keys, share in (([], 0.5), ([7, 7], 0.5), ([7, 8], 0.001))
+    ]
+    assert few == [0, 0, 1]
+
+
+def test_the_choice_of_held_out_rows_is_that_of_earlier_versions():
+    records = [{"text": f"row {n % 700}"} for n in range(1000)]
+    groups = {}
+    for index, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True).encode()
+        groups.setdefault(hashlib.md5(text, usedforsecurity=False).hexdigest(), []).append(index)
+    names, chosen = sorted(groups), set()
+    random.Random(5).shuffle(names)
+    for name in names[:-1]:
+        if len(chosen) < 130:
+            chosen.update(groups[name])
+    keys = np.array([content_of(record) for record in records], np.uint64)
+    assert set(np.flatnonzero(hold_out(keys, 0.13, 5)).tolist()) == chosen
 
 
 def test_validation_rows_are_not_trained_on(tokenizer):
@@ -215,3 +239,93 @@ def test_a_torn_cache_entry_is_written_again(tokenizer, tmp_path):
     ENCODED.clear()
     split = prepared(Lines, rows, tokenizer)["train"]
     assert ENCODED == [1] and np.array_equal(split.data[0]["input_ids"], split.data[0]["labels"])
+
+
+class Turns(Lines):
+    """One sequence for each word; a row without words has none."""
+
+    @staticmethod
+    def encode(records, tokenizer, options):
+        words = [(index, word) for index, record in enumerate(records) for word in record["text"].split()]
+        return encode_texts([{"text": word} for _, word in words], tokenizer) | {"record": [index for index, _ in words]}
+
+
+def test_a_row_may_become_several_sequences(tokenizer):
+    long = "\u6c34" * 9
+    texts = ["one two", "", f"three {long} four", long, "five"]
+    split = prepared(Turns, {"train": [{"text": text} for text in texts]}, tokenizer, 8)["train"]
+    words = [tokenizer.decode(ids[:-1]) for ids in split.data["input_ids"]]
+    assert words == ["one", "two", "three", "four", "five"] and split.data.column_names == ["input_ids", "labels"]
+    assert (split.stats.rows, split.stats.kept) == (5, 3)
+    assert split.stats.dropped == {
+        "nothing to learn from": 1, "longer than 8 tokens": 1, "in part longer than 8 tokens": 1,
+    }  # fmt: skip
+    assert places(split.path, [1, 3, 4]) == "rows 1, 3, 5"
+    splits = prepared(Turns, {"train": [{"text": text} for text in texts] * 4}, tokenizer, 8, validation_split=0.4)
+    found = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
+    assert not found["train"] & found["validation"] and sum(split.stats.rows for split in splits.values()) == 20
+
+
+def rows_of_all_kinds(count):
+    rows = [{"text": f"row {n} of {n % 7} words " + "and more " * (n % 11)} for n in range(count)]
+    return [*rows[: count // 2], {"text": 3}, {"text": "word " * 99}, {"text": ""}, *rows[: count // 3], *rows[count // 2 :]]
+
+
+@pytest.mark.parametrize("recipe", [Lines, Turns, Gpt2Clm])
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_workers_make_the_same_files(tokenizer, tmp_path, monkeypatch, recipe, held_out):
+    monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
+    path, files = write_rows(tmp_path / "rows.jsonl", rows_of_all_kinds(300)), []
+    for workers in (1, 3):
+        monkeypatch.setenv("DSRECIPES_CACHE", str(tmp_path / f"cache{workers}"))
+        settings = {"validation_split": held_out, "skip_bad_rows": True, "workers": workers}
+        splits = prepared(recipe, path, tokenizer, 64, **settings)
+        assert sum(split.stats.rows for split in splits.values()) == 402 and splits["train"].stats.dropped["bad row"] == 1
+        folder = splits["train"].path.parent
+        files.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert files[0] == files[1] and set(files[0]) == {
+        "stats.json", *(f"{name}.{end}" for name in splits for end in ("arrow", "rows")),
+    }  # fmt: skip
+    assert len(splits) == 1 + bool(held_out)
+
+
+def test_each_row_is_formatted_and_encoded_once(tokenizer, monkeypatch):
+    class Counted(Lines):
+        @staticmethod
+        def format_row(row):
+            FORMATTED.append(row["text"])
+            return {"text": row["text"]}
+
+    FORMATTED = []
+    ENCODED.clear()
+    rows = [{"text": f"text {n}"} for n in range(1200)]
+    prepared(Counted, {"train": rows}, tokenizer, validation_split=0.2)
+    assert [row["text"] for row in rows] == FORMATTED and ENCODED == [512, 512, 176]
+
+
+def test_a_bad_row_in_a_worker_is_named_and_the_first_one_wins(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
+    rows = [{"text": f"text {n}"} for n in range(400)]
+    rows[200], rows[330] = {"text": 5}, {"other": "x"}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 201: field 'text' must be text"):
+            prepared(Lines, path, tokenizer, workers=workers)
+    with pytest.raises(UserError, match=r"rows.jsonl, line 400.*not JSON"):
+        prepared(Lines, path, tokenizer, workers=2, skip_bad_rows=True)
+    assert not multiprocessing.active_children()
+    left = {entry.name.split(".", 1)[-1] for entry in (tmp_path / "cache" / "data").iterdir()}
+    assert left <= {"lock", "partial"}  # nothing that a later run would take
+
+
+def test_the_fingerprint_is_of_the_rows_whatever_batches_they_are_written_in(tmp_path):
+    columns = {"input_ids": [[1, 2], [3], [4, 5, 6]], "labels": [[1, 2], [-100], [4, 5, 6]]}
+    together, apart, other = (ColumnWriter(tmp_path / name, piece=0) for name in "abc")
+    with together, apart, other:
+        together.write(record_batch(columns))
+        for row in range(3):
+            apart.write(record_batch({name: values[row : row + 1] for name, values in columns.items()}))
+        other.write(record_batch(columns | {"input_ids": [[1], [2, 3], [4, 5, 6]]}))
+    assert together.fingerprint == apart.fingerprint != other.fingerprint and together.largest == 6

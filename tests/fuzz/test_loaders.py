@@ -45,7 +45,7 @@ from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, read_zero, res
 from made import made_run  # isort: skip
 
 pytestmark = pytest.mark.ranks  # a minute
-RECIPES = ("gpt2_clm", "alpaca_llama_sft", "bert_tmmlu_qa")
+RECIPES = ("gpt2_clm", "alpaca_llama_sft", "bert_tmmlu_qa", "seq_classification")
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,7 @@ ROWS = {
     "gpt2_clm": [{"text": "Rain falls.", "end": True}, {"text": "Snow is cold and white."}],
     "alpaca_llama_sft": [*instructions(2), {"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "3."}]}],
     "bert_tmmlu_qa": [{"question": f"{n}?", "A": "a", "B": 2, "C": "c", "D": "d", "answer": "B"} for n in range(4)],
+    "seq_classification": [{"text": f"Rain {n}.", "label": label, "weight": 1} for n, label in enumerate(["a", 2, ["a", "2"], 2.5])],
 }  # fmt: skip
 
 
@@ -224,7 +225,8 @@ def test_data(folder: Path, data: st.DataObject) -> None:
 
 # ---- models ----
 
-MODELS = {"AutoModelForCausalLM": (tiny_gpt2, tiny_llama), "AutoModelForMultipleChoice": (tiny_bert,)}
+MODELS = {"AutoModelForCausalLM": (tiny_gpt2, tiny_llama), "AutoModelForMultipleChoice": (tiny_bert,),
+          "AutoModelForSequenceClassification": (tiny_bert, tiny_llama)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ def test_a_run_writes_accuracy_baselines_and_the_held_out_questions(tmp_path):
     assert sum(each["questions"] for each in metrics["eval_accuracy_by_subject"].values()) == 20
     held = json.loads((tmp_path / "run" / "test_qa_data.json").read_text("utf-8"))
     assert len(held) == 4 and {frozenset(each) for each in held} == {frozenset(("subject", "question", "options", "answer"))}
-    trained = {row["question"] for row in story.questions["train"]}
+    trained = {row["question"] for row in story.by_source[0].splits["train"]}
     assert all(each["answer"] in "ABCD" and len(each["options"]) == 4 and each["question"] not in trained for each in held)
     model = AutoModelForMultipleChoice.from_pretrained(tmp_path / "run" / "model")
     assert model.config.architectures == ["BertForMultipleChoice"]

@@ -80,9 +80,9 @@ def test_rows_that_never_end(one_rank: Ranks, small: Small, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", ["none", "zero2"])
-def test_no_memory(one_rank: Ranks, small: Small, tmp_path: Path, stage: str) -> None:
+def test_no_memory(fresh_rank: Ranks, small: Small, tmp_path: Path, stage: str) -> None:
     batch = {"per_device_train_batch_size": 64, "global_batch_size": 64}
-    said = ends(one_rank, small, tmp_path, "gpt2", stage, "little_memory", **batch)
+    said = ends(fresh_rank, small, tmp_path, "gpt2", stage, "little_memory", **batch)
     assert re.match(r"rank 0 ran out of host memory in step \d: ", said), said
     assert re.findall(r"\n  \d\. (--\w+ \w+)", said) == [
         "--per_device_train_batch_size 32", "--gradient_checkpointing true", "--lora_r 16",

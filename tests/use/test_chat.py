@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from made import made_run
-from tiny import ROOT, refusal, tiny_bert, tiny_gpt2, tiny_llama
+from tiny import ROOT, SHARED, needs_shared, refusal, tiny_bert, tiny_gpt2, tiny_llama
 
 from dsrecipes import UserError
 from dsrecipes.cli import main
 from dsrecipes.use.chat import _speakers, chat
+from dsrecipes.use.conversation import Turn
 from dsrecipes.use.finished import FinishedRun, open_run
 from dsrecipes.use.generate import generate
 from dsrecipes.use.session import Terminal, TextSession
@@ -90,9 +91,7 @@ def test_stanfords_templates_follow_one_another(runs: dict[str, FinishedRun]):
     answer = conversation.turns[0].answer
     assert answer, "an answer to build on"
     roles = ("user", "assistant", "user", "assistant")
-    turns = [
-        {"role": role, "content": text} for role, text in zip(roles, ("Hello", answer, "And now?", "x"), strict=True)
-    ]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, ("Hello", answer, "And now?", "x"), strict=True)]
     encoded = run.recipe.encode([{"messages": turns}], run.tokenizer, run.options)
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
     end = len(run.tokenizer("x", add_special_tokens=False)["input_ids"]) + 1
@@ -100,6 +99,30 @@ def test_stanfords_templates_follow_one_another(runs: dict[str, FinishedRun]):
     conversation.turns.pop()
     prompt = conversation._prompt("And now?")
     assert prompt == ids[:-end] and prompt.count(1) == 1 and prompt.count(2) == 1
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["tok_qwen3", "tok_gemma"])
+def test_a_chat_sends_what_training_saw(name: str, tmp_path: Path):
+    """Byte for byte, with system text and two earlier turns, and it stops at the template's end token."""
+    from dsrecipes.use.answers import generation_settings
+
+    made = made_run(
+        tmp_path / "run", "alpaca_llama_sft", str(SHARED / "cases" / "models" / name), prompt_style="chat", lora_r=0
+    )
+    run = open_run(str(made))
+    session, _, _ = _session(run, ["Hello", "And now?"])
+    conversation = session.conversations["tuned"]
+    conversation.system = "Be brief."
+    conversation.turns = [Turn(said, text, []) for said, text in (("Hello", "Yes, one."), ("Again", "No."))]
+    said = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Yes, one."), ("user", "Again"), ("assistant", "No.")]
+    turns = [{"role": role, "content": text} for role, text in [*said, ("user", "So?"), ("assistant", "It is.")]]
+    trained = run.recipe.encode([{"messages": turns}], run.tokenizer, run.options)
+    ids, labels = trained["input_ids"][-1], trained["labels"][-1]
+    start = max(place for place, label in enumerate(labels) if label == -100) + 1
+    assert conversation._prompt("So?") == ids[:start] and "It is." in run.tokenizer.decode(ids[start:])
+    assert ids[-1] in generation_settings(run, conversation.model).eos_token_id
+    assert run.tokenizer.convert_ids_to_tokens(ids[-1]) in ("<|im_end|>", "<end_of_turn>")
 
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):

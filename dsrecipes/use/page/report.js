@@ -9,7 +9,7 @@
   const several = charts.some((chart) => chart.series.some((series) => series.run > 0));
 
   const trace = (chart) => (series) => {
-    const part = words[series.part] || "", ink = colour(`--run-${series.run % 6}`), few = series.x.length < 60;
+    const part = words[series.part] || series.part, ink = colour(`--run-${series.run % 6}`), few = series.x.length < 60;
     const held = series.part === "validation";
     return {
       x: series.x, y: series.y, name: plain([several || !part ? series.name : "", part].filter(Boolean).join(" · ")),
