@@ -33,7 +33,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, best_metric, build_config
-from dsrecipes.data.audit import check_ends, packed_sample
+from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
@@ -55,7 +55,7 @@ from dsrecipes.data.prepare import Split, cache_root
 from dsrecipes.data.renamed import renamed
 from dsrecipes.data.stream import Stream, check_streaming, stream_files
 from dsrecipes.data.weights import class_weights
-from dsrecipes.errors import UserError, inflect, nearest
+from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
@@ -127,7 +127,12 @@ class RecipeBase(ABC):
     @staticmethod
     @abstractmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Records as columns: input_ids and labels (-100: not trained on), one entry a record."""
+        """Records as columns: input_ids and labels (-100: not trained on), one entry a record.
+
+        Other keys that may be there: weights, the weight of each label, or an empty list where all are 1; record, the
+        index of each entry's record where a record becomes several entries or none; notes, a list of lines for the header
+        for each record.
+        """
 
     # ---- may be replaced ----
 
@@ -275,11 +280,15 @@ class RecipeBase(ABC):
         changed = check_contract(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
         if self.stream:
             self._begin_stream(self.stream, changed)
+        read = self.stream.window.end.read if self.stream else self.splits["train"].stats
+        self.place.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in read.notes.items()]
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UserError(f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained")
+        if is_causal_lm(self.model) and not self.cut_into_blocks:
+            self.place.notes += stop_at_ends(train_data.sample, self.tokenizer, self.model)
         disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=train_data,
@@ -459,8 +468,7 @@ class RecipeBase(ABC):
         """The training rows as a stream; nothing but the files' sizes and samples is read yet."""
         train, data = self.config.train, self.config.data
         stream = Stream(
-            stream_files(rows, str(data.dataset)), type(self), self.tokenizer,
-            EncodeOptions(data.max_length, data.prompt_style, data.problem_type),
+            stream_files(rows, str(data.dataset)), type(self), self.tokenizer, data.encoding,
             per_step=self.place.batch, steps=train["max_steps"],
             seed=train["seed"] if train["data_seed"] is None else train["data_seed"],
             shuffle=train["train_sampling_strategy"] == "random", packing=data.packing, skip_bad_rows=data.skip_bad_rows,

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.renamed import parse_columns
 from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
@@ -95,6 +96,9 @@ class DataConfig:
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    reasoning: Literal["keep", "drop"] = _help(
+        "Train on the reasoning before answers where rows have some, or leave it out of every turn.", "keep"
+    )
     class_weights: list[str] = _list(
         "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
     )
@@ -124,6 +128,11 @@ class DataConfig:
         )
         for source in (*self.sources, *self.eval_sources) if self.is_mixture else ():
             self.of_source(source)  # refuses settings of a source that the run could not have
+
+    @property
+    def encoding(self) -> EncodeOptions:
+        """The part that changes how a row is encoded."""
+        return EncodeOptions(self.max_length, self.prompt_style, self.problem_type, self.reasoning)
 
     @property
     def is_mixture(self) -> bool:

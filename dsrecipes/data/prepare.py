@@ -61,6 +61,8 @@ class SplitStats:
     """The greatest token id; None where it is not known."""
     seen: Seen = field(default_factory=Seen)
     """Forms and unused columns; of held-out rows among those of the split that they come from."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Lines for the header -> rows that they hold for."""
 
     def __post_init__(self) -> None:
         """Rebuild what stats.json holds as a plain object."""
@@ -74,6 +76,9 @@ class SplitStats:
         for why, count in [("bad row", chunk.bad), *((why, len(rows)) for why, rows in chunk.dropped.items())]:
             if count:
                 self.dropped[why] = self.dropped.get(why, 0) + count
+        for note, rows in chunk.notes.items():
+            if rows:
+                self.notes[note] = self.notes.get(note, 0) + len(rows)
         if chunk.origins is not None:
             self.kept += len(np.unique(chunk.record))
             self.tokens += int(view(chunk.origins.column("tokens")).sum())
