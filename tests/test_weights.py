@@ -257,12 +257,12 @@ def test_rows_that_differ_in_weight_alone_are_equal() -> None:
     assert content_of({"text": "a"}) != content_of({"text": "b"})
 
 
-@pytest.mark.parametrize("value", [-1, "x", float("nan"), float("inf"), True, [1], "1e39"])
+@pytest.mark.parametrize("value", [-1, "x", float("nan"), float("inf"), [1], {}, "1e39", 10**400])
 def test_what_is_no_weight(value: Any) -> None:
     with pytest.raises(ValueError, match="'weight' must be a number of 0 or more, found"):
         row_weight({"weight": value})
     assert (row_weight({}), row_weight({"weight": ""}), row_weight({"weight": "2.5"})) == ({}, {}, {"weight": 2.5})
-    assert as_weight(None) == 1
+    assert [as_weight(value) for value in (None, " ", True, "FALSE", False, "2")] == [1, 1, 1, 0, 0, 2]
 
 
 # ---- classes ----
