@@ -52,6 +52,7 @@ from dsrecipes.data.mixture import (
 )
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
+from dsrecipes.data.renamed import renamed
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest
 from dsrecipes.find import RecipeFiles, is_shipped
@@ -135,7 +136,7 @@ class RecipeBase(ABC):
         if data.eval_dataset:
             held = load_splits(data.eval_dataset, data.dataset_config)
             splits["validation"] = held.get("validation", held.get("train", held.get("test")))
-        return splits
+        return renamed(splits, data.columns)
 
     def of_source(self, source: Source) -> RecipeBase:
         """This recipe with the settings of one source, for its load_rows."""
@@ -366,11 +367,6 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
-        if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
-            raise UserError(
-                f"--dataset: {self.config.layers.recipe.name} takes one data set, since its labels are numbered over all "
-                "rows together; put the files into one folder and name that"
-            )
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
         prepared, mixed = [], self.config.data.is_mixture

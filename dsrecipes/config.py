@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.renamed import parse_columns
 from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
@@ -85,6 +86,9 @@ class DataConfig:
     )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
     eval_dataset: list[str] | str = _list("Validation rows, in the forms of dataset.")
+    columns: list[str] = _list(
+        "Columns under other names, RECIPE'S=FILE'S: prompt=question,output=answer; in YAML also a mapping."
+    )
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
@@ -103,7 +107,11 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change."""
+        """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change.
+
+        `columns` becomes a mapping.
+        """
+        self.columns: dict[str, str] = parse_columns(self.columns)
         self.sources, self.dataset = read_sources("dataset", self.dataset)
         self.eval_sources, self.eval_dataset = read_sources("eval_dataset", self.eval_dataset)
         if self.class_weights:
@@ -123,7 +131,7 @@ class DataConfig:
         return several or not all(source.is_plain for source in (*self.sources, *self.eval_sources))
 
     def of_source(self, source: Source) -> DataConfig:
-        """The settings of a run on this source alone; one of --eval_dataset is evaluated, too.
+        """The settings of a run on this source alone; where the run has --eval_dataset, it is evaluated on it, too.
 
         Raises:
             ValueError: the source's own settings are out of range.
@@ -143,7 +151,7 @@ class DataConfig:
         own = source.own
         if source.split:
             own = own | {"split": "official"}
-        elif source in self.eval_sources:
+        elif self.eval_sources:
             own = own | {"eval_dataset": source.path}
         return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
 

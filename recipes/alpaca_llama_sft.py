@@ -1,13 +1,11 @@
 """Llama (or any causal LM) on Alpaca instructions or chat messages; the loss is on the answers alone."""
 
-import re
-
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, Segments, chat_segments, encode_segments
 from dsrecipes.data.files import Row
-from dsrecipes.data.formats import messages_field, text_field
+from dsrecipes.data.formats import instruction_record
 from dsrecipes.errors import UserError
 
 WITH_INPUT = (
@@ -22,27 +20,15 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The same source's template for rows with an empty input."""
-_NO_INPUT = re.compile(r"\s*|\W*no ?input\W*|<?NA>?|N/A|nan|null|none", flags=re.IGNORECASE)
-"""What rows write for an input that is not there: nothing, noinput, <noinput>, and pandas' or R's nan, None, NA, <NA>."""
 
 
 class AlpacaLlamaSft(RecipeBase):
-    """Rows of instruction, input, output, or of chat `messages`."""
+    """Rows of instructions and answers, or chats."""
 
     @staticmethod
     def format_row(row: Row) -> dict:
-        """{"messages": ...} for a chat row, else {"instruction", "input", "output"}."""
-        if row.get("messages") or row.get("conversations"):
-            return {"messages": messages_field(row, "messages" if row.get("messages") else "conversations")}
-        record = {name: text_field(row, name) for name in ("instruction", "output")}
-        record["input"] = text_field(row, "input", "")
-        if _NO_INPUT.fullmatch(record["input"]):
-            record["input"] = ""
-        if not record["instruction"].strip() and not record["input"].strip():
-            raise ValueError("field 'instruction' is empty")
-        if not record["output"].strip():
-            raise ValueError("field 'output' is empty")
-        return record
+        """{"instruction", "input", "output"}, or {"messages", perhaps "tools"}; data/formats.py lists the forms of rows."""
+        return instruction_record(row)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:

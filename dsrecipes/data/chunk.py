@@ -15,6 +15,7 @@ from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.origin import origins
 from dsrecipes.data.records import Records, content_of, encode_group
+from dsrecipes.data.seen import Seen
 from dsrecipes.data.weights import WEIGHTS, normalize_weights
 from dsrecipes.errors import UserError
 
@@ -46,6 +47,8 @@ class Chunk:
     """Reason -> indices of records."""
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """content_of of each record, where some are to be held out."""
+    seen: Seen = field(default_factory=Seen)
+    """Forms and columns of the rows; of a divided chunk the training rows have those of all."""
 
     def of(self, chosen: np.ndarray) -> Chunk:
         """The part that the chosen records have (a mask); bad rows are no records."""
@@ -95,7 +98,7 @@ class Encoding:
         """
         records = Records(self.recipe.format_row, LocatedRows(group), self.skip_bad_rows)
         formatted = list(records)
-        chunk = Chunk(records.dropped.get("bad row", 0), len(formatted))
+        chunk = Chunk(records.dropped.get("bad row", 0), len(formatted), seen=records.seen)
         if self.keyed:
             chunk.keys = np.fromiter((content_of(record) for _, record in formatted), np.uint64)
         if formatted:

@@ -21,6 +21,7 @@ from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
 from dsrecipes.data.records import hold_out, hold_out_alone
+from dsrecipes.data.renamed import renamed
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.sources import Source
@@ -84,7 +85,7 @@ def source_rows(story: RecipeBase) -> list[SourceRows]:
 
 def _loaded(story: RecipeBase) -> dict[str, Iterable[Row]]:
     """The rows that a recipe loads, with its settings applied to them."""
-    return dict(story.load_rows())
+    return dict(renamed(story.load_rows(), story.config.data.columns))
 
 
 def _training_rows(story: RecipeBase, source: Source) -> SourceRows:
@@ -142,6 +143,7 @@ class MixedSplit:
             for key in ("rows", "kept", "tokens", "supervised", "tail"):
                 setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
             stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
+            stats.seen.merge(part.stats.seen)
             stats.weighted += part.stats.weighted
             spans = [*stats.weight_range, *part.stats.weight_range]
             stats.weight_range = [min(spans), max(spans)] if spans else []

@@ -28,6 +28,7 @@ from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.data.origin import origins, origins_path
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.records import hold_out
+from dsrecipes.data.seen import Seen
 from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.errors import UserError, plural
@@ -58,6 +59,13 @@ class SplitStats:
     """Of the tokens, labels and weights, in their order."""
     largest_id: int | None = None
     """The greatest token id; None where it is not known."""
+    seen: Seen = field(default_factory=Seen)
+    """Forms and unused columns; of held-out rows among those of the split that they come from."""
+
+    def __post_init__(self) -> None:
+        """Rebuild what stats.json holds as a plain object."""
+        if isinstance(self.seen, dict):
+            self.seen = Seen(**self.seen)
 
 
 @dataclass
@@ -216,7 +224,7 @@ def _hold_out(
             chunk = replace(chunk, sequences=next(sequence_batches), origins=next(place_batches))
         validation = chosen[start : start + chunk.records]
         start += chunk.records
-        yield "train", replace(chunk.of(~validation), bad=chunk.bad)
+        yield "train", replace(chunk.of(~validation), bad=chunk.bad, seen=chunk.seen)
         yield "validation", chunk.of(validation)
     path.unlink()
     origins_path(path).unlink()
@@ -254,6 +262,7 @@ class _SplitWriter:
         """Add a chunk."""
         stats = self.stats
         stats.rows += chunk.records
+        stats.seen.merge(chunk.seen)
         for why, count in [("bad row", chunk.bad), *((why, len(rows)) for why, rows in chunk.dropped.items())]:
             if count:
                 stats.dropped[why] = stats.dropped.get(why, 0) + count

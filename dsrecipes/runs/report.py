@@ -25,6 +25,7 @@ from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.mixture import MixedSplit
 from dsrecipes.data.prepare import dropped_words
+from dsrecipes.data.seen import Seen
 from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
@@ -79,6 +80,14 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
     if stats.dropped:
         parts.append(f"dropped {dropped_words(stats.dropped)}")
     return ", ".join(part for part in parts if part)
+
+
+def _seen(splits: dict[str, Split]) -> list[str]:
+    """The forms of the rows, and columns that are not used, over all splits."""
+    seen = Seen()
+    for split in splits.values():
+        seen.merge(split.stats.seen)
+    return seen.words()
 
 
 def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
@@ -139,6 +148,7 @@ def header(
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
         *_data_lines(config, splits, sequences),
+        _line("rows", *_seen(splits)),
         *_weights(splits, trainer.train_dataset.class_weights, trainer.model.config.id2label),
         _line(
             "batch",

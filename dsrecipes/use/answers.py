@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.formats import with_answer
+from dsrecipes.data.records import BAD_ROW
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
         raise UserError(f"{run.folder.path}: this model does not write text; it {does}")
     from dsrecipes.model.load import check_ids
 
-    asked, answered = _with_answer(row)
+    asked, answered = _with_answer(run, row)
     encoded = run.recipe.encode([run.recipe.format_row(asked)], run.tokenizer, run.options)
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
     check_ids(ids, run.tokenizer, run.embedding_rows)
@@ -62,18 +65,14 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
     return Prompt(ids[:start], run.tokenizer.decode(ids[:start]), reference)
 
 
-def _with_answer(row: Json) -> tuple[Json, bool]:
+def _with_answer(run: FinishedRun, row: Json) -> tuple[Json, bool]:
     """The row with something where its answer belongs, and whether it had one."""
-    for key in ("messages", "conversations"):
-        turns = row.get(key)
-        if isinstance(turns, list) and turns:
-            role = turns[-1].get("role", turns[-1].get("from")) if isinstance(turns[-1], dict) else None
-            if role in ("assistant", "gpt"):
-                return row, True
-            return row | {key: [*turns, {"role": "assistant", "content": _ANSWER}]}, False
-    if "instruction" in row and not str(row.get("output") or "").strip():
-        return row | {"output": _ANSWER}, False
-    return row, True
+    changed, answered = with_answer(row, _ANSWER)
+    if len(changed) > len(row):  # a recipe of the user's own may call its answer something else
+        with contextlib.suppress(*BAD_ROW):
+            run.recipe.format_row(row)
+            return row, True
+    return changed, answered
 
 
 def answers(
