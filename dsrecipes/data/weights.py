@@ -37,7 +37,7 @@ def as_weight(value: Any, name: str = "field 'weight'") -> float:
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be a number of 0 or more, found {value!r}")
+        raise ValueError(f"{name} must be a weight (a number of 0 or more, true or false), found {value!r}")
     return weight
 
 
