@@ -42,6 +42,7 @@ from dsrecipes.data.mixture import (
     JoinedSequences,
     MixedSplit,
     Mixture,
+    SourceRows,
     by_split,
     named,
     prepare_source,
@@ -373,12 +374,20 @@ class RecipeBase(ABC):
             with named(part.source) if mixed else nullcontext():
                 if not mixed:
                     require_split(part.source, "train", part.splits)
-                splits = prepare_source(part, self.tokenizer, self.console)
+                splits = self._prepare_source(part)
                 options = part.story.config.data
                 block = options.max_length if self.cut_into_blocks else None
                 check_splits(splits, self.tokenizer, embedding_rows(self.model_config), block)
             prepared.append((part.source, splits))
         return by_split(prepared) if mixed else prepared[0][1]
+
+    def _prepare_source(self, part: SourceRows) -> dict[str, Split]:
+        """Prepare one source; a recipe that numbers its labels over the training rows sees some beside validation rows."""
+        if "train" in part.splits or type(self).finish is RecipeBase.finish:
+            return prepare_source(part, self.tokenizer, self.console)
+        part = replace(part, splits={"train": self.by_source[0].splits["train"]} | part.splits)
+        splits = prepare_source(part, self.tokenizer, self.console)
+        return {name: split for name, split in splits.items() if name != "train"}
 
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
         """A split's sequences; training rows of several sources are drawn where shares were asked for."""
