@@ -168,3 +168,15 @@ def test_labels_of_validation_sets_are_numbered_as_the_training_rows(tmp_path: P
     held = story.splits["validation"].parts
     assert {name: part.data["labels"][:] for name, part in held.items()} == {"first": [1] * 3, "second": [0, 1]}
     assert story.splits["train"].data["labels"][:] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("columns", [{"instruction": "ask", "output": "said"}, "instruction=ask,output=said"])
+def test_a_source_has_columns_of_its_own(small: Small, tmp_path: Path, columns: Any) -> None:
+    rows = write_rows(tmp_path / "rows.json", instructions(9))
+    other = write_rows(tmp_path / "other.json", [{"ask": f"Say {n}.", "said": str(n)} for n in range(7)])
+    dataset = [rows, {"path": other, "columns": columns}]
+    values = small.values("alpaca", dataset=dataset, validation_split=0, eval_strategy="no", dry_run=True)
+    story = load_recipe(values["recipe"], **values["values"])
+    story.run()
+    assert {name: part.stats.kept for name, part in story.splits["train"].parts.items()} == {"rows": 9, "other": 7}
+    assert "said" in str(story.by_source[1].story.config.data.columns) and not story.config.data.columns
