@@ -117,8 +117,10 @@ class SeqClassification(RecipeBase):
         """Give the model as many outputs as there are labels, and their names."""
         texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in _files(self.splits["train"])}
         if len(texts) > 1:
+            kinds = [f"{each['problem_type']} of {', '.join(each['names'])}" for each in map(json.loads, sorted(texts))]
             raise UserError(
-                "the data sets have different labels, so one head cannot learn them: " + " and ".join(sorted(texts))
+                f"--dataset: the data sets have different labels ({' and '.join(kinds)}), and each is numbered by itself: put the "
+                "files into one folder and name that"
             )
         facts = json.loads(texts.pop())
         kind, names = facts["problem_type"], facts["names"]

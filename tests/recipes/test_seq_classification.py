@@ -229,6 +229,18 @@ def test_a_rare_class_may_be_held_out(tmp_path):
     assert recipe.model_config.num_labels == 8
 
 
+def test_several_data_sets_have_the_same_labels(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows_of("three", count)) for name, count in (("a", 12), ("b", 18))]
+    values = VALUES | {"model_name_or_path": tiny_bert(), "max_steps": 2, "output_dir": str(tmp_path / "run")}
+    result = load_recipe("seq_classification", **values | {"dataset": files, "class_weights": "balanced"}).run()
+    assert {"eval_macro_f1", "eval_a_loss", "eval_b_loss"} <= result.metrics.keys()
+    measured = evaluate(str(result.path), split="validation")
+    assert measured["rows"] == 8 and "without the run's --class_weights" in measured["note"]
+    other = write_rows(tmp_path / "other.jsonl", rows_of("two"))
+    with pytest.raises(UserError, match=r"different labels \(single_label_classification of a, b, c and .* of dry, wet\)"):
+        load_recipe("seq_classification", **values | {"dataset": [files[0], other], "dry_run": True}).run()
+
+
 def test_the_starter_s_rows(capfd, tmp_path):
     argv = [
         "train",
