@@ -123,7 +123,7 @@ class DataConfig:
         return several or not all(source.is_plain for source in (*self.sources, *self.eval_sources))
 
     def of_source(self, source: Source) -> DataConfig:
-        """The settings of a run on this source alone; one of --eval_dataset is evaluated, too.
+        """The settings of a run on this source alone; where the run has --eval_dataset, it is evaluated on it, too.
 
         Raises:
             ValueError: the source's own settings are out of range.
@@ -143,7 +143,7 @@ class DataConfig:
         own = source.own
         if source.split:
             own = own | {"split": "official"}
-        elif source in self.eval_sources:
+        elif self.eval_sources:
             own = own | {"eval_dataset": source.path}
         return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
 

@@ -172,7 +172,8 @@ class StepSampler:
             self._deal(order[: rows - rows % (len(order) // self.steps)], len(order) // self.steps, draw)
         else:
             order[:rows] = self._longest_first(np.arange(rows))
-        steps = np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        steps = order.reshape(self.steps, -1)
+        steps = np.take_along_axis(steps, np.argsort(-self.lengths[steps], axis=1, kind="stable"), axis=1)
         first = self.data.first_of(self.epoch) if self.data is not None else 0
         return np.where(steps == FILLER, FILLER, steps + first)
 

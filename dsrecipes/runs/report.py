@@ -326,6 +326,8 @@ def write_data(folder: RunFolder, splits: dict[str, Split | MixedSplit], sequenc
         told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
         if sources := _sources(split, sequences[name]):
             told[name]["sources"] = sources
+        if sequences[name].class_weights is not None:
+            told[name]["class_weights"] = sequences[name].class_weights.tolist()
     write_whole(folder.data, json.dumps(told, ensure_ascii=False) + "\n")
 
 
