@@ -17,6 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.data.renamed import parse_columns
 from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.flags import FIXED, JUDGED_SCHEDULES, refuse_unknown, refuse_unsuited
@@ -85,11 +87,18 @@ class DataConfig:
     )
     dataset_config: str | None = _help("Configuration name of a hub data set, such as wikitext-2-raw-v1.")
     eval_dataset: list[str] | str = _list("Validation rows, in the forms of dataset.")
+    columns: list[str] = _list(
+        "Columns under other names, RECIPE'S=FILE'S: prompt=question,output=answer; in YAML also a mapping."
+    )
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
+    streaming: bool = _help("Read, tokenize and pack training files while training; needs max_steps.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    reasoning: Literal["keep", "drop"] = _help(
+        "Train on the reasoning before answers where rows have some, or leave it out of every turn.", "keep"
+    )
     class_weights: list[str] = _list(
         "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
     )
@@ -103,7 +112,11 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change."""
+        """Range checks, and the sources behind dataset and eval_dataset; ValueError names the flag to change.
+
+        `columns` becomes a mapping.
+        """
+        self.columns: dict[str, str] = parse_columns(self.columns)
         self.sources, self.dataset = read_sources("dataset", self.dataset)
         self.eval_sources, self.eval_dataset = read_sources("eval_dataset", self.eval_dataset)
         if self.class_weights:
@@ -115,6 +128,11 @@ class DataConfig:
         )
         for source in (*self.sources, *self.eval_sources) if self.is_mixture else ():
             self.of_source(source)  # refuses settings of a source that the run could not have
+
+    @property
+    def encoding(self) -> EncodeOptions:
+        """The part that changes how a row is encoded."""
+        return EncodeOptions(self.max_length, self.prompt_style, self.problem_type, self.reasoning)
 
     @property
     def is_mixture(self) -> bool:

@@ -23,7 +23,7 @@ PROFILES = ("auto", "full", "starter")
 ABOUT_KEYS = ("about", "machine", "starter")
 """Keys of a YAML that are not flags: two lines for `dsrecipes list`, and the starter profile's values."""
 BELONGS_TO = {
-    "dataset": ("dataset_config", "eval_dataset", "skip_bad_rows", "class_weights", "problem_type"),
+    "dataset": ("dataset_config", "eval_dataset", "columns", "skip_bad_rows", "class_weights", "problem_type"),
     "model_name_or_path": ("model_revision", "from_scratch", "prompt_style"),
     "bf16": ("fp16",),
     "fp16": ("bf16",),

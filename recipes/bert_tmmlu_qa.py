@@ -48,10 +48,12 @@ class BertTmmluQa(RecipeBase):
         """Questions with their subject, pooled and split anew, or by the files' own splits."""
         data = self.config.data
         splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
-        for name, rows in sources(data.dataset, data.subjects):
+        for name, rows in sources(data.dataset, data.subjects, data.columns):
             splits[name] += rows
         if data.eval_dataset:
-            splits["validation"] = [pair for _, rows in sources(data.eval_dataset, data.subjects) for pair in rows]
+            splits["validation"] = [
+                pair for _, rows in sources(data.eval_dataset, data.subjects, data.columns) for pair in rows
+            ]
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
         return {name: LocatedRows(rows) for name, rows in splits.items() if rows}

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from dsrecipes.base import RecipeBase
 from dsrecipes.data.encode import EncodeOptions, encode_texts
 from dsrecipes.data.files import FileRows, LineRows, Row
-from dsrecipes.data.formats import text_field
+from dsrecipes.data.formats import text_record
 
 
 class Gpt2Clm(RecipeBase):
@@ -18,14 +18,14 @@ class Gpt2Clm(RecipeBase):
     def load_rows(self) -> dict[str, Iterable[Row]]:
         """Texts; the hub's WikiText, a row a line, as the documents it was cut from."""
         return {
-            name: LineRows(rows) if not isinstance(rows, FileRows) and LineRows.fit(rows) else rows
+            name: LineRows(rows) if not isinstance(getattr(rows, "rows", rows), FileRows) and LineRows.fit(rows) else rows
             for name, rows in super().load_rows().items()
         }
 
     @staticmethod
     def format_row(row: Row) -> dict:
         """A row's `text`; `end` false (a piece of a longer document) leaves out the eos behind it."""
-        return {"text": text_field(row, "text"), "end": row.get("end", True)}
+        return text_record(row)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:

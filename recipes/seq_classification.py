@@ -9,8 +9,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split
+from dsrecipes.data.renamed import RenamedRows
+from dsrecipes.data.seen import LowerNames, name_form
 from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
 from dsrecipes.trainer import Metrics
@@ -58,13 +60,14 @@ class SeqClassification(RecipeBase):
     @staticmethod
     def format_row(row: Row) -> dict:
         """{"text", "label"}, perhaps "text_pair" and "weight"; column names in any letter case, label None where there is none."""
-        columns = _columns(row)
-        record = _texts(row, columns)
-        name = _label_column(columns)
+        fields = LowerNames(row)
+        record = _texts(fields, getattr(row, "mapped", ()))
+        name = _label_column(fields)
         if name is None:
-            raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(columns)})")
-        record["label"] = _label(row[columns[name]], name)
-        return record | row_weight({"weight": row[columns["weight"]]} if "weight" in columns else {})
+            raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
+        record["label"] = _label(fields[name], name)
+        name_form(row, "texts with labels")
+        return record | row_weight(fields)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
@@ -90,7 +93,7 @@ class SeqClassification(RecipeBase):
     @staticmethod
     def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
         """Decide from the training labels what they are, and replace the text of each label by its number."""
-        known = ["train", "validation"] if held_out else ["train"]
+        known = ["train", "validation"] if held_out else ["train"] if "train" in paths else list(paths)
         texts = {name: pc.unique(read_columns(path).column("labels")).to_pylist() for name, path in paths.items()}
         values = [json.loads(text) for text in dict.fromkeys(text for name in known for text in texts.get(name, []))]
         try:
@@ -115,7 +118,8 @@ class SeqClassification(RecipeBase):
 
     def configure(self) -> None:
         """Give the model as many outputs as there are labels, and their names."""
-        texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in _files(self.splits["train"])}
+        files = [path for split in self.splits.values() for path in _files(split)]
+        texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in files}
         if len(texts) > 1:
             kinds = [f"{each['problem_type']} of {', '.join(each['names'])}" for each in map(json.loads, sorted(texts))]
             raise UserError(
@@ -170,21 +174,16 @@ def _files(split: Split) -> list[Path]:
 # ---- rows ----
 
 
-def _columns(row: Row) -> dict[str, Any]:
-    """Columns by their names in lower case; dict.keys, because a row may count the columns that are read."""
-    return {str(key).strip().lower(): key for key in dict.keys(row)}
-
-
-def _texts(row: Row, columns: dict[str, Any]) -> dict[str, str]:
+def _texts(fields: Mapping[str, Any], mapped: Iterable[str]) -> dict[str, str]:
     """The first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
-    pairs = PAIRS[:1] if "text" in getattr(row, "mapped", ()) else PAIRS
-    pair = next((pair for pair in pairs if all(name in columns for name in pair)), None)
-    names = pair or [name for name in TEXTS if name in columns][:1]
+    pairs = PAIRS[:1] if "text" in mapped else PAIRS
+    pair = next((pair for pair in pairs if all(name in fields for name in pair)), None)
+    names = pair or [name for name in TEXTS if name in fields][:1]
     if not names:
-        raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(columns)})")
+        raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(fields)})")
     texts = {}
     for key, name in zip(("text", "text_pair"), names, strict=False):
-        value = row[columns[name]]
+        value = fields[name]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
@@ -195,8 +194,8 @@ def _texts(row: Row, columns: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _label_column(columns: dict[str, Any]) -> str | None:
-    return next((name for name in LABELS if name in columns), None)
+def _label_column(fields: Mapping[str, Any]) -> str | None:
+    return next((name for name in LABELS if name in fields), None)
 
 
 def _label(value: Any, name: str) -> Any:
@@ -231,21 +230,28 @@ def _scalar(value: Any, name: str) -> Any:
 def _has_labels(rows: Iterable[Row]) -> bool:
     """Whether a row has a label; -1 in all rows is how hub data sets publish a test split without them."""
     for row in rows:
-        columns = _columns(row)
-        name = _label_column(columns)
-        if name is not None and str(row[columns[name]]).strip() not in ("", "None", "nan", "-1", "-1.0"):
+        fields = LowerNames(row)
+        name = _label_column(fields)
+        if name is not None and str(fields[name]).strip() not in ("", "None", "nan", "-1", "-1.0"):
             return True
     return False
 
 
-def _with_names(rows: Iterable[Row]) -> Iterable[Row]:
-    """Rows of a hub data set with the names of its classes in place of their numbers."""
-    if is_dataclass(rows) and hasattr(rows, "rows"):  # under other names, by --columns
-        return replace(rows, rows=_with_names(rows.rows))  # type: ignore[type-var]
+def _with_names(rows: Iterable[Row], renames: Mapping[str, str] | None = None) -> Iterable[Row]:
+    """Rows of a hub data set with the names of its classes in place of their numbers.
+
+    Args:
+        renames: columns of the data set that --columns gives another name.
+    """
+    if isinstance(rows, RenamedRows):
+        return replace(rows, rows=_with_names(rows.rows, {column: name for name, column in rows.columns}))
+    features = getattr(rows, "features", None)
+    if not features:
+        return rows
     names = {}
     for column, feature in (getattr(rows, "features", None) or {}).items():
         inner = getattr(feature, "feature", feature)  # of a list of classes
-        if hasattr(inner, "names"):
+        if (renames or {}).get(column, column).strip().lower() in LABELS and hasattr(inner, "names"):
             names[column] = inner.names
     return rows.with_transform(partial(_named, names)) if names else rows  # type: ignore[attr-defined]
 

@@ -15,6 +15,7 @@ from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.origin import origins
 from dsrecipes.data.records import Records, content_of, encode_group
+from dsrecipes.data.seen import Seen
 from dsrecipes.data.weights import WEIGHTS, normalize_weights
 from dsrecipes.errors import UserError
 
@@ -44,14 +45,19 @@ class Chunk:
     """Of each sequence: tokens that are learned."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> indices of records."""
+    notes: dict[str, list[int]] = field(default_factory=dict)
+    """Line for the header -> indices of the records that it holds for."""
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """content_of of each record, where some are to be held out."""
+    seen: Seen = field(default_factory=Seen)
+    """Forms and columns of the rows; of a divided chunk the training rows have those of all."""
 
     def of(self, chosen: np.ndarray) -> Chunk:
         """The part that the chosen records have (a mask); bad rows are no records."""
         kept = chosen[self.record]
         part = Chunk(records=int(chosen.sum()), record=self.record[kept], supervised=self.supervised[kept])
         part.dropped = {why: [index for index in indices if chosen[index]] for why, indices in self.dropped.items()}
+        part.notes = {note: [index for index in indices if chosen[index]] for note, indices in self.notes.items()}
         if self.sequences is not None and self.origins is not None and kept.any():
             part.sequences, part.origins = self.sequences.filter(pa.array(kept)), self.origins.filter(pa.array(kept))
         return part
@@ -95,7 +101,7 @@ class Encoding:
         """
         records = Records(self.recipe.format_row, LocatedRows(group), self.skip_bad_rows)
         formatted = list(records)
-        chunk = Chunk(records.dropped.get("bad row", 0), len(formatted))
+        chunk = Chunk(records.dropped.get("bad row", 0), len(formatted), seen=records.seen)
         if self.keyed:
             chunk.keys = np.fromiter((content_of(record) for _, record in formatted), np.uint64)
         if formatted:
@@ -113,6 +119,9 @@ class Encoding:
                 f"{self.recipe.__name__}: rows that are joined and cut into blocks cannot have weights; return none"
             )
         record = [good[index] for index in columns.pop("record", range(len(good)))]
+        for index, notes in zip(good, columns.pop("notes", ()), strict=False):
+            for note in notes:
+                chunk.notes.setdefault(note, []).append(index)
         keep, tokens, supervised = [], [], []
         faults: dict[int, str] = dict.fromkeys(set(range(chunk.records)) - set(good), "unencodable row")
         for index, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):

@@ -13,11 +13,13 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from dsrecipes.data.json_stream import JsonStream
+from dsrecipes.data.shapes import SPLITS, kind, row_of, rows_in, splits_in
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
 from dsrecipes.find import parse_json
@@ -48,6 +50,8 @@ class FileRows:
     """
 
     files: tuple[Path, ...]
+    split: str = "train"
+    """The rows to take of a JSON file that holds several splits; all rows of any other file."""
 
     def __iter__(self) -> Iterator[Row]:
         return (row for _, row in self.located())
@@ -55,7 +59,7 @@ class FileRows:
     def located(self) -> Iterator[tuple[str, Row]]:
         """Rows with the place each stands at; raises UserError for a file that cannot be read."""
         for path in self.files:
-            yield from _read(path)
+            yield from _read(path, self.split)
 
     @property
     def fingerprint(self) -> str:
@@ -84,12 +88,24 @@ class LocatedRows:
 
 
 def located(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """(where, row) of any rows: a FileRows, a LocatedRows, LineRows, a datasets.Dataset, a list."""
-    if isinstance(rows, (FileRows, LocatedRows, LineRows)):
+    """(where, row) of any rows: a datasets.Dataset, a list, or what knows its places itself."""
+    if hasattr(rows, "located"):
         yield from rows.located()
     else:
+        is_arrow = hasattr(rows, "features")
         for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
+            yield f"row {number}", _without_nulls(row) if is_arrow else row
+
+
+def _without_nulls(row: Row) -> Row:
+    """A row of Arrow's: there an object has the keys of all objects of its column, null where they are not its own."""
+    return {name: _pruned(value) if isinstance(value, (list, dict)) else value for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -148,13 +164,20 @@ def _open(path: Path) -> TextIO:
     return io.TextIOWrapper(file, encoding=encoding, newline="")
 
 
-def _read(path: Path) -> Iterator[tuple[str, Row]]:
-    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text}[
-        suffix(path)
-    ]
+def _read(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    readers = {
+        ".json": partial(_json, split=split), ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
+    }  # fmt: skip
+    with readable(path):
+        yield from readers[suffix(path)](path)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into a UserError that names the file."""
     try:
         try:
-            yield from reader(path)
+            yield
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: {_bad_byte(path, error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -196,40 +219,93 @@ def _likely_encoding(sample: bytes) -> str:
     return "CP1252"
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.stat().st_size * (_GZIP if path.name.endswith(".gz") else 1) >= _BIG:
-        yield from _big_json(path)
+def _json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    if _is_big(path):
+        yield from _big_json(path, split)
         return
+    value = _json_value(path)
+    if value is None:
+        yield from _jsonl(path)
+        return
+    splits = splits_in(value)
+    name = f"{split} row" if splits else "row"
+    for number, row in enumerate(rows_in(splits.get(split, []) if splits else value, path), 1):
+        where = f"{path}, {name} {number}"
+        yield where, row_of(row, where)
+
+
+def _is_big(path: Path) -> bool:
+    return path.stat().st_size * (_GZIP if path.name.endswith(".gz") else 1) >= _BIG
+
+
+def _json_value(path: Path) -> Any:
+    """What a JSON file holds; None for JSON lines under this name."""
     with _open(path) as file:
         text = file.read()
     try:
-        rows = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
-            yield from _jsonl(path)
-            return
-        rows = parse_json(text, str(path))  # says what is wrong
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {_kind(rows)}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+            return None
+        value = parse_json(text, str(path))  # says what is wrong
+    if value is None:
+        raise UserError(f"{path}: expected a list of rows, found {kind(value)}")
+    return value
 
 
-def _big_json(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a file that would fill the memory: a list, {"data": a list}, or JSON lines."""
+def json_splits(path: Path) -> list[str]:
+    """The splits that a JSON file holds under their names; none for any other file, and for one that cannot be read."""
+    if suffix(path) != ".json":
+        return []
+    try:
+        with _open(path) as file:
+            if file.read(_PIECE).lstrip()[:1] != "{":
+                return []  # a list, which need not be read twice
+        if not _is_big(path):
+            return list(splits_in(_json_value(path)))
+        if _holds_lines(path):
+            return []
+        with _open(path) as file:
+            return _big_splits(JsonStream(file, str(path)))
+    except (UserError, OSError, EOFError, zlib.error, UnicodeError):
+        return []  # reading its rows says what is wrong
+
+
+def _big_splits(stream: JsonStream) -> list[str]:
+    """The splits of a JSON object whose lists are all called by the name of one."""
+    names = []
+    for key in stream.keys():  # noqa: SIM118 (no mapping)
+        name = SPLITS.get(key.strip().lower())
+        if stream.peek() != "[":
+            if isinstance(stream.value(), dict) and name:
+                names.append(name)
+            continue
+        names.append(name)
+        for _ in stream.items():
+            pass
+    return [] if None in names else [str(name) for name in names]
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a file named .json holds one object a line."""
     with _open(path) as file:
         first = next((line for line in iter(lambda: file.readline(_LONG), "") if line.strip()), "")
-        lines = len(first) < _LONG and _is_json(first) and file.read(_PIECE).strip()
-    if lines:
+        return len(first) < _LONG and _is_json(first) and bool(file.read(_PIECE).strip())
+
+
+def _big_json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a file that would fill the memory: a list, {"data": a list}, lists by split, or JSON lines."""
+    if _holds_lines(path):
         yield from _jsonl(path)
         return
+    splits = json_splits(path)
+    name = f"{split} row" if splits else "row"
     with _open(path) as file:
         stream = JsonStream(file, str(path))
-        for values in _row_lists(stream, str(path)):
+        for values in _row_lists(stream, path, split if splits else None):
             for number, row in enumerate(values, 1):
-                yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+                where = f"{path}, {name} {number}"
+                yield where, row_of(row, where)
         stream.end()
 
 
@@ -241,24 +317,32 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _row_lists(stream: JsonStream, where: str) -> Iterator[Iterator[Any]]:
-    """The list that holds a JSON text's rows."""
+def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[Iterator[Any]]:
+    """The list that holds a JSON text's rows; `split` where it has a list for each split."""
     if stream.peek() == "[":
         yield stream.items()
         return
     if stream.peek() != "{":
-        raise UserError(f"{where}: expected a list of rows, found {_kind(stream.value())}")
-    found = False
+        raise UserError(f"{path}: expected a list of rows, found {kind(stream.value())}")
+    found = pandas = False
     for key in stream.keys():  # noqa: SIM118 (no mapping)
-        if key == "data" and stream.peek() == "[":
-            if found:
-                raise UserError(f"{where}: key 'data' is written twice")
-            found = True
-            yield stream.items()
-        else:
+        is_list = stream.peek() == "["
+        pandas = pandas or key in ("columns", "schema")  # which say how to read `data`
+        wanted = is_list and key == "data" and not pandas
+        if split is not None:
+            wanted = SPLITS.get(key.strip().lower()) == split
+        if wanted and found:
+            raise UserError(f"{path}: key {key!r} is written twice")
+        found = found or wanted
+        if wanted:
+            yield stream.items() if is_list else iter(rows_in(stream.value(), path))
+        elif not is_list:
             stream.value()
+        else:
+            for _ in stream.items():
+                pass
     if not found:
-        raise UserError(f"{where}: expected a list of rows, found an object")
+        yield iter(rows_in(_json_value(path), path))  # columns: the first row is known when all was read
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -267,7 +351,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            yield where, _checked(parse_json(line, where), where)
+            yield where, row_of(parse_json(line, where), where)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -285,7 +369,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(_PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # damaged, or a value that Python has no type for
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
 
@@ -296,15 +380,18 @@ def _text(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, line {line}", row
 
 
-def pieces(lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> Iterator[tuple[int, Row]]:
     """Lines as (number of the first line, {"text", "end"}) of about 4 kB; `end` marks the last piece of a document.
 
     All lines are one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
+
+    Args:
+        first: number of the first of the lines.
+        unfinished: a piece of this document was given: what ends it must be given too, even when it is blank.
     """
     piece: list[str] = []
-    size, first = 0, 1
-    unfinished = False  # a piece of this document was given: what ends it must be given too, even when it is blank
-    for number, line in enumerate(lines, 1):
+    size = 0
+    for number, line in enumerate(lines, first):
         line = line.replace("\r\n", "\n")
         title = _TITLE.fullmatch(line) is not None
         if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
@@ -341,14 +428,3 @@ class LineRows:
     def fingerprint(self) -> str:
         """The rows' own."""
         return "lines " + fingerprint(self.rows)
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
-            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
-
-
-def _checked(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with named fields, found {_kind(row)}")
-    return row

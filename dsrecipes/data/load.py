@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsrecipes.data.files import SUFFIXES, FileRows, Row, suffix
+from dsrecipes.data.files import SUFFIXES, FileRows, Row, json_splits, suffix
+from dsrecipes.data.shapes import SPLITS
 from dsrecipes.errors import UserError
 from dsrecipes.find import starter_path, user_path
 
-SPLITS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+"""What `datasets` writes beside the data."""
 
 
 def split_of(path: Path) -> str | None:
@@ -29,6 +27,7 @@ def split_of(path: Path) -> str | None:
 def data_files(folder: Path) -> list[Path]:
     """The data files below a folder, sorted; hidden ones and other kinds are passed over."""
     found = [p for p in folder.rglob("*") if p.is_file() and suffix(p) in SUFFIXES and not p.name.startswith(".")]
+    found = [p for p in found if p.name not in _NOT_DATA]
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
@@ -42,15 +41,16 @@ def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Itera
     if path.is_file():
         if suffix(path) not in SUFFIXES:
             raise UserError(f"{path}: unknown kind of file; these are read: {' '.join(SUFFIXES)}, each also .gz")
-        return {"train": FileRows((path,))}
+        return {name: FileRows((path,), name) for name in json_splits(path) or ["train"]}
     if path.is_dir():
         files = data_files(path)
         if not files:
             raise UserError(f"{path}: no data files in this folder; these are read: {' '.join(SUFFIXES)}, each also .gz")
         splits: dict[str, list[Path]] = {}
         for file in files:
-            splits.setdefault(split_of(file.relative_to(path)) or "train", []).append(file)
-        return {name: FileRows(tuple(each)) for name, each in splits.items()}
+            for name in json_splits(file) or [split_of(file.relative_to(path)) or "train"]:
+                splits.setdefault(name, []).append(file)
+        return {name: FileRows(tuple(paths), name) for name, paths in splits.items()}
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or suffix(path) in SUFFIXES
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         raise UserError(f"--dataset {dataset}: no such file or folder")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsrecipes.data.collate import FILLER, Features, Sequences
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
 from dsrecipes.data.records import hold_out, hold_out_alone
+from dsrecipes.data.renamed import renamed
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.sources import Source
@@ -84,7 +84,7 @@ def source_rows(story: RecipeBase) -> list[SourceRows]:
 
 def _loaded(story: RecipeBase) -> dict[str, Iterable[Row]]:
     """The rows that a recipe loads, with its settings applied to them."""
-    return dict(story.load_rows())
+    return dict(renamed(story.load_rows(), story.config.data.columns))
 
 
 def _training_rows(story: RecipeBase, source: Source) -> SourceRows:
@@ -142,6 +142,8 @@ class MixedSplit:
             for key in ("rows", "kept", "tokens", "supervised", "tail"):
                 setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
             stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
+            stats.seen.merge(part.stats.seen)
+            stats.notes = dict(Counter(stats.notes) + Counter(part.stats.notes))
             stats.weighted += part.stats.weighted
             spans = [*stats.weight_range, *part.stats.weight_range]
             stats.weight_range = [min(spans), max(spans)] if spans else []
@@ -161,7 +163,7 @@ def prepare_source(part: SourceRows, tokenizer: PreTrainedTokenizerBase, console
     """Prepare the rows of one source with its own settings; it has a cache entry of its own."""
     data, train = part.story.config.data, part.story.config.train
     return prepare(
-        type(part.story), part.splits, tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.problem_type),
+        type(part.story), part.splits, tokenizer, data.encoding,
         validation_split=part.held_out, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=console,
         hold_out=part.hold_out,
     )  # fmt: skip

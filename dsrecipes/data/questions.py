@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 from dsrecipes.data.files import Row, located
-from dsrecipes.data.load import SPLITS, data_files, fetch_csv, load_splits, split_of
+from dsrecipes.data.load import data_files, fetch_csv, load_splits, split_of
+from dsrecipes.data.renamed import with_names
+from dsrecipes.data.seen import LowerNames, name_form
+from dsrecipes.data.shapes import SPLITS
 from dsrecipes.data.weights import row_weight
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.find import starter_path, user_path
@@ -45,13 +49,14 @@ def question_record(row: Row) -> dict:
     Raises:
         ValueError: a field is missing or empty, the answer is not one of the letters, or the weight is no number.
     """
-    fields = {str(key).strip().lower(): value for key, value in row.items()}
+    fields = LowerNames(row)
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
     letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
     if letter not in tuple(LETTERS):
         raise ValueError(f"field 'answer' must be A, B, C or D, found {fields['answer']!r}")
     if not question.strip():
         raise ValueError("field 'question' is empty")
+    name_form(row, "questions")
     return {
         "question": question,
         "options": options,
@@ -61,7 +66,7 @@ def question_record(row: Row) -> dict:
     }
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if value is None:
         raise ValueError(f"field {name!r} is missing (the row has: {', '.join(fields)})")
@@ -92,8 +97,14 @@ def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
     return chosen
 
 
-def sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
-    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched."""
+def sources(
+    dataset: str, asked: list[str], columns: Mapping[str, str] | None = None
+) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
+    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched.
+
+    Args:
+        columns: the file's columns by the names that are read here.
+    """
     folder = user_path(starter_path(dataset))
     if not folder.exists():
         wanted_subjects(asked, SUBJECTS)
@@ -109,8 +120,15 @@ def sources(dataset: str, asked: list[str]) -> Iterable[tuple[str, list[tuple[st
         splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
     for subject, path in by_subject:
         if wanted is None or subject in wanted:
-            rows = [(where, {"subject": subject, **row}) for where, row in located(load_splits(str(path))["train"])]
-            yield splits[path] or "train", rows
+            for split, rows in load_splits(str(path)).items():  # a JSON file may hold several
+                named = [(where, _with_subject(with_names(row, columns or {}), subject)) for where, row in located(rows)]
+                yield (splits[path] or "train") if split == "train" else split, named
+
+
+def _with_subject(row: Row, subject: str) -> Row:
+    row = copy(row)
+    row.setdefault("subject", subject)
+    return row
 
 
 def _is_dev(path: Path) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row, located
+from dsrecipes.data.seen import Seen
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class Records:
     def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
         self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
         self.dropped: dict[str, int] = {}
+        self.seen = Seen()
+        """Forms and columns of the rows, once they were iterated over."""
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
-        bad = 0
+        bad, seen = 0, Seen()
         for where, row in located(self.rows):
             try:
-                record = self.format_row(row)
+                record = seen.format(self.format_row, row)
             except BAD_ROW as error:
                 if not self.skip_bad_rows:
                     raise bad_row(where, error) from error
@@ -43,6 +46,7 @@ class Records:
             else:
                 yield where, record
         self.dropped = {"bad row": bad} if bad else {}
+        self.seen = seen
 
 
 def fault_of(error: Exception) -> str:

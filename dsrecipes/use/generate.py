@@ -89,6 +89,7 @@ def _row(index: int, prompt: Prompt, answer: str) -> Json:
 
 def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_rows: bool) -> list[Asked]:
     from dsrecipes.data.records import BAD_ROW, bad_row
+    from dsrecipes.data.renamed import with_names
     from dsrecipes.use.asking import Asking, ask, find_asking
 
     try:
@@ -101,6 +102,7 @@ def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_ro
         try:
             if isinstance(row, str):
                 row = (asking or find_asking(run)).row(row)
+            row = with_names(row, run.config.data.columns)
             asked.append((where, index, ask(run, row, asking)))
         except BAD_ROW as error:
             if not skip_bad_rows:
@@ -131,7 +133,7 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
             if suffix(file) == ".txt":
                 yield from _text_lines(FileRows((file,)))
             else:
-                yield from FileRows((file,)).located()
+                yield from FileRows((file,), rows.split).located()
 
 
 def _text_lines(rows: Any) -> Iterator[tuple[str, str]]:

@@ -6,10 +6,11 @@ dsrecipes judge last --judge FOLDER --against reference
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
@@ -121,14 +122,17 @@ def judge(
 
 def _rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tuple[str, Json]]:
     """(where, row) of a file's rows, or of those that the run held out."""
-    from dsrecipes.data.files import SUFFIXES, FileRows, suffix
+    from dsrecipes.data.files import SUFFIXES, located, suffix
+    from dsrecipes.data.load import load_splits
+    from dsrecipes.data.renamed import renamed
     from dsrecipes.use.rows import Rows
 
     if prompts:
         path = user_path(prompts)
         if not path.is_file() or suffix(path) not in SUFFIXES:
             raise UserError(f"--prompts {prompts}: no such file, or of a kind that is not read ({' '.join(SUFFIXES)})")
-        found = list(islice(FileRows((path,)).located(), limit))
+        splits = renamed(load_splits(str(path)), run.config.data.columns, required=False)
+        found = list(islice(chain.from_iterable(map(located, splits.values())), limit))
     else:
         held = Rows(run)
         items = held.items(held.splits[0]) if held.splits[0] != "train" else []
@@ -158,13 +162,17 @@ def _items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, Json]],
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
     """What was asked, without the marks of the model's prompt format where the row's form is known."""
-    for key in ("messages", "conversations"):
-        if isinstance(row.get(key), list):
-            turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in row[key]]
-            turns = turns[:-1] if turns[-1][0] in ("assistant", "gpt") else turns
-            return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {said}" for role, said in turns)
-    if isinstance(row.get("instruction"), str):
-        return "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    from dsrecipes.data.formats import instruction_record, with_answer
+    from dsrecipes.data.records import BAD_ROW
+
+    with contextlib.suppress(*BAD_ROW):
+        record = instruction_record(with_answer(row, "-")[0])
+        if "messages" not in record:
+            return "\n\n".join(filter(None, (record["instruction"], record["input"])))
+        turns = record["messages"][:-1]
+        return (
+            turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        )
     return run.tokenizer.decode(prompt.ids, skip_special_tokens=True)
 
 

@@ -13,6 +13,7 @@ from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, content_of
+from dsrecipes.data.renamed import renamed
 from dsrecipes.errors import UserError
 from dsrecipes.sources import paths_of
 
@@ -52,9 +53,18 @@ class Rows:
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
+        data = self.story.config.data
+        columns = data.columns
+        if self.dataset:
+            data.columns = {}  # --columns is about the run's own data: other rows need not have them
         self.by_source: list[SourceRows] = [
             replace(
-                part, splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()}
+                part,
+                splits=renamed(
+                    {name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
+                    columns if self.dataset else {},
+                    required=False,
+                ),
             )
             for part in source_rows(self.story)
         ]
@@ -105,7 +115,7 @@ class Rows:
         options, held = part.story.config.data, part.held_out if split != "test" else 0.0
 
         def both(row: Row) -> dict[str, Any]:
-            return {"row": row, "record": self.run.recipe.format_row(row)}
+            return {"row": getattr(row, "original", row), "record": self.run.recipe.format_row(row)}
 
         records = Records(both, part.splits["train" if held else split], options.skip_bad_rows)
         if not held:

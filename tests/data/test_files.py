@@ -155,7 +155,7 @@ DAMAGED = [
     ("x.json", b"", ["x.json", "not JSON"]),
     ("x.json", b"[" * 200_000, ["x.json", "too deeply"]),
     ("x.jsonl", GOOD + b"\n" + b'{"a": 1', ["x.jsonl, line 3, column", "not JSON"]),
-    ("x.jsonl", GOOD + b'"text"\n', ["x.jsonl, line 2", "found text"]),
+    ("x.jsonl", GOOD + b"3\n", ["x.jsonl, line 2", "found a number"]),
     ("x.jsonl", GOOD + b"nul\n", ["x.jsonl, line 2"]),
     ("x.jsonl", GOOD * 2 + '{"a": "é"}'.encode("latin-1"), ["x.jsonl", "not UTF-8", "0xe9", "line 3"]),
     ("x.csv", b"a,b\n1,2\n1,2,3\n", ["x.csv, line 3", "3 fields", "2 columns"]),

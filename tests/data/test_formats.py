@@ -13,6 +13,8 @@ def test_text_field():
         text_field({}, "a")
     with pytest.raises(ValueError, match="field 'a' must be text, found list"):
         text_field({"a": ["x"]}, "a")
+    assert [text_field({"a": value}, "a") for value in (4, 2.5, True)] == ["4", "2.5", "true"]
+    assert text_field({"a": float("nan")}, "a", "") == ""
 
 
 def test_messages_in_both_dialects():
@@ -27,16 +29,29 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ("hello", "must be a list"),
+        ("hello", "is text, but not JSON"),
+        (3, "must be a list"),
         ([], "must be a list"),
         (["hello"], "turn 1 must be an object"),
-        ([USER, {"role": "tool", "content": "x"}], "turn 2 has role 'tool'; known: system, user"),
-        ([{"role": "user"}], "'value' is missing"),
-        ([{"role": "user", "content": 3}, ANSWER], "must be text, found int"),
+        ([USER, {"role": "judge", "content": "x"}], "turn 2 has role 'judge'; known: system, developer, user"),
+        ([USER, {"content": "x"}], "turn 2 has no role"),
+        ([{"role": "user"}], r"turn 1 \(user\): field 'content' is missing"),
+        ([{"role": "user", "content": {"a": 1}}, ANSWER], r"turn 1 \(user\): field 'content' must be text, found dict"),
         ([USER], "at least one answer"),
-        ([ANSWER, USER], "user, assistant, user"),
-        ([USER, USER, ANSWER], "user, assistant, user"),
-        ([USER, {"role": "assistant", "content": "  "}], "an assistant turn is empty"),
+        ([USER, {"role": "assistant", "content": "  "}], r"turn 2 \(assistant\) is empty: expected text or tool_calls"),
+        ([USER, ANSWER | {"weight": -1}], r"turn 2 \(assistant\): field 'weight' must be a weight .* found -1"),
+        ([USER, ANSWER | {"tool_calls": [{"function": {}}]}], "turn 2 has a tool call without a name"),
+        (
+            [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{"}]}],
+            "turn 2 has a tool call .*'arguments' is text, but not",
+        ),
+        (
+            [USER, ANSWER | {"content": [{"type": "image_url", "image_url": {}}]}],
+            "turn 2 .* of type 'image_url'; only parts of type text",
+        ),
+        ([ANSWER | {"content": "a\ud83d"}], r"turn 1 \(assistant\): .* half of a surrogate pair"),
+        ({"role": ["user"], "content": ["a", "b"]}, "lists of different lengths"),
+        ("[1", "is text, but not JSON"),
         ([{"role": ["user"], "content": "q"}, ANSWER], "turn 1 has role"),
     ],
 )

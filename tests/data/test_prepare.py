@@ -96,13 +96,13 @@ def test_a_short_validation_text_is_kept_to_its_last_token(tokenizer):
 
 BAD = {
     "missing": ({"instruction": "a"}, "field 'output' is missing"),
-    "type": ({"instruction": "a", "output": 3}, "field 'output' must be text, found int"),
+    "type": ({"instruction": "a", "output": ["x"]}, "field 'output' must be text, found list"),
     "empty": ({"instruction": "a", "output": " "}, "field 'output' is empty"),
     "no instruction": ({"instruction": "", "output": "x"}, "field 'instruction' is empty"),
     "list": ({"instruction": ["a"], "output": "x"}, "field 'instruction' must be text, found list"),
     "chat": (
         {"messages": [{"role": "user", "content": "q"}]},
-        "messages: turns must go user, assistant, user, ... with at least one answer",
+        "messages: expected at least one answer (a turn of role assistant), found user",
     ),
     "turn": ({"messages": ["q"]}, "messages: turn 1 must be an object"),
 }
@@ -159,7 +159,7 @@ def test_an_empty_file_is_refused(tokenizer, tmp_path, name):
 
 def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
     with pytest.raises(UserError, match=r"no train row has a token to train on: 2 rows dropped \(2 bad rows\)"):
-        prepared(Lines, {"train": [{}, {"text": 1}]}, tokenizer, skip_bad_rows=True)
+        prepared(Lines, {"train": [{}, {"text": [1]}]}, tokenizer, skip_bad_rows=True)
 
 
 def test_hold_out_keeps_equal_rows_on_one_side():

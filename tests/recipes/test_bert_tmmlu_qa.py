@@ -17,6 +17,7 @@ from dsrecipes import load_recipe
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import located
 from dsrecipes.data.questions import GROUPS, SUBJECTS, pool, subject_of, wanted_subjects
+from dsrecipes.data.seen import Seen
 from dsrecipes.errors import UserError
 from dsrecipes.run import main
 
@@ -162,6 +163,17 @@ def test_folders_files_and_official_splits(tmp_path):
     cmmlu = recipe(dataset=str(tmp_path / "c")).load_rows()
     assert {name: len(list(rows)) for name, rows in cmmlu.items()} == {"train": 14, "validation": 5, "test": 1}
     assert {row["subject"] for row in cmmlu["train"]} == {"agronomy"}
+
+
+def test_columns_under_other_names_are_pooled_by_their_questions(tmp_path):
+    rows = [{"題目": f"{n}?", "A": 1, "B": 2, "C": 3, "D": 4, "答案": "A", "note": "x"} for n in range(20)]
+    write_subject(tmp_path, "physics_test.csv", rows)
+    splits = recipe(dataset=str(tmp_path), columns=["question=題目", "answer=答案"]).load_rows()
+    assert {name: len(list(rows)) for name, rows in splits.items()} == {"train": 14, "validation": 5, "test": 1}
+    seen = Seen()
+    records = [seen.format(BertTmmluQa.format_row, row) for rows in splits.values() for row in rows]
+    assert {record["question"] for record in records} == {row["題目"] for row in rows}
+    assert seen.words() == ["questions (A, B, C, D, question, answer, subject)", "unused columns: note"]
 
 
 @needs_shared

@@ -21,6 +21,7 @@ from dsrecipes.use.chat import chat
 from dsrecipes.use.finished import FinishedRun, open_run
 from dsrecipes.use.generate import generate
 from dsrecipes.use.partial import Partial
+from dsrecipes.use.rows import Rows
 
 ROWS = [{"instruction": f"Count to {n}." + " Slowly." * (n * 7 % 5), "input": "", "output": "1"} for n in range(1, 12)]
 
@@ -56,6 +57,29 @@ def test_rows_without_an_answer_and_lines_of_a_text_file(llama: FinishedRun, tmp
     assert all("reference" not in row for row in rows)
 
 
+def test_rows_of_every_form_ask_the_same(llama: FinishedRun, tmp_path: Path):
+    """Also under the names that the run was given with --columns, and from a file of several splits."""
+    forms = [
+        {"prompt": "Why?"}, {"question": "Why?", "answer": ""}, {"conversations": [{"from": "human", "value": "Why?"}]},
+        {"instruction": "Why?", "output": None},
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps({"train": forms, "test": forms[:1]}))
+    answers = generate(llama, tmp_path / "rows.json", max_new_tokens=2)
+    assert len(answers) == 5 and len({row["prompt"] for row in answers}) == 1 and "reference" not in answers[0]
+    data = write_rows(tmp_path / "own.jsonl", [{"q": "Why?", "a": 4}])
+    path = made_run(
+        tmp_path / "run", "alpaca_llama_sft", tiny_llama(), prompt_style="alpaca", lora_r=0, dataset=data, validation_split=0,
+        columns={"prompt": "q", "output": "a"},
+    )  # fmt: skip
+    run = open_run(str(path))
+    [own] = generate(run, [{"q": "Why?", "a": 4}], max_new_tokens=2)
+    assert own["prompt"] == answers[0]["prompt"] and own["reference"] == "4"
+    record = {"instruction": "Why?", "input": "", "output": "4"}
+    assert [item.record for item in Rows(run).items("train")] == [record]
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Why?", "completion": "4"}])
+    assert [item.record for item in Rows(run, other).items("train")] == [record]
+
+
 def test_a_text_is_continued(tmp_path: Path):
     """gpt2_clm: the prompt is the text itself, and the blanks that its continuation begins and ends with stay."""
     run = open_run(str(made_run(tmp_path / "gpt2", "gpt2_clm", tiny_gpt2(), max_length=64)))
@@ -88,7 +112,7 @@ def test_a_recipe_of_the_users_own_needs_no_answer(tmp_path: Path):
 
 def test_bad_rows_are_named_or_left_out(llama: FinishedRun, tmp_path: Path):
     """A row's own number stays in `index`."""
-    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], {"instruction": 3}, ROWS[2]])
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], {"instruction": [3]}, ROWS[2]])
     with pytest.raises(UserError, match=r"rows.jsonl, line 2: .*must be text.*--skip_bad_rows"):
         generate(llama, path)
     assert [row["index"] for row in generate(llama, path, skip_bad_rows=True, max_new_tokens=2)] == [0, 2]

@@ -1,0 +1,138 @@
+"""The shapes in which JSON files hold rows: lists, columns of lists, pandas' to_json, and several splits in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dsrecipes.data.turns import is_turn
+from dsrecipes.errors import UserError
+
+Row = dict[str, Any]
+SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What a split may be called -> train, validation or test."""
+_WRAPPERS = ("data", "rows", "examples", "records")
+"""Keys that hold the rows of a file that has other things beside them."""
+_CHATS = ("messages", "conversations", "conversation")
+
+
+def kind(value: Any) -> str:
+    """A JSON value's type in words."""
+    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
+            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
+
+
+def row_of(value: Any, where: str) -> Row:
+    """An item of a list, or a line, as a row: an object; turns, which are a chat; or text.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        if not is_turn(value[0]):
+            raise UserError(
+                f"{where}: a list of objects that are not turns ({', '.join(map(str, value[0]))}), where a row was expected; "
+                "a file that is one list of rows has a name that ends in .json"
+            )
+        return {"messages": value}
+    found = f"a list of {kind(value[0])}" if isinstance(value, list) and value else kind(value)
+    raise UserError(f"{where}: expected an object with named fields, a list of turns (a chat), or text, found {found}")
+
+
+def splits_in(value: Any) -> dict[str, Any]:
+    """The rows by split, train, validation and test, of a file such as {"train": [...], "test": [...]}; else empty."""
+    if not isinstance(value, dict):
+        return {}
+    if isinstance(value.get("data"), dict):
+        value = value["data"]
+    kinds = (list,) if any(isinstance(rows, list) for rows in value.values()) else (dict,)  # objects beside lists are notes
+    inner = {
+        key: rows for key, rows in value.items() if isinstance(rows, kinds) or (key in SPLITS and isinstance(rows, dict))
+    }
+    names = {key: SPLITS.get(str(key).strip().lower()) for key in inner}
+    if not inner or None in names.values() or len(set(names.values())) < len(names):
+        return {}
+    return {str(names[key]): rows for key, rows in inner.items()}
+
+
+def rows_in(value: Any, path: object) -> Iterable[Any]:
+    """The rows of a JSON file's value, whichever of the shapes it has; each of them goes through row_of.
+
+    Raises:
+        UserError: none of the shapes.
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a list of rows, found {kind(value)}")
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        return _split_orient(value["columns"], value["data"], path)
+    if isinstance(value.get("schema"), dict) and isinstance(value.get("data"), list):
+        index = value["schema"].get("primaryKey") or []  # pandas' own row numbers
+        return [{k: v for k, v in row.items() if k not in index} if isinstance(row, dict) else row for row in value["data"]]
+    wrapped = next((value[key] for key in _WRAPPERS if _holds_rows(value.get(key))), None)
+    if wrapped is not None:
+        return rows_in(wrapped, path)
+    if any(_is_chat(value.get(key)) for key in _CHATS):
+        return [value]
+    if value and all(isinstance(column, list) for column in value.values()):
+        return _columns_of_lists(value, path)
+    if value and all(isinstance(column, dict) for column in value.values()):
+        return _columns_of_objects(value, path)
+    raise UserError(
+        f"{path}: expected a list of rows, found an object ({', '.join(map(str, list(value)[:8])) or 'empty'}). Write "
+        '[{...}, {...}], one object a line (.jsonl), {"train": [...], "test": [...]}, or {"column": [...], ...}'
+    )
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _is_chat(value: Any) -> bool:
+    return _holds_rows(value) and is_turn(value[0])
+
+
+def _split_orient(columns: list[Any], data: list[Any], path: object) -> list[Row]:
+    """pandas' orient=split."""
+    for number, values in enumerate(data, 1):
+        if not isinstance(values, list) or len(values) != len(columns):
+            found = f"{len(values)} values" if isinstance(values, list) else kind(values)
+            raise UserError(
+                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}"
+            )
+    return [dict(zip(map(str, columns), values, strict=True)) for values in data]
+
+
+def _columns_of_lists(value: dict[str, list[Any]], path: object) -> list[Row]:
+    lengths = {name: len(column) for name, column in value.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{path}: its columns have different lengths ({counts}); each must have a value for every row")
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
+def _columns_of_objects(value: dict[str, dict[str, Any]], path: object) -> list[Row]:
+    """pandas' default, {column: {row: value}}, or orient=index, {row: {column: value}}: rows are called by numbers."""
+    outer, inner = _are_numbers(value), _are_numbers(key for column in value.values() for key in column)
+    if outer and not inner:
+        return list(value.values())
+    if not inner or outer:
+        raise UserError(
+            f"{path}: objects in an object, of which neither level is numbered, so rows cannot be told from columns; write "
+            'a list of rows (pandas: to_json(path, orient="records"))'
+        )
+    numbers = dict.fromkeys(number for column in value.values() for number in column)
+    return [{name: column.get(number) for name, column in value.items()} for number in numbers]
+
+
+def _are_numbers(keys: Iterable[str]) -> bool:
+    return all(str(key).isdecimal() for key in keys)
