@@ -192,6 +192,21 @@ def test_classes_of_a_hub_data_set_keep_their_names(tmp_path, monkeypatch):
     assert "the test rows have no labels: the split is left out" in recipe.place.notes
 
 
+def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
+    (tmp_path / "a.csv").write_text("id,body,sentence,mood\n1,rain,x,bad\n2,sun,y,good\n")
+    features = datasets.Features(body=datasets.Value("string"), mood=datasets.ClassLabel(names=["bad", "good"]))
+    hub = {"train": datasets.Dataset.from_dict({"body": ["rain", "sun"], "mood": [0, 1]}, features=features)}
+    values = VALUES | {"model_name_or_path": tiny_bert(), "dry_run": True, "validation_split": 0}
+    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run")}
+    load_recipe("seq_classification", **values | {"dataset": str(tmp_path / "a.csv")}).run()
+    out = capfd.readouterr().out
+    assert "[CLS] rain [SEP]" in out and "label: bad" in out and "unused columns: id, sentence" in out, out
+    monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: hub)
+    recipe = load_recipe("seq_classification", **values | {"dataset": "some/set"})
+    recipe.run()
+    assert recipe.model_config.id2label == {0: "bad", 1: "good"}
+
+
 @pytest.mark.parametrize(
     ("files", "values", "parts"),
     [
