@@ -33,7 +33,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.config import Config, TrainConfig, best_metric, build_config
-from dsrecipes.data.audit import check_ends, packed_sample
+from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
@@ -53,14 +53,16 @@ from dsrecipes.data.mixture import (
 from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split, cache_root
 from dsrecipes.data.renamed import renamed
+from dsrecipes.data.stream import Stream, check_streaming, stream_files
 from dsrecipes.data.weights import class_weights
-from dsrecipes.errors import UserError, inflect, nearest
+from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.find import RecipeFiles, is_shipped
 from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
 from dsrecipes.layers import Layers, layer, seconds_of
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_attention,
+    check_ids,
     check_model,
     check_splits,
     check_vocabulary,
@@ -89,7 +91,7 @@ from dsrecipes.runs.opening import choose_folder, delete_replaced, leave_folder,
 from dsrecipes.runs.orders import Orders
 from dsrecipes.runs.record import Recorder
 from dsrecipes.runs.watch import Watch
-from dsrecipes.saving import Keeping, step_of
+from dsrecipes.saving import Keeping, read_progress, step_of
 from dsrecipes.sources import Source
 from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
 from dsrecipes.use.verify import verify_apart
@@ -125,7 +127,12 @@ class RecipeBase(ABC):
     @staticmethod
     @abstractmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Records as columns: input_ids and labels (-100: not trained on), one entry a record."""
+        """Records as columns: input_ids and labels (-100: not trained on), one entry a record.
+
+        Other keys that may be there: weights, the weight of each label, or an empty list where all are 1; record, the
+        index of each entry's record where a record becomes several entries or none; notes, a list of lines for the header
+        for each record.
+        """
 
     # ---- may be replaced ----
 
@@ -217,6 +224,8 @@ class RecipeBase(ABC):
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
+        if data.streaming:
+            self.place.notes += check_streaming(self.config, self.auto_class)
         self.console.main = self.place.ranks.rank == 0
         if not self._introduced:
             self.console.say(self.config.layers.first_line())
@@ -238,6 +247,7 @@ class RecipeBase(ABC):
             from dsrecipes.model.lora import check_targets
 
             check_targets(self.config.model, self.model_config, self.auto_class)
+        self.stream: Stream | None = None
         self.splits = self._prepare()
         self.configure()
         self._set_padding()
@@ -246,6 +256,7 @@ class RecipeBase(ABC):
         self.sequences = {
             name: self._sequences(name, split, data.max_length if packs else None) for name, split in self.splits.items()
         }
+        train_data = self.stream or self.sequences["train"]
         if self.config.model.from_scratch:
             random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
@@ -267,16 +278,22 @@ class RecipeBase(ABC):
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
         terms = contract(self)
         changed = check_contract(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
+        if self.stream:
+            self._begin_stream(self.stream, changed)
+        read = self.stream.window.end.read if self.stream else self.splits["train"].stats
+        self.place.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in read.notes.items()]
         self._open_folder()
         self.watch = self._watch()
         self.model = self.load_model()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UserError(f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained")
+        if is_causal_lm(self.model) and not self.cut_into_blocks:
+            self.place.notes += stop_at_ends(train_data.sample, self.tokenizer, self.model)
         disable_cpu_packing(self.model)  # a recipe's own load_model may not have done it
         trainer = RecipeTrainer(
-            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=self.sequences["train"],
+            model=self.model, args=self.args, data_collator=self.collator(), train_dataset=train_data,
             eval_dataset=self.sequences.get("validation"),
-            processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in self.sequences.values()),
+            processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in (train_data, *self.sequences.values())),
             keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
@@ -336,6 +353,8 @@ class RecipeBase(ABC):
         finally:
             if hasattr(self, "watch"):
                 self.watch.end(failed=sys.exception() is not None)
+            if getattr(self, "stream", None):
+                self.stream.close()
             if getattr(self, "_lock", None):
                 self._lock.release()
             # transformers finds ZeRO-3 through a global, accelerate leaves a variable behind and so do we: a later run,
@@ -367,11 +386,6 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
-        if self.config.data.is_mixture and type(self).finish is not RecipeBase.finish:
-            raise UserError(
-                f"--dataset: {self.config.layers.recipe.name} takes one data set, since its labels are numbered over all "
-                "rows together; put the files into one folder and name that"
-            )
         self.by_source = source_rows(self)
         self.place.notes += style_notes(self.config.data)
         prepared, mixed = [], self.config.data.is_mixture
@@ -379,8 +393,10 @@ class RecipeBase(ABC):
             with named(part.source) if mixed else nullcontext():
                 if not mixed:
                     require_split(part.source, "train", part.splits)
-                splits = prepare_source(part, self.tokenizer, self.console)
                 options = part.story.config.data
+                if options.streaming:
+                    self.stream = self._stream(part.splits.pop("train"))
+                splits = prepare_source(part, self.tokenizer, self.console) if part.splits else {}
                 block = options.max_length if self.cut_into_blocks else None
                 check_splits(splits, self.tokenizer, embedding_rows(self.model_config), block)
             prepared.append((part.source, splits))
@@ -443,9 +459,35 @@ class RecipeBase(ABC):
 
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        train, place = self.config.train, self.place
-        per_epoch = math.ceil(len(self.sequences["train"]) / place.batch)
-        return train["max_steps"] if train["max_steps"] > 0 else math.ceil(train["num_train_epochs"] * per_epoch)
+        train = self.config.train
+        if train["max_steps"] > 0:
+            return train["max_steps"]
+        return math.ceil(train["num_train_epochs"] * math.ceil(len(self.sequences["train"]) / self.place.batch))
+
+    def _stream(self, rows: Iterable[Row]) -> Stream:
+        """The training rows as a stream; nothing but the files' sizes and samples is read yet."""
+        train, data = self.config.train, self.config.data
+        stream = Stream(
+            stream_files(rows, str(data.dataset)), type(self), self.tokenizer, data.encoding,
+            per_step=self.place.batch, steps=train["max_steps"],
+            seed=train["seed"] if train["data_seed"] is None else train["data_seed"],
+            shuffle=train["train_sampling_strategy"] == "random", packing=data.packing, skip_bad_rows=data.skip_bad_rows,
+            check_ids=partial(check_ids, tokenizer=self.tokenizer, rows=embedding_rows(self.model_config)),
+        )  # fmt: skip
+        self.place.notes += stream.notes()
+        return stream
+
+    def _begin_stream(self, stream: Stream, changed: list[str]) -> None:
+        """Read the first window, or the one that the checkpoint lies in.
+
+        Raises:
+            UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
+        """
+        if len(set(self.orders.gathered(stream.fingerprint))) > 1:
+            raise UserError(f"--dataset {self.config.data.dataset}: the ranks see different files, so they would skip rows")
+        if "data" in changed:
+            raise UserError("--allow_changed data: a stream resumes by position, which other data do not have")
+        stream.begin(read_progress(self.checkpoint)["stream"] if self.checkpoint else None)
 
     def _check_best_metric(self) -> None:
         """Refuse a --metric_for_best_model that no evaluation reports, before the first step."""
@@ -466,7 +508,13 @@ class RecipeBase(ABC):
         self.console.log_to(self.folder.console)
         if self.console.main:
             report.write_start(self.folder, self.config, self.place)
-            report.write_data(self.folder, self.splits, self.sequences)
+            self._write_data(self._resumes_at()[0])
+
+    def _write_data(self, step: int) -> dict[str, Any] | None:
+        """Write data.json; returns what became of the rows of a stream up to a step."""
+        streamed = self.stream.facts(step) if self.stream else None
+        report.write_data(self.folder, self.splits, self.sequences, streamed)
+        return streamed
 
     def _watch(self) -> Watch:
         ranks = self.place.ranks
@@ -478,6 +526,8 @@ class RecipeBase(ABC):
 
     def places_of(self, rows: list[int]) -> str:
         """Where training rows came from: files and lines."""
+        if self.stream:
+            return self.stream.places(rows)
         block = self.config.data.max_length if self.cut_into_blocks else None
         return "; ".join(places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
 
@@ -521,7 +571,8 @@ class RecipeBase(ABC):
                 self.console.say("verifying the model")
                 problem = verify_apart(self.folder)
             self._write_page()
-            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began))
+            streamed = self._write_data(result.step)
+            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began, streamed))
         trainer.accelerator.wait_for_everyone()
         if problem:
             raise UserError(problem)
@@ -596,7 +647,7 @@ class _FirstAndLastStep(TrainerCallback):
             recipe.place.check_engine(engine)
             keep_gradient_norm(engine)
         recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
-        data = recipe.sequences["train"]
+        data = trainer.train_dataset.sample
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
         largest_batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
@@ -614,7 +665,9 @@ class _FirstAndLastStep(TrainerCallback):
             report.write_ds_config(recipe.folder, trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the last step whatever logging_steps is: it is the run's result."""
+        """Log the last step whatever logging_steps is: it is the run's result. A stream says which epoch it is in."""
+        if self.recipe.stream:
+            state.epoch = self.recipe.stream.epoch(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True
 

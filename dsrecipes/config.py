@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dsrecipes.adapter import lora_targets, take_settings
 from dsrecipes.batch import BATCH_KEYS
+from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.renamed import parse_columns
 from dsrecipes.data.weights import parse_class_weights
 from dsrecipes.errors import UserError, nearest
@@ -91,9 +92,13 @@ class DataConfig:
     )
     validation_split: float = _help("Share of the training rows held out where the data set has no validation rows.", 0.0)
     skip_bad_rows: bool = _help("Drop and count rows that cannot be read, instead of stopping at the first.", False)
+    streaming: bool = _help("Read, tokenize and pack training files while training; needs max_steps.", False)
     max_length: int = _help("Longest sequence, or the block of a text recipe, in tokens.", 512)
     packing: bool = _help("Put several whole examples into one sequence; attention stays inside each.", True)
     prompt_style: Literal["alpaca", "chat"] = _help("Stanford's templates, or the tokenizer's chat template.", "alpaca")
+    reasoning: Literal["keep", "drop"] = _help(
+        "Train on the reasoning before answers where rows have some, or leave it out of every turn.", "keep"
+    )
     class_weights: list[str] = _list(
         "Weights of the classes in the loss of a classifier, in label order (1 5), by name or index (neg=1,pos=5), or balanced."
     )
@@ -125,13 +130,18 @@ class DataConfig:
             self.of_source(source)  # refuses settings of a source that the run could not have
 
     @property
+    def encoding(self) -> EncodeOptions:
+        """The part that changes how a row is encoded."""
+        return EncodeOptions(self.max_length, self.prompt_style, self.problem_type, self.reasoning)
+
+    @property
     def is_mixture(self) -> bool:
         """Whether there are several sources, or one with settings of its own."""
         several = len(self.sources) > 1 or len(self.eval_sources) > 1
         return several or not all(source.is_plain for source in (*self.sources, *self.eval_sources))
 
     def of_source(self, source: Source) -> DataConfig:
-        """The settings of a run on this source alone; one of --eval_dataset is evaluated, too.
+        """The settings of a run on this source alone; where the run has --eval_dataset, it is evaluated on it, too.
 
         Raises:
             ValueError: the source's own settings are out of range.
@@ -151,7 +161,7 @@ class DataConfig:
         own = source.own
         if source.split:
             own = own | {"split": "official"}
-        elif source in self.eval_sources:
+        elif self.eval_sources:
             own = own | {"eval_dataset": source.path}
         return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dsrecipes.errors import RunStopped, UserError, nearest
 from dsrecipes.runs.checkpoint import damage, fault, is_whole
-from dsrecipes.saving import PROGRESS, SavingTrainer
+from dsrecipes.saving import SavingTrainer, read_progress
 from dsrecipes.zero import reshape
 from dsrecipes.zero.saved import fits, made_by
 
@@ -46,7 +45,7 @@ class ResumableTrainer(SavingTrainer):
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
             self._saved_step = int(path.name.rsplit("-", 1)[-1])
-            self._progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+            self._progress = read_progress(path)
             self.args.eval_on_start = False
         with self.keeping.orders:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from dsrecipes.adapter import CONFIG, HEAD, head_settings
+from dsrecipes.data.stream import Stream
 from dsrecipes.errors import UserError
 from dsrecipes.model.task import unwrapped
 from dsrecipes.runs.checkpoint import Facts, facts_of, files_of, seal
@@ -40,10 +41,14 @@ class Keeping:
     """Terms that a resumed run was allowed to change."""
 
 
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds of a run's progress beside Trainer's own state."""
+    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+
+
 def step_of(checkpoint: Path) -> tuple[int, bool]:
     """The step that a checkpoint was saved at, and whether its evaluation was still due."""
-    progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-    return int(checkpoint.name.rsplit("-", 1)[-1]), progress["evaluate"]
+    return int(checkpoint.name.rsplit("-", 1)[-1]), read_progress(checkpoint)["evaluate"]
 
 
 class SavingTrainer(Trainer):
@@ -113,6 +118,8 @@ class SavingTrainer(Trainer):
             if main:
                 self.state.save_to_json(str(writing / TRAINER_STATE_NAME))
                 progress = {"losses": losses, "last_logged": self._globalstep_last_logged, "evaluate": self._owes_evaluation}
+                if isinstance(self.train_dataset, Stream):
+                    progress["stream"] = self.train_dataset.state(step)
                 (writing / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         self._refuse_failures(step)
         part: Facts = {}

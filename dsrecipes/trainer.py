@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.collate import COUNTS, FILLER, Sequences, StepLoader, StepSampler, labelled
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.stream import Stream, StreamSampler
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.model.router import router_loss_of, trained_tokens
@@ -130,13 +131,20 @@ class RecipeTrainer(ResumableTrainer):
 
     # ---- rows of a step ----
 
-    def _loader(self, data: Sequences, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
+    def _loader(self, data: Sequences | Stream, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
-        if data.weighted and WEIGHTS not in self.data_collator([data[FILLER]]):
+        if data.weighted and WEIGHTS not in self.data_collator([data.sample[FILLER]]):
             raise UserError(
                 "the rows have weights, which the recipe's collator leaves out: have it return `weights`, of the shape of "
                 "its labels (see dsrecipes.data.collate)"
             )
+        if isinstance(data, Stream):
+            sampler = StreamSampler(args.max_steps, (accumulation, args.world_size, micro), args.process_index)
+            # a worker process would read and tokenize everything once more; the stream's thread reads ahead
+            return StepLoader(
+                data, batch_sampler=sampler, collate_fn=self.data_collator,
+                pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            )  # fmt: skip
         sampler = StepSampler(
             data.lengths, micro, accumulation=accumulation, rank=args.process_index, world=args.world_size,
             seed=args.data_seed if args.data_seed is not None else args.seed, shuffle=shuffle, data=data,
@@ -177,6 +185,7 @@ class RecipeTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """What divides the loss of a step: its labels, or the sum of their weights."""
+        self.step_weight = None  # of a stream, not all windows have weights
         if batch_samples and WEIGHTS in batch_samples[0]:
             total = sum(float(batch[WEIGHTS].sum(dtype=torch.float64)) for batch in batch_samples)
             self.step_weight = self._over_ranks([total], torch.distributed.ReduceOp.SUM)[0]

@@ -3,10 +3,10 @@
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.encode import EncodeOptions, Segments, chat_segments, encode_segments
+from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, weight_of
+from dsrecipes.data.encode import EncodeOptions, Segments, encode_segments, weigh
 from dsrecipes.data.files import Row
 from dsrecipes.data.formats import instruction_record
-from dsrecipes.errors import UserError
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -20,6 +20,8 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 """The same source's template for rows with an empty input."""
+NO_FORM = "Stanford's templates have no form for reasoning, which is not trained on"
+"""Note of rows that have some."""
 
 
 class AlpacaLlamaSft(RecipeBase):
@@ -32,31 +34,58 @@ class AlpacaLlamaSft(RecipeBase):
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Prompt and answer encoded apart; labels on the answer and its eos."""
-        style = _chat if options.prompt_style == "chat" else _alpaca
-        return encode_segments([style(record, tokenizer) for record in records], tokenizer)
+        """Labels on the answers and the tokens that end them; weights of rows and turns."""
+        if options.prompt_style == "chat":
+            return encode_chats([_as_chat(record) for record in records], tokenizer, options)
+        chats = [_as_chat(record) if "messages" in record else record for record in records]
+        batch = encode_segments([_segments(chat) for chat in chats], tokenizer)
+        return weigh(batch, [_weights(chat) for chat in chats]) | {"notes": [_notes(chat, options) for chat in chats]}
 
 
-def _alpaca(record: dict, tokenizer: PreTrainedTokenizerBase) -> Segments:
+def _as_chat(record: dict) -> dict:
+    """The record as {"messages", "tools", "weight"}."""
     if "messages" in record:
-        record = _as_instruction(record["messages"])
-    template = WITH_INPUT if record["input"] else WITHOUT_INPUT
-    prompt = template.format(instruction=record["instruction"], input=record["input"])
-    return [(prompt, False), (record["output"], True)]
+        return record
+    question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return {"messages": turns, "weight": record.get("weight")}
 
 
-def _as_instruction(messages: list[dict[str, str]]) -> dict:
-    said = [turn["content"] for turn in messages if turn["role"] == "user"]
-    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
-    system = [turn["content"] for turn in messages if turn["role"] == "system"]
-    if len(answers) > 1:
-        raise UserError(f"a chat of {len(answers)} answers has no place in Stanford's templates: give --prompt_style chat")
-    return {"instruction": "\n\n".join([*system, said[0]]), "input": "", "output": answers[0]}
+def _segments(record: dict) -> Segments:
+    """Stanford's templates, one behind the other: each holds the text of the system and of the user before an answer.
+
+    Raises:
+        ValueError: tools, for which they have no form.
+    """
+    if "messages" not in record:
+        return [(_prompt(record["instruction"], record["input"]), False), (record["output"], True)]
+    if record.get("tools") or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in record["messages"]):
+        raise ValueError("Stanford's templates have no form for tools; give --prompt_style chat")
+    system: list[str] = []
+    said: list[str] = []
+    segments: Segments = []
+    for turn in joined_roles(record["messages"]):
+        if turn["role"] == "assistant":
+            segments += [(_prompt("\n\n".join([*system, *said]), ""), False), (turn["content"], True)]
+            said = []
+        else:
+            (system if turn["role"] == "system" else said).append(turn["content"])
+    return segments
 
 
-def _chat(record: dict, tokenizer: PreTrainedTokenizerBase) -> Segments:
-    messages = record.get("messages") or [
-        {"role": "user", "content": "\n\n".join(filter(None, (record["instruction"], record["input"])))},
-        {"role": "assistant", "content": record["output"]},
-    ]
-    return chat_segments(messages, tokenizer)
+def _notes(record: dict, options: EncodeOptions) -> list[str]:
+    reasoned = any(turn.get("reasoning_content") for turn in record.get("messages", ()))
+    return [NO_FORM] if reasoned and options.reasoning == "keep" else []
+
+
+def _prompt(instruction: str, more: str) -> str:
+    return (WITH_INPUT if more else WITHOUT_INPUT).format(instruction=instruction, input=more)
+
+
+def _weights(record: dict) -> list[float]:
+    """Of each answer."""
+    row = weight_of(record, "the row")
+    if "messages" not in record:
+        return [row]
+    turns = joined_roles(leading_as_context(record["messages"]))
+    return [row * weight_of(turn, f"turn {number}") for number, turn in enumerate(turns, 1) if turn["role"] == "assistant"]

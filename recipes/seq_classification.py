@@ -61,7 +61,7 @@ class SeqClassification(RecipeBase):
     def format_row(row: Row) -> dict:
         """{"text", "label"}, perhaps "text_pair" and "weight"; column names in any letter case, label None where there is none."""
         fields = LowerNames(row)
-        record = _texts(fields)
+        record = _texts(fields, getattr(row, "mapped", ()))
         name = _label_column(fields)
         if name is None:
             raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
@@ -83,17 +83,17 @@ class SeqClassification(RecipeBase):
             for name, values in cut.items():
                 for index, value in zip(long, values, strict=True):
                     chosen[name][index] = value
-        labels = [record["label"] for record in records]
+        labels, are_cut = [record["label"] for record in records], set(long)
         return chosen | {
             "labels": [[] if label is None else json.dumps(label, ensure_ascii=False) for label in labels],
-            "cut": [int(index in set(long)) for index in range(len(records))],
+            "cut": [int(index in are_cut) for index in range(len(records))],
             "weights": row_weights(records),
         }
 
     @staticmethod
     def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
         """Decide from the training labels what they are, and replace the text of each label by its number."""
-        known = ["train", "validation"] if held_out else ["train"]
+        known = ["train", "validation"] if held_out else ["train"] if "train" in paths else list(paths)
         texts = {name: pc.unique(read_columns(path).column("labels")).to_pylist() for name, path in paths.items()}
         values = [json.loads(text) for text in dict.fromkeys(text for name in known for text in texts.get(name, []))]
         try:
@@ -102,7 +102,8 @@ class SeqClassification(RecipeBase):
             raise UserError(str(error)) from None
         fingerprints = {name: _replace_labels(path, texts[name], kind, names) for name, path in paths.items()}
         facts = {"problem_type": kind, "names": names}
-        paths["train"].with_name("labels.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(facts, ensure_ascii=False)
+        next(iter(paths.values())).with_name("labels.json").write_text(text, encoding="utf-8")
         return fingerprints
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
@@ -117,8 +118,13 @@ class SeqClassification(RecipeBase):
 
     def configure(self) -> None:
         """Give the model as many outputs as there are labels, and their names."""
-        train = self.splits["train"].path
-        facts = json.loads(train.with_name("labels.json").read_text(encoding="utf-8"))
+        files = [path for split in self.splits.values() for path in _files(split)]
+        texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in files}
+        if len(texts) > 1:
+            raise UserError(
+                "the data sets have different labels, so one head cannot learn them: " + " and ".join(sorted(texts))
+            )
+        facts = json.loads(texts.pop())
         kind, names = facts["problem_type"], facts["names"]
         self.model_config.id2label = dict(enumerate(names))
         self.model_config.label2id = {name: index for index, name in enumerate(names)}
@@ -131,7 +137,7 @@ class SeqClassification(RecipeBase):
         if "-1" in names:
             self.place.notes.append("-1 is taken as a class; where it means that a row has no label, remove these rows")
         for name, split in self.splits.items():
-            cut = pc.sum(read_columns(split.path).column("cut")).as_py()
+            cut = sum(pc.sum(read_columns(path).column("cut")).as_py() for path in _files(split))
             if cut:
                 limit = self.config.data.max_length
                 self.place.notes.append(
@@ -144,8 +150,10 @@ class SeqClassification(RecipeBase):
         names = [self.model_config.id2label[index] for index in range(self.model_config.num_labels)]
         commonest = None
         if kind == ONE:
-            labels = read_columns(self.splits["train"].path).column("labels")
-            commonest = int(np.bincount(np.concatenate([np.asarray(chunk) for chunk in labels.chunks])).argmax())
+            labels = [read_columns(path).column("labels") for path in _files(self.splits["train"])]
+            commonest = int(
+                np.bincount(np.concatenate([np.asarray(chunk) for each in labels for chunk in each.chunks])).argmax()
+            )
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             figures = scores(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), kind, names)
@@ -156,12 +164,18 @@ class SeqClassification(RecipeBase):
         return compute
 
 
+def _files(split: Split) -> list[Path]:
+    """The prepared files of a split: one for each data set."""
+    return [part.path for part in getattr(split, "parts", {}).values()] or [split.path]
+
+
 # ---- rows ----
 
 
-def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The first pair of columns, or the first column of text, that the row has."""
-    pair = next((pair for pair in PAIRS if all(name in fields for name in pair)), None)
+def _texts(fields: Mapping[str, Any], mapped: Iterable[str]) -> dict[str, str]:
+    """The first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
+    pairs = PAIRS[:1] if "text" in mapped else PAIRS
+    pair = next((pair for pair in pairs if all(name in fields for name in pair)), None)
     names = pair or [name for name in TEXTS if name in fields][:1]
     if not names:
         raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(fields)})")
@@ -233,7 +247,7 @@ def _with_names(rows: Iterable[Row], renames: Mapping[str, str] | None = None) -
     if not features:
         return rows
     names = {}
-    for column, feature in features.items():
+    for column, feature in (getattr(rows, "features", None) or {}).items():
         inner = getattr(feature, "feature", feature)  # of a list of classes
         if (renames or {}).get(column, column).strip().lower() in LABELS and hasattr(inner, "names"):
             names[column] = inner.names

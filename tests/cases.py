@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
+from dsrecipes.data import stream
 from dsrecipes.errors import RunStopped
 from dsrecipes.layers import layer
 from dsrecipes.runs import first_step, opening
@@ -115,6 +116,15 @@ def train(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe: folder, log, metrics, engine and stage."""
     story, trainer, result = _run(recipe, values)
     return _facts(story, trainer, result)
+
+
+def train_in_windows(recipe: str, values: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Run a recipe that streams, in windows of a few tokens."""
+    before, stream._WINDOW_TOKENS = stream._WINDOW_TOKENS, tokens
+    try:
+        return train(recipe, values)
+    finally:
+        stream._WINDOW_TOKENS = before
 
 
 def probe(model: Any, causal: bool, vocabulary: int) -> np.ndarray:

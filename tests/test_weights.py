@@ -349,6 +349,21 @@ def test_class_weights_train_as_cross_entropy_loss_with_weight(two_ranks: Ranks,
     assert run["metrics"]["eval_loss"] == pytest.approx(plain_loss(held_out).item(), abs=1e-6)
 
 
+def test_a_classifier_with_balanced_classes_is_evaluated_as_it_trains(tmp_path: Path, capfd: Any) -> None:
+    texts = ["rain", "rain again", "sun", "rain now", "more rain", "sun and rain"]
+    rows = [{"text": text, "label": "dry" if "sun" in text else "wet", "weight": 1 + n % 2} for n, text in enumerate(texts)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    values = SGD | {"dataset": data, "eval_dataset": data, "model_name_or_path": tiny_classifier(), "profile": "full"}
+    result = load_recipe("seq_classification", **values, class_weights="balanced", output_dir=str(tmp_path / "run")).run()
+    line = "weights   3 of 6 rows weigh other than 1 (2) · 3 of 6 rows of validation weigh other than 1 (2) · classes dry 1.5, wet 0.75"
+    assert line in capfd.readouterr().out
+    measured = evaluate(str(result.path), split="validation")
+    weights = [(1 + n % 2) * (1.5 if "sun" in text else 0.75) for n, text in enumerate(texts)]
+    expected = np.average([item["loss"] for item in measured["items"]], weights=weights)
+    assert measured["figures"]["loss"] == pytest.approx(expected, abs=1e-6)
+    assert result.metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_step_of_weight_0_has_no_gradient_and_class_weights_are_a_term_of_the_run(tmp_path: Path, capfd: Any) -> None:
     rows = [{"ids": [5, 6, 7 + n], "label": int(n == 0)} for n in range(4)]
     values = SGD | {

@@ -111,21 +111,51 @@ def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTr
     Raises:
         UserError: none of the first rows does.
     """
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None) or []
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    # <|im_end|>, <|eot_id|>, <end_of_turn>: special, and of no other use
-    named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    ends |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
-    wanted = np.array([each for each in ends if each is not None])
-    first = [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
+    ends = np.array(sorted({*_own_ends(model), *_special_ends(tokenizer)}))
+    first = _first_rows(data)
     rows = len(first)
-    if not any(np.isin(row["labels"][1:], wanted).any() for row in first):
+    if not any(np.isin(row["labels"][1:], ends).any() for row in first):
         raise UserError(
             f"none of the first {rows} training rows is trained on an end token ({tokenizer.eos_token}): the model could not "
             "learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
             f"{OFF} where that is meant"
         )
+
+
+def _first_rows(data: Sequences) -> list[Features]:
+    """The first rows of each source."""
+    return [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
+
+
+def _own_ends(model: PreTrainedModel) -> list[int]:
+    """Where the model's generation stops by itself."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+def _special_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """eos, <|im_end|>, <|eot_id|>, <end_of_turn>: special, and of no other use."""
+    named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
+    return ends | ({tokenizer.eos_token_id} - {None})
+
+
+def stop_at_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+    """Let generation stop at the special tokens that answers are trained to end with, and return a note where it did not.
+
+    A chat template's end-of-turn token is often not the eos of the base model's generation_config.json.
+    """
+    own, special = _own_ends(model), _special_ends(tokenizer)
+    trained: set[int] = set()
+    for row in _first_rows(data):
+        labels = np.append(row["labels"], IGNORE)
+        trained.update(labels[:-1][(labels[:-1] != IGNORE) & (labels[1:] == IGNORE)].tolist())
+    missing = sorted((trained & special) - set(own))
+    if not missing or getattr(model, "generation_config", None) is None:
+        return []
+    model.generation_config.eos_token_id = [*own, *missing]
+    names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(missing)))
+    return [f"answers end with {names}: added to eos_token_id of the saved generation_config.json, so that generation stops"]
 
 
 def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:

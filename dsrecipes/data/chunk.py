@@ -45,6 +45,8 @@ class Chunk:
     """Of each sequence: tokens that are learned."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> indices of records."""
+    notes: dict[str, list[int]] = field(default_factory=dict)
+    """Line for the header -> indices of the records that it holds for."""
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """content_of of each record, where some are to be held out."""
     seen: Seen = field(default_factory=Seen)
@@ -55,6 +57,7 @@ class Chunk:
         kept = chosen[self.record]
         part = Chunk(records=int(chosen.sum()), record=self.record[kept], supervised=self.supervised[kept])
         part.dropped = {why: [index for index in indices if chosen[index]] for why, indices in self.dropped.items()}
+        part.notes = {note: [index for index in indices if chosen[index]] for note, indices in self.notes.items()}
         if self.sequences is not None and self.origins is not None and kept.any():
             part.sequences, part.origins = self.sequences.filter(pa.array(kept)), self.origins.filter(pa.array(kept))
         return part
@@ -116,6 +119,9 @@ class Encoding:
                 f"{self.recipe.__name__}: rows that are joined and cut into blocks cannot have weights; return none"
             )
         record = [good[index] for index in columns.pop("record", range(len(good)))]
+        for index, notes in zip(good, columns.pop("notes", ()), strict=False):
+            for note in notes:
+                chunk.notes.setdefault(note, []).append(index)
         keep, tokens, supervised = [], [], []
         faults: dict[int, str] = dict.fromkeys(set(range(chunk.records)) - set(good), "unencodable row")
         for index, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):

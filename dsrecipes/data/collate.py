@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from dsrecipes.data.columns import Column, read_columns
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.pack import Bins, packed
+from dsrecipes.data.pack import Bins, pack, packed
 from dsrecipes.data.weights import WEIGHTS
 
 FILLER = -1
@@ -32,8 +33,8 @@ class Sequences(TorchDataset):
     row with nothing to learn from.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None, class_weights: np.ndarray | None = None) -> None:
-        """The rows of a prepared split's file.
+    def __init__(self, path: Path | pa.Table, capacity: int | None = None, class_weights: np.ndarray | None = None) -> None:
+        """The rows of a prepared split's file, or of a table in memory.
 
         Args:
             capacity: in tokens, packs; None leaves one row to a sequence.
@@ -45,11 +46,12 @@ class Sequences(TorchDataset):
         self.lengths = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
-            self.bins = packed(path, self.lengths, capacity)
+            in_memory = isinstance(path, pa.Table)
+            self.bins = pack(self.lengths, capacity) if in_memory else packed(path, self.lengths, capacity)
             self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])
 
     def _read_columns(self) -> None:
-        table = read_columns(self.path)
+        table = self.path if isinstance(self.path, pa.Table) else read_columns(self.path)
         self.columns = {
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
@@ -108,6 +110,11 @@ class Sequences(TorchDataset):
     def examples(self, rows: list[int]) -> list[Features]:
         """Prepared rows by number."""
         return [self._row(row) for row in rows]
+
+    @property
+    def sample(self) -> Sequences:
+        """Sequences that can be looked at: all."""
+        return self
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -172,7 +179,8 @@ class StepSampler:
             self._deal(order[: rows - rows % (len(order) // self.steps)], len(order) // self.steps, draw)
         else:
             order[:rows] = self._longest_first(np.arange(rows))
-        steps = np.stack([self._longest_first(step) for step in order.reshape(self.steps, -1)])
+        steps = order.reshape(self.steps, -1)
+        steps = np.take_along_axis(steps, np.argsort(-self.lengths[steps], axis=1, kind="stable"), axis=1)
         first = self.data.first_of(self.epoch) if self.data is not None else 0
         return np.where(steps == FILLER, FILLER, steps + first)
 

@@ -1,4 +1,4 @@
-"""Records to token ids and labels, for a batch of records at a time.
+"""Records to token ids and labels, for a batch of records at a time (chats in a tokenizer's own template: chat.py).
 
 Prompt and response are encoded apart and concatenated, so the mask boundary is exact whatever the tokenizer merges.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.template import render
 from dsrecipes.errors import UserError
 
 IGNORE = -100
@@ -25,9 +24,11 @@ class EncodeOptions:
     max_length: int
     prompt_style: str
     problem_type: str = "auto"
+    reasoning: str = "keep"
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that ends a text (UserError: the tokenizer has none)."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no eos token, so no text could end: name one in its tokenizer_config.json"
@@ -52,7 +53,7 @@ def encode_texts(records: list[dict], tokenizer: PreTrainedTokenizerBase) -> dic
     Returns:
         input_ids and labels, each a list (one per record) of lists of ints.
     """
-    eos = _eos(tokenizer)
+    eos = eos_of(tokenizer)
     ids = _token_ids([record["text"] for record in records], tokenizer)
     for record, tokens in zip(records, ids, strict=True):
         if record.get("end", True):
@@ -67,7 +68,7 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
     """
     texts = [text for segments in records for text, _ in segments]
     encoded = iter(_token_ids(texts, tokenizer))
-    start, eos = _leading_special_tokens(tokenizer), _eos(tokenizer)
+    start, eos = _leading_special_tokens(tokenizer), eos_of(tokenizer)
     batch: dict[str, list] = {"input_ids": [], "labels": []}
     for segments in records:
         ids: list[int] = []
@@ -90,28 +91,18 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in special[:1] if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
 
 
-def chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Segments:
-    """A chat in the tokenizer's own template, cut where each answer begins and ends.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-        ValueError: the template rewrites earlier turns, so that no answer can be cut out.
-    """
-    if not tokenizer.chat_template:
-        raise UserError("--prompt_style chat: this tokenizer has no chat template; use --prompt_style alpaca")
-    segments: Segments = []
-    done = ""
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
+def weigh(batch: dict[str, list], weights: list[list[float]]) -> dict[str, list]:
+    """Columns of encode_segments with the weights of each row's answers; an answer of weight 0 is not trained on."""
+    batch["weights"] = [[] for _ in weights]
+    for index, (labels, of_answers) in enumerate(zip(batch["labels"], weights, strict=True)):
+        if all(weight == 1 for weight in of_answers):
             continue
-        asked = render(tokenizer, messages[:index], True)
-        answered = render(tokenizer, messages[: index + 1], False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
-            raise ValueError("the tokenizer's chat template rewrites earlier turns; use --prompt_style alpaca")
-        answer, rest = answered[len(asked) :], ""
-        if tokenizer.eos_token and tokenizer.eos_token in answer:
-            cut = answer.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
-            answer, rest = answer[:cut], answer[cut:]
-        segments += [(asked[len(done) :], False), (answer, True)]
-        done = answered[: len(answered) - len(rest)]
-    return segments
+        values, answer = [1.0] * len(labels), -1
+        for place, label in enumerate(labels):
+            if label == IGNORE:
+                continue
+            answer += place == 0 or labels[place - 1] == IGNORE
+            values[place] = of_answers[answer]
+        batch["weights"][index] = values
+        batch["labels"][index] = [IGNORE if value == 0 else label for label, value in zip(labels, values, strict=True)]
+    return batch

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -168,14 +168,16 @@ def _read(path: Path, split: str) -> Iterator[tuple[str, Row]]:
     readers = {
         ".json": partial(_json, split=split), ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _text,
     }  # fmt: skip
-    yield from _readable(path, readers[suffix(path)])
+    with readable(path):
+        yield from readers[suffix(path)](path)
 
 
-def _readable(path: Path, reader: Callable[[Path], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
-    """The reader's rows, with a UserError for whatever is wrong with the file's bytes."""
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into a UserError that names the file."""
     try:
         try:
-            yield from reader(path)
+            yield
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: {_bad_byte(path, error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -378,15 +380,18 @@ def _text(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, line {line}", row
 
 
-def pieces(lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> Iterator[tuple[int, Row]]:
     """Lines as (number of the first line, {"text", "end"}) of about 4 kB; `end` marks the last piece of a document.
 
     All lines are one document, but a level-1 title in WikiText's form (` = Title = `) starts another.
+
+    Args:
+        first: number of the first of the lines.
+        unfinished: a piece of this document was given: what ends it must be given too, even when it is blank.
     """
     piece: list[str] = []
-    size, first = 0, 1
-    unfinished = False  # a piece of this document was given: what ends it must be given too, even when it is blank
-    for number, line in enumerate(lines, 1):
+    size = 0
+    for number, line in enumerate(lines, first):
         line = line.replace("\r\n", "\n")
         title = _TITLE.fullmatch(line) is not None
         if piece and (title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):

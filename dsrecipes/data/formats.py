@@ -269,8 +269,12 @@ def _text_plan(columns: tuple[Any, ...], mapped: tuple[str, ...]) -> list[Any]:
     return sorted(present, key=lambda column: column not in mapped)
 
 
-def with_answer(row: Row, answer: str) -> tuple[Row, bool]:
-    """The row with `answer` where it has none, and whether it had one; a row of no known form as it is."""
+def with_answer(row: Row, answer: str, reasoning: str = "") -> tuple[Row, bool]:
+    """The row with `answer` where it has none, and whether it had one; a row of no known form as it is.
+
+    Args:
+        reasoning: that of the answer, for a chat whose prompt may open a block for it.
+    """
     choice = _choose(row, _plan_of(row).choices)
     if choice is None:
         return row, True
@@ -279,7 +283,8 @@ def with_answer(row: Row, answer: str) -> tuple[Row, bool]:
         parsed = chat_turns(turns, choice.question)
         if parsed[-1]["role"] == "assistant":
             return row, True
-        return _changed(row, choice.question, [*turns, {"role": "assistant", "content": answer}]), False
+        turn = {"role": "assistant", "content": answer} | ({"reasoning_content": reasoning} if reasoning else {})
+        return _changed(row, choice.question, [*turns, turn]), False
     column = choice.answer if choice.answer is not None else choice.form.answer[0]
     value = row.get(column)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsrecipes.data.collate import FILLER, Features, Sequences
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
@@ -144,6 +143,7 @@ class MixedSplit:
                 setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
             stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
             stats.seen.merge(part.stats.seen)
+            stats.notes = dict(Counter(stats.notes) + Counter(part.stats.notes))
             stats.weighted += part.stats.weighted
             spans = [*stats.weight_range, *part.stats.weight_range]
             stats.weight_range = [min(spans), max(spans)] if spans else []
@@ -163,7 +163,7 @@ def prepare_source(part: SourceRows, tokenizer: PreTrainedTokenizerBase, console
     """Prepare the rows of one source with its own settings; it has a cache entry of its own."""
     data, train = part.story.config.data, part.story.config.train
     return prepare(
-        type(part.story), part.splits, tokenizer, EncodeOptions(data.max_length, data.prompt_style, data.problem_type),
+        type(part.story), part.splits, tokenizer, data.encoding,
         validation_split=part.held_out, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=console,
         hold_out=part.hold_out,
     )  # fmt: skip

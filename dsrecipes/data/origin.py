@@ -56,9 +56,15 @@ def places(path: Path, rows: Iterable[int], block: int | None = None) -> str:
             (int(np.searchsorted(ends, row * block, "right")), int(np.searchsorted(ends, (row + 1) * block))) for row in rows
         ]
         rows = sorted({each for first, last in spans for each in (first, min(last, len(ends) - 1))})
-    found: dict[str, list[int]] = {}
-    for row in rows[:_SHOWN]:
-        found.setdefault(table.column("source")[row].as_py(), []).append(table.column("number")[row].as_py())
-    words = [f"{inflect(len(set(n)), source)} {', '.join(map(str, sorted(set(n))))}" for source, n in found.items()]
-    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    shown = [(table.column("source")[row].as_py(), table.column("number")[row].as_py()) for row in rows[:_SHOWN]]
+    return place_words(shown, len(rows))
+
+
+def place_words(places: list[tuple[str, int]], count: int) -> str:
+    """(`a.json, row`, 3), ... as `a.json, rows 3, 17; b.json, row 2`, of the first of `count` places."""
+    numbers: dict[str, list[int]] = {}
+    for source, number in places[:_SHOWN]:
+        numbers.setdefault(source, []).append(number)
+    words = [f"{inflect(len(set(n)), source)} {', '.join(map(str, sorted(set(n))))}" for source, n in numbers.items()]
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
     return "; ".join(words) + more

@@ -61,11 +61,37 @@ class SplitStats:
     """The greatest token id; None where it is not known."""
     seen: Seen = field(default_factory=Seen)
     """Forms and unused columns; of held-out rows among those of the split that they come from."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Lines for the header -> rows that they hold for."""
 
     def __post_init__(self) -> None:
         """Rebuild what stats.json holds as a plain object."""
         if isinstance(self.seen, dict):
             self.seen = Seen(**self.seen)
+
+    def count(self, chunk: Chunk) -> None:
+        """Add a chunk's rows and tokens."""
+        self.rows += chunk.records
+        self.seen.merge(chunk.seen)
+        for why, count in [("bad row", chunk.bad), *((why, len(rows)) for why, rows in chunk.dropped.items())]:
+            if count:
+                self.dropped[why] = self.dropped.get(why, 0) + count
+        for note, rows in chunk.notes.items():
+            if rows:
+                self.notes[note] = self.notes.get(note, 0) + len(rows)
+        if chunk.origins is not None:
+            self.kept += len(np.unique(chunk.record))
+            self.tokens += int(view(chunk.origins.column("tokens")).sum())
+            self.supervised += int(chunk.supervised.sum())
+        if chunk.sequences is not None and WEIGHTS in chunk.sequences.schema.names:
+            self._count_weights(chunk.sequences.column(WEIGHTS), chunk.record)
+
+    def _count_weights(self, column: pa.Array, record: np.ndarray) -> None:
+        others, weights = other_weights(column)
+        if others.any():
+            self.weighted += len(np.unique(record[others]))
+            numbers = [*self.weight_range, float(weights.min()), float(weights.max())]
+            self.weight_range = [min(numbers), max(numbers)]
 
 
 @dataclass
@@ -260,32 +286,14 @@ class _SplitWriter:
 
     def write(self, chunk: Chunk) -> None:
         """Add a chunk."""
-        stats = self.stats
-        stats.rows += chunk.records
-        stats.seen.merge(chunk.seen)
-        for why, count in [("bad row", chunk.bad), *((why, len(rows)) for why, rows in chunk.dropped.items())]:
-            if count:
-                stats.dropped[why] = stats.dropped.get(why, 0) + count
+        self.stats.count(chunk)
         if chunk.sequences is None or chunk.origins is None:
             return
-        stats.kept += len(np.unique(chunk.record))
-        stats.tokens += int(view(chunk.origins.column("tokens")).sum())
-        stats.supervised += int(chunk.supervised.sum())
-        self._count_weights(chunk)
         self.places.write(chunk.origins)
         if self.cutter is None:
             self.columns.write(chunk.sequences)
         else:
             self._write_blocks(self.cutter.cut(view(chunk.sequences.column("input_ids").flatten())))
-
-    def _count_weights(self, chunk: Chunk) -> None:
-        if chunk.sequences is None or WEIGHTS not in chunk.sequences.schema.names:
-            return
-        others, weights = other_weights(chunk.sequences.column(WEIGHTS))
-        if others.any():
-            self.stats.weighted += len(np.unique(chunk.record[others]))
-            numbers = [*self.stats.weight_range, float(weights.min()), float(weights.max())]
-            self.stats.weight_range = [min(numbers), max(numbers)]
 
     def _write_blocks(self, blocks: np.ndarray) -> None:
         if blocks.size:

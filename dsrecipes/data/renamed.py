@@ -65,7 +65,7 @@ def _is_renamed(rows: Any) -> bool:
 
 def with_names(row: Row, columns: Mapping[str, str]) -> Row:
     """A row with the columns that it has renamed."""
-    return RenamedRows((), tuple(columns.items()))._renamed(row) if columns else row
+    return RenamedRows((), tuple(columns.items())).of(row) if columns else row
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,21 @@ class RenamedRows:
         """Rows with their places; raises UserError where no row has one of the columns."""
         rows = located(self.rows)
         first = list(islice(rows, _LOOKED_AT))
-        if self.required and first:
-            self._check(first)
-        return ((where, self._renamed(row)) for where, row in chain(first, rows))
+        self.check(first)
+        return self.apply(chain(first, rows))
+
+    def apply(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+        """(where, row) with each row under the recipe's names."""
+        return ((where, self.of(row)) for where, row in rows)
 
     @property
     def fingerprint(self) -> str:
         """The rows' own and the names."""
         return f"{self.columns} {fingerprint(self.rows)}"
 
-    def _check(self, rows: list[tuple[str, Row]]) -> None:
-        for name, column in self.columns:
+    def check(self, rows: list[tuple[str, Row]]) -> None:
+        """Refuse the first rows of data where a column is required and none has it (UserError)."""
+        for name, column in self.columns if self.required and rows else ():
             if any(name in getattr(row, "mapped", ()) or _has(row, column) for _, row in rows):
                 continue
             known = list(dict.fromkeys(str(key) for _, row in rows for key in row))
@@ -102,7 +106,8 @@ class RenamedRows:
                 f"--columns {name}={column}: {place} has no column {column!r}{nearest(column, known)}; it has {', '.join(known)}"
             )
 
-    def _renamed(self, row: Row) -> Row:
+    def of(self, row: Row) -> Row:
+        """The row under the recipe's names."""
         if isinstance(row, MappedRow):
             return row  # a recipe's load_rows has done it
         result = MappedRow(row)

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, TextIO
+from typing import Any
 
 from dsrecipes.errors import UserError, plural
 
@@ -21,19 +21,30 @@ _SEP = re.compile(r'"?sep=([^"\r\n])\1*"?\1*\s*', flags=re.IGNORECASE)
 csv.field_size_limit(1 << 30)
 
 
-def table_rows(file: TextIO, path: object, tabs: bool) -> Iterator[tuple[str, Row]]:
+def table_rows(
+    file: Iterator[str], path: object, tabs: bool, start: int = 1, head: Iterable[str] = ()
+) -> Iterator[tuple[str, Row]]:
     """Rows of an open CSV (TSV with `tabs`) with the line that each begins at.
 
     Cells keep the text of the file. Empty rows and columns without a name are left out.
 
+    Args:
+        file: its lines.
+        start: number of the line that `file` begins at.
+        head: the first lines of the file, where `start` is a later one.
+
     Raises:
         UserError: not CSV, a column name twice, or a row with more or fewer fields than the header has columns.
     """
-    lines = list(islice(file, 20 * _SAMPLE))
+    lines = list(islice(head or file, 20 * _SAMPLE))
     delimiter, skipped = _delimiter(lines, "\t" if tabs else ",")
-    rest = islice(chain(lines, file), skipped, None)
-    records = _tab_records(rest, path, skipped) if delimiter == "\t" else _records(rest, path, skipped, delimiter)
     header: list[str] | None = None
+    if start > 1:
+        first = _records(iter(lines[skipped:]), path, skipped, delimiter, [])
+        header = next(_header(fields, path) for _, fields in first if any(map(str.strip, fields)))
+        records = _records(file, path, start - 1, delimiter, header)
+    else:
+        records = _records(islice(chain(lines, file), skipped, None), path, skipped, delimiter, [])
     for line, fields in records:
         if not any(map(str.strip, fields)):
             continue
@@ -43,8 +54,13 @@ def table_rows(file: TextIO, path: object, tabs: bool) -> Iterator[tuple[str, Ro
         yield f"{path}, line {line}", _row(header, fields, f"{path}, line {line}", delimiter)
 
 
-def _records(lines: Iterator[str], path: object, skipped: int, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The line that each record begins at, and its fields."""
+def _records(
+    lines: Iterator[str], path: object, skipped: int, delimiter: str, header: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """The line that each record begins at, and its fields; `header` is empty where the first record is the header."""
+    if delimiter == "\t":
+        yield from _tab_records(lines, path, skipped, header)
+        return
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     start = skipped + 1
     try:
@@ -55,7 +71,7 @@ def _records(lines: Iterator[str], path: object, skipped: int, delimiter: str) -
         raise _not_csv(error, path, skipped + reader.line_num) from None
 
 
-def _tab_records(lines: Iterator[str], path: object, skipped: int) -> Iterator[tuple[int, list[str]]]:
+def _tab_records(lines: Iterator[str], path: object, skipped: int, header: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Like _records, for tabs, where a quote may be a plain character.
 
     Many programs write TSV without quoting. A record that is no correct quoting, or that would merge lines each of which
@@ -69,7 +85,6 @@ def _tab_records(lines: Iterator[str], path: object, skipped: int) -> Iterator[t
             record.append(line)
             yield line
 
-    header: list[str] = []
     start = skipped + 1
     while True:
         record.clear()
@@ -99,7 +114,7 @@ def _not_csv(error: csv.Error, path: object, line: int) -> UserError:
     return UserError(f"{path}, line {line}: not CSV ({why})")
 
 
-def _header(fields: list[str], where: str) -> list[str]:
+def _header(fields: list[str], where: object) -> list[str]:
     names = [name.strip() for name in fields]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:

@@ -25,7 +25,7 @@ class _TooLong(BaseException):
     """Raised into the rendering; no Exception, so that nothing on the way takes it for one of its own."""
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ask: bool, **options: Any) -> Any:
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], ask: bool, **options: Any) -> Any:
     """What apply_chat_template gives: text, or with `options` token ids.
 
     Args:

@@ -374,13 +374,18 @@ def load_model(
 
         set_seed(seed)
         folder = adapter_folder(options.model_name_or_path)
-        heads = sorted({key.rpartition(".")[0] for key in missing} | _classification_head(model, auto_class))
+        heads = _outermost({key.rpartition(".")[0] for key in missing} | _classification_head(model, auto_class))
         if folder is None:
             model = add_lora(model, options, heads, keep_dtype=deepspeed)
         else:
             model = load_lora(model, options, folder, keep_dtype=deepspeed)
     disable_cpu_packing(model)
     return model
+
+
+def _outermost(names: set[str]) -> list[str]:
+    """Names of layers without those below another of them."""
+    return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 def _classification_head(model: PreTrainedModel, auto_class: str) -> set[str]:

@@ -46,7 +46,7 @@ def contract(story: RecipeBase) -> dict[str, Any]:
         "code": _code(type(story)),
         "model": _digest(_settings(story.model_config.to_dict())),
         "weights": _weights(config, getattr(story.model_config, "_commit_hash", None)),
-        "data": story.splits["train"].stats.fingerprint,
+        "data": story.stream.fingerprint if story.stream else story.splits["train"].stats.fingerprint,
         "mixture": _mixture(story),
         "max_length": config.data.max_length,
         "packing": config.data.packing,
@@ -66,6 +66,8 @@ def _mixture(story: RecipeBase) -> str | None:
 
     A longer run may have an epoch that packs worse, and so more sequences in all epochs.
     """
+    if story.stream:
+        return None
     data = story.sequences["train"]
     rows = ", ".join(f"{name} {count}" for name, count in data.counts.items())
     return f"{rows} in {len(data)} sequences" if rows else None

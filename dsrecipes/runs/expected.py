@@ -44,7 +44,8 @@ def drawn(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
 
 def _first_rows(trainer: RecipeTrainer, auto_class: str) -> Batch:
     """The first tokens of the first training rows; for a causal model one example a row and no mask, so none is packed."""
-    items = [trainer.train_dataset[i] for i in range(min(_ROWS, len(trainer.train_dataset)))]
+    data = trainer.train_dataset.sample
+    items = [data[i] for i in range(min(_ROWS, len(data)))]
     if auto_class.endswith("ForCausalLM"):
         width = min(_WIDTH, *(len(item[0]["input_ids"]) for item in items))
         return {"input_ids": torch.tensor([item[0]["input_ids"][:width].tolist() for item in items])}

@@ -24,8 +24,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dsrecipes.batch import Batch
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.mixture import MixedSplit
-from dsrecipes.data.prepare import dropped_words
+from dsrecipes.data.prepare import Split, dropped_words
 from dsrecipes.data.seen import Seen
+from dsrecipes.data.stream import Stream
 from dsrecipes.errors import plural
 from dsrecipes.flags import idle_values
 from dsrecipes.model.hub import must_convert
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from dsrecipes.base import RunResult
     from dsrecipes.config import Config, ModelConfig
     from dsrecipes.data.collate import Sequences
-    from dsrecipes.data.prepare import Split, SplitStats
+    from dsrecipes.data.prepare import SplitStats
     from dsrecipes.place import Place
     from dsrecipes.trainer import RecipeTrainer
 
@@ -141,19 +142,20 @@ def header(
     from dsrecipes.model.load import count_parameters
 
     trained, frozen = count_parameters(trainer.model)
-    steps, per_epoch = (
-        trainer.state.max_steps,
-        math.ceil(len(sequences["train"]) / place.batch),
-    )
+    steps, data = trainer.state.max_steps, trainer.train_dataset
+    streams = isinstance(data, Stream)
+    epochs = "epochs end where the files end" if streams else plural(steps / math.ceil(len(data) / place.batch), "epoch")
+    read: dict[str, Split | MixedSplit] = {"train": Split(Path(), data.window.end.read)} if streams else {}
     lines = [
         _line("model", str(config.model.model_name_or_path), plural(trained + frozen, "parameter"), f"{trained:,} trained, {frozen:,} frozen"),
-        *_data_lines(config, splits, sequences),
-        _line("rows", *_seen(splits)),
-        *_weights(splits, trainer.train_dataset.class_weights, trainer.model.config.id2label),
+        *([_line("data", data.about())] if streams else []),
+        *_data_lines(config, splits, sequences, streams),
+        _line("rows", *_seen(read | splits)),
+        *_weights(read | splits, data.sample.class_weights, trainer.model.config.id2label),
         _line(
             "batch",
             f"{plural(place.batch, 'sequence')} a step = micro {place.micro} x accumulation {place.accumulation} x ranks {place.ranks.world}",
-            f"{plural(steps, 'step')} ({plural(steps / per_epoch, 'epoch')})",
+            f"{plural(steps, 'step')} ({epochs})",
         ),
         _line(
             "engine", place.name(), f"{plural(place.ranks.world, 'rank')} on {place.device}", place.precision,
@@ -167,21 +169,24 @@ def header(
         )
     lines += [_line("note", note) for note in place.notes]
     if "validation" not in splits:
-        lines.append(_line("note", "no validation rows: --validation_split 0.05 or --eval_dataset FILE holds some out"))
+        holds_out = "--eval_dataset FILE" if streams else "--validation_split 0.05 or --eval_dataset FILE"
+        lines.append(_line("note", f"no validation rows: {holds_out} holds some out"))
     if trainer.state.global_step:
         lines.append(_line("resume", f"from step {trainer.state.global_step}"))
     return "\n".join(lines if config.train["dry_run"] else [*lines, _line("folder", trainer.args.output_dir)])
 
 
-def _data_lines(config: Config, splits: dict[str, Split | MixedSplit], sequences: dict[str, Sequences]) -> Iterator[str]:
+def _data_lines(
+    config: Config, splits: dict[str, Split | MixedSplit], sequences: dict[str, Sequences], begun: bool
+) -> Iterator[str]:
     for index, (name, split) in enumerate(splits.items()):
-        yield _line("data" if index == 0 else "", _about(name, split.stats, sequences[name]))
+        yield _line("" if index or begun else "data", _about(name, split.stats, sequences[name]))
         yield from _source_lines(split, sequences[name], config)
 
 
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
-    row = trainer.train_dataset[0][0]
+    row = trainer.train_dataset.sample[0][0]
     if not trainer.causal:
         texts = (
             [tokenizer.decode(ids) for ids in row["input_ids"]]
@@ -215,8 +220,19 @@ def _label(label: np.ndarray, config: PretrainedConfig) -> str:
     return ", ".join(config.id2label[index] for index in np.flatnonzero(label).tolist()) or "none"
 
 
-def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float) -> str:
-    """Result, where things are, the next commands."""
+def _streamed(data: dict[str, Any]) -> str:
+    words = [
+        f"trained on {plural(data['used_rows'], 'row')}, {plural(data['used_tokens'], 'token')}",
+        f"{data['epochs']:.3g} epochs by bytes",
+    ]
+    if data["dropped"]:
+        read = data["rows"] + data["dropped"].get("bad row", 0)
+        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {dropped_words(data['dropped'])}")
+    return ", ".join(words)
+
+
+def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float, data: dict[str, Any] | None) -> str:
+    """Result, where things are, the next commands; `data` are the facts of a stream."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []
     for key, words in (
@@ -239,6 +255,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float)
     path = folder.path
     lines = [
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
+        *([_line("streamed", _streamed(data))] if data else []),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
         *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
@@ -327,15 +344,22 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def write_data(folder: RunFolder, splits: dict[str, Split | MixedSplit], sequences: dict[str, Sequences]) -> None:
-    """data.json: what became of each split's rows, and a histogram of their lengths in tokens."""
-    told = {}
+def write_data(
+    folder: RunFolder,
+    splits: dict[str, Split | MixedSplit],
+    sequences: dict[str, Sequences],
+    streamed: dict[str, Any] | None,
+) -> None:
+    """data.json: what became of each split's rows, and a histogram of their lengths in tokens where none is streamed."""
+    told = {"train": streamed} if streamed else {}
     for name, split in splits.items():
         counts, edges = np.histogram(sequences[name].row_lengths(), bins=24)
         lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
         told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
         if sources := _sources(split, sequences[name]):
             told[name]["sources"] = sources
+        if sequences[name].class_weights is not None:
+            told[name]["class_weights"] = sequences[name].class_weights.tolist()
     write_whole(folder.data, json.dumps(told, ensure_ascii=False) + "\n")
 
 

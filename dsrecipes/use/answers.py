@@ -49,8 +49,8 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
     from dsrecipes.model.load import check_ids
 
     asked, answered = _with_answer(run, row)
-    encoded = run.recipe.encode([run.recipe.format_row(asked)], run.tokenizer, run.options)
-    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    encoded = run.recipe.encode([_weighed(run.recipe.format_row(asked))], run.tokenizer, run.options)
+    ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]  # of several sequences the last has the last answer
     check_ids(ids, run.tokenizer, run.embedding_rows)
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
@@ -65,9 +65,18 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
     return Prompt(ids[:start], run.tokenizer.decode(ids[:start]), reference)
 
 
+def _weighed(record: Json) -> Json:
+    """The record with weight 1 in place of 0: answers that are not trained on have prompts too."""
+    record = record | {"weight": 1.0} if record.get("weight") == 0 else record
+    turns = record.get("messages")
+    if not isinstance(turns, list):
+        return record
+    return record | {"messages": [turn | {"weight": 1.0} if turn.get("weight") == 0 else turn for turn in turns]}
+
+
 def _with_answer(run: FinishedRun, row: Json) -> tuple[Json, bool]:
     """The row with something where its answer belongs, and whether it had one."""
-    changed, answered = with_answer(row, _ANSWER)
+    changed, answered = with_answer(row, _ANSWER, reasoning=_ANSWER if run.reasons else "")
     if len(changed) > len(row):  # a recipe of the user's own may call its answer something else
         with contextlib.suppress(*BAD_ROW):
             run.recipe.format_row(row)
@@ -148,8 +157,18 @@ def generation_settings(run: FinishedRun, model: PreTrainedModel, **changes: Any
         values["do_sample"] = values["temperature"] > 0
         if not values["do_sample"]:
             del values["temperature"]
-    eos = model.generation_config.eos_token_id if model.generation_config else None
+    ends = end_tokens(model, run.tokenizer, run.options.prompt_style == "chat")
     try:
-        return GenerationConfig(pad_token_id=pad_id(run.tokenizer), eos_token_id=eos or run.tokenizer.eos_token_id, **values)
+        return GenerationConfig(pad_token_id=pad_id(run.tokenizer), eos_token_id=ends, **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"generation settings: {str(error).splitlines()[0]}") from error
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int] | None:
+    """Ids at which generation stops: the model's own, and those that the chat template ends answers with."""
+    from dsrecipes.data.chat import end_ids
+
+    own = (model.generation_config and model.generation_config.eos_token_id) or tokenizer.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    ends = end_ids(tokenizer) if chat and tokenizer.chat_template else []
+    return [*own, *(token for token in ends if token not in own)] or None

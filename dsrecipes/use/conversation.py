@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from dsrecipes.data.chat import chat_template
 from dsrecipes.errors import UserError
 from dsrecipes.model.router import without_router_logits
 from dsrecipes.use.answers import generation_settings, positions
@@ -33,9 +34,9 @@ class Turn:
 class Conversation:
     """Turns with one model.
 
-    A recipe with prompt style `chat` gets the turns as messages, in the tokenizer's template. Stanford's templates have
-    no form for history: there the model sees the ids of the earlier turns, each with its end token, and then those of
-    the new prompt, the way packed examples follow one another. A recipe that continues text begins anew at each turn.
+    A recipe that takes messages gets the turns as a row of them, so that the model sees what training would have made of
+    it. For another recipe the model sees the ids of the earlier turns, each with its end token, and then those of the
+    new prompt, the way packed examples follow one another. A recipe that continues text starts over at each turn.
     """
 
     run: FinishedRun
@@ -125,9 +126,9 @@ class Conversation:
     def _prompt(self, text: str) -> list[int]:
         turns = self.turns[self.first :]
         try:
-            if self.asking.field == "messages" and self.run.options.prompt_style == "chat":
+            if self.asking.field == "messages":
                 row = self.asking.row(text, self.system)
-                said = [pair for turn in turns if turn.answer for pair in _messages(turn)]
+                said = [pair for turn in turns if turn.answer for pair in _messages(turn, self._content(turn))]
                 return ask(self.run, {"messages": [*row["messages"][:-1], *said, row["messages"][-1]]}, self.asking).ids
             ids: list[int] = []
             for turn in turns:
@@ -136,6 +137,12 @@ class Conversation:
             return ids + self._alone(text, bool(ids))
         except BAD_ROW as error:
             raise UserError(str(error)) from error
+
+    def _content(self, turn: Turn) -> str:
+        """An answer's text without what the chat template writes around it, such as the name of a channel."""
+        if self.run.options.prompt_style != "chat":
+            return turn.answer
+        return chat_template(self.run.tokenizer).content(self.run.tokenizer.decode(turn.ids)) or turn.answer
 
     def _alone(self, text: str, later: bool) -> list[int]:
         """One turn's prompt; the token that begins a sequence stands before the first alone."""
@@ -146,11 +153,11 @@ class Conversation:
     def messages(self) -> list[Json]:
         """All that was said, as chat messages."""
         first = [{"role": "system", "content": self.system}] if self.system else []
-        return first + [message for turn in self.turns for message in _messages(turn)]
+        return first + [message for turn in self.turns for message in _messages(turn, turn.answer)]
 
 
-def _messages(turn: Turn) -> list[Json]:
-    return [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
+def _messages(turn: Turn, answer: str) -> list[Json]:
+    return [{"role": "user", "content": turn.said}, {"role": "assistant", "content": answer}]
 
 
 class _Stream(TextStreamer):

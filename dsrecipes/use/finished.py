@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,10 +107,18 @@ class FinishedRun:
     @cached_property
     def options(self) -> EncodeOptions:
         """What the rows were encoded with."""
-        from dsrecipes.data.encode import EncodeOptions
+        return self.config.data.encoding
 
-        data = self.config.data
-        return EncodeOptions(data.max_length, data.prompt_style, data.problem_type)
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether the run trained on reasoning before answers."""
+        from dsrecipes.data.chat import REASONING
+
+        try:
+            splits = json.loads(self.folder.data.read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return REASONING in splits.get("train", {}).get("notes", {})
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -96,15 +96,14 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply have no room in the model's positions.
         """
-        from dsrecipes.data.template import render
+        from dsrecipes.data.chat import chat_template
         from dsrecipes.use.answers import positions
 
-        turns = [{"role": "user", "content": prompt}]
         try:
-            asked = render(self.tokenizer, turns, True, tokenize=True, return_dict=True, return_tensors="pt")
+            text = chat_template(self.tokenizer).prompt([{"role": "user", "content": prompt}])
         except ValueError as error:
             raise UserError(f"--judge {self.folder}: {error}") from error
-        asked = asked.to(self.model.device)
+        asked = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
         count = asked["input_ids"].shape[1]
         room = positions(self.model)
         if room and count + max_new_tokens > room:
@@ -121,12 +120,12 @@ class LocalJudge:
         from transformers import GenerationConfig
 
         from dsrecipes.model.load import pad_id
+        from dsrecipes.use.answers import end_tokens
 
         count = asked["input_ids"].shape[1]
-        own = self.model.generation_config
         sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE} if attempt else {"do_sample": False}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=(own and own.eos_token_id) or self.tokenizer.eos_token_id,
+            max_new_tokens=max_new_tokens, eos_token_id=end_tokens(self.model, self.tokenizer, chat=True),
             pad_token_id=pad_id(self.tokenizer), **sampling,
         )  # fmt: skip
         with torch.no_grad(), torch.random.fork_rng():

@@ -146,6 +146,7 @@ def _by_label(run: FinishedRun, items: list[Item], batch_size: int, model: PreTr
     from dsrecipes.use.labels import answer, label_names, logits_of_rows
 
     kind, names = unwrapped(model).config.problem_type, label_names(model)
+    of_class = class_weights_of(run)
     records = [item.record for item in items]
     labels = run.recipe.encode(records, run.tokenizer, run.options)["labels"]
     found: list[Json] = [{} for _ in items]
@@ -165,8 +166,25 @@ def _by_label(run: FinishedRun, items: list[Item], batch_size: int, model: PreTr
             **answer(logits, kind, names),
         }
         found[index] |= {"logits": logits.tolist(), "loss": loss, "tokens": 1}
+        if of_class:
+            found[index]["weight"] = item.record.get("weight", 1.0) * of_class[label]
         bar.update()
     return found
+
+
+def class_weights_of(run: FinishedRun) -> list[float] | None:
+    """The weights that the run's --class_weights gave to the classes; None where it gave none.
+
+    Raises:
+        UserError: the run folder does not have them.
+    """
+    if not run.config.data.class_weights:
+        return None
+    path = run.folder.data
+    try:
+        return [float(weight) for weight in json.loads(path.read_text(encoding="utf-8"))["train"]["class_weights"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the class weights of the run cannot be read ({error})") from error
 
 
 def choices_by_likelihood(

@@ -138,7 +138,8 @@ def render(runs: list[RecordedRun], lang: str, attached: list[Path]) -> str:
 
 def _result(run: RecordedRun, text: dict[str, str]) -> dict[str, Any]:
     """The figures that a reader looks for first."""
-    told = {key: run.metrics.get(key, run.last(key)) for key in ("eval_loss", "eval_perplexity", "eval_accuracy")}
+    keys = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_macro_f1", "eval_pearson")
+    told = {key: run.metrics.get(key, run.last(key)) for key in keys}
     told |= {"test_accuracy": run.metrics.get("test_accuracy"), "tokens_per_second": run.last("tokens_per_second")}
     told["peak_memory_gb"] = run.last("peak_memory_gb")
     times = [line["time"] for line in run.log if is_number(line.get("time"))]

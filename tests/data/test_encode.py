@@ -4,25 +4,12 @@ import pytest
 from tiny import STARTER, llama_tokenizer
 from transformers import AutoTokenizer
 
-from dsrecipes.data.encode import IGNORE, chat_segments, encode_segments, encode_texts
-from dsrecipes.errors import UserError
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "One?"},
-    {"role": "assistant", "content": "Yes, one."},
-    {"role": "user", "content": "Two?"},
-    {"role": "assistant", "content": "No."},
-]
+from dsrecipes.data.encode import IGNORE, encode_segments, encode_texts
 
 
 @pytest.fixture(params=["gpt2", "llama"])
 def tokenizer(request):
     return AutoTokenizer.from_pretrained(STARTER / "gpt2") if request.param == "gpt2" else llama_tokenizer()
-
-
-def trained_text(batch, tokenizer, index=0):
-    return tokenizer.decode([token for token in batch["labels"][index] if token != IGNORE])
 
 
 def test_texts_are_labels_and_documents_end_with_eos(tokenizer):
@@ -52,34 +39,3 @@ def test_llama_has_its_bos_once_and_gpt2_none():
         assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1 and ids[-1] == llama.eos_token_id
     ids = encode_segments([pair[1]], gpt2)["input_ids"][0]
     assert ids[0] != gpt2.bos_token_id and ids.count(gpt2.eos_token_id) == 1
-
-
-def test_a_chat_is_the_template_and_every_answer_is_trained_on():
-    tokenizer = llama_tokenizer()
-    segments = chat_segments(CHAT, tokenizer)
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert whole.startswith("".join(text for text, _ in segments)) and whole.endswith("\n")
-    assert [text for text, trained in segments if trained] == ["Yes, one.</s>", "No.</s>"]
-    batch = encode_segments([segments], tokenizer)
-    assert trained_text(batch, tokenizer) == "Yes, one.</s>No.</s>"
-    assert batch["input_ids"][0].count(tokenizer.bos_token_id) == 1
-    assert batch["labels"][0].count(tokenizer.eos_token_id) == 2
-
-
-def test_a_template_without_eos_still_teaches_to_stop():
-    tokenizer = AutoTokenizer.from_pretrained(STARTER / "gpt2")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    batch = encode_segments([chat_segments(CHAT[1:3], tokenizer)], tokenizer)
-    assert trained_text(batch, tokenizer) == "Yes, one.\n<|endoftext|>"
-
-
-def test_templates_that_cannot_be_cut():
-    tokenizer = AutoTokenizer.from_pretrained(STARTER / "gpt2")
-    with pytest.raises(UserError, match="no chat template; use --prompt_style alpaca"):
-        chat_segments(CHAT, tokenizer)
-    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        chat_segments(CHAT, tokenizer)
-    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(ValueError, match="no system turns"):
-        chat_segments(CHAT, tokenizer)

@@ -4,8 +4,11 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import random
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,3 +332,41 @@ def test_the_fingerprint_is_of_the_rows_whatever_batches_they_are_written_in(tmp
             apart.write(record_batch({name: values[row : row + 1] for name, values in columns.items()}))
         other.write(record_batch(columns | {"input_ids": [[1], [2, 3], [4, 5, 6]]}))
     assert together.fingerprint == apart.fingerprint != other.fingerprint and together.largest == 6
+
+
+def test_a_killed_preparation_leaves_nothing_that_a_later_run_takes(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
+    path = write_rows(tmp_path / "rows.jsonl", rows_of_all_kinds(600))
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    class Slow(Lines):
+        @staticmethod
+        def encode(records, tokenizer, options):
+            (pids / str(os.getpid())).touch()
+            if multiprocessing.parent_process():
+                time.sleep(0.05)
+            return encode_texts(records, tokenizer)
+
+    settings = {"validation_split": 0.2, "skip_bad_rows": True, "workers": 2}
+    process = multiprocessing.get_context("fork").Process(
+        target=prepared, args=(Slow, path, tokenizer), kwargs=settings, daemon=False
+    )
+    process.start()
+    entries = tmp_path / "cache" / "data"
+    wait_until(lambda: any(file.stat().st_size for file in entries.glob("*.partial/undivided.arrow")))
+    process.kill()
+    process.join()
+    wait_until(lambda: not any(Path("/proc", pid.name).exists() for pid in pids.iterdir()))  # the workers too
+    assert len(list(pids.iterdir())) == 2 and {entry.suffix for entry in entries.iterdir()} == {".lock", ".partial"}
+    splits = prepared(Slow, path, tokenizer, **settings)
+    assert {entry.suffix for entry in entries.iterdir()} == {".lock", ""} and sum(
+        s.stats.kept for s in splits.values()
+    ) > 700
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
 from dsrecipes.data.encode import IGNORE, EncodeOptions
-from dsrecipes.errors import UserError
 from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
 
@@ -63,8 +62,36 @@ def test_chat_rows_in_both_styles():
     )
     sharegpt = {"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}]}
     assert encoded(sharegpt, tokenizer) == (f"<s>{STANFORD_ALONE}", "3</s>")
-    with pytest.raises(UserError, match="2 answers .* give --prompt_style chat"):
-        encoded({"messages": CHAT}, tokenizer)
+    system = [{"role": "system", "content": "Be brief."}]
+    prompt, answers = encoded({"messages": system + CHAT}, tokenizer)
+    asked = [STANFORD_ALONE.replace("Add.", f"Be brief.\n\n{text}") for text in ("One?", "Two?")]
+    assert answers == "Yes.</s>No.</s>" and prompt == f"<s>{''.join(asked)}"
+
+
+def test_weights_of_turns_and_rows():
+    """An answer of weight 0 stays in the prompt; the weights of row and turn are multiplied."""
+    tokenizer = llama_tokenizer()
+    for style in ("alpaca", "chat"):
+        turns = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"weight": 3}]
+        options = EncodeOptions(512, style)
+        batch = AlpacaLlamaSft.encode([{"messages": turns, "weight": 0.5}, {"messages": CHAT}], tokenizer, options)
+        labels, weights = batch["labels"][0], batch["weights"][0]
+        assert tokenizer.decode([label for label in labels if label != IGNORE]) == "No.</s>"
+        assert "Yes.</s>" in tokenizer.decode(batch["input_ids"][0])
+        assert {weight for weight, label in zip(weights, labels, strict=True) if label != IGNORE} == {1.5}
+        assert batch["weights"][1] == []
+        alpaca = {"instruction": "Add.", "input": "", "output": "3", "weight": 2.0}
+        batch = AlpacaLlamaSft.encode([alpaca], tokenizer, options)
+        assert {w for w, label in zip(batch["weights"][0], batch["labels"][0], strict=True) if label != IGNORE} == {2.0}
+        with pytest.raises(ValueError, match="weight must be a number of 0 or more, found -1"):
+            AlpacaLlamaSft.encode([alpaca | {"weight": -1}], tokenizer, options)
+
+
+def test_stanfords_templates_refuse_tools():
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    for chat in ({"messages": CHAT, "tools": [{"name": "add"}]}, {"messages": [CHAT[0], CHAT[1] | {"tool_calls": calls}]}):
+        with pytest.raises(ValueError, match="no form for tools; give --prompt_style chat"):
+            AlpacaLlamaSft.encode([chat], llama_tokenizer(), EncodeOptions(512, "alpaca"))
 
 
 @needs_shared

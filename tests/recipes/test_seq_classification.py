@@ -1,5 +1,6 @@
 """seq_classification: what rows and labels become, figures equal to scikit-learn's, padding, heads beside an adapter."""
 
+import functools
 import json
 import random
 import re
@@ -21,8 +22,8 @@ from dsrecipes.recipes.seq_classification import (
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
-from tiny import STARTER, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tiny import STARTER, _saved, arrow_file, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM, set_seed
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.cli import main
@@ -66,6 +67,17 @@ def train(folder, kind, model, **values):
     rows = write_rows(folder / f"{kind}.jsonl", rows_of(kind))
     paths = {"dataset": rows, "model_name_or_path": model, "output_dir": str(folder / "run")}
     return load_recipe("seq_classification", **VALUES | {"max_steps": 4} | paths | values).run()
+
+
+@functools.cache
+def tiny_roberta():
+    """A folder with an encoder whose head has two layers."""
+    config = RobertaConfig(
+        vocab_size=2161, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0,
+        max_position_embeddings=130, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    set_seed(0)
+    return _saved("roberta", RobertaForMaskedLM(config), AutoTokenizer.from_pretrained(STARTER / "bert"))
 
 
 # ---- rows and labels ----
@@ -262,8 +274,6 @@ def test_the_loss_of_each_kind_leaves_fillers_out(labels, expected):
 
 @pytest.mark.parametrize("label", [1, 2.5, [1.0, 0.0]])
 def test_a_filler_of_each_kind(label, tmp_path):
-    from tiny import arrow_file
-
     data = Sequences(arrow_file({"input_ids": [[1, 2, 3], [4]], "labels": [label, label]}))
     batch = PaddingCollator(0)([data[0], data[1], data[FILLER]])
     assert batch[COUNTS].tolist() == [4, 2] and batch["attention_mask"].tolist()[1] == [1, 0, 0]
@@ -350,12 +360,12 @@ def test_padding_changes_no_logits(model, tmp_path):
         torch.testing.assert_close(together[index], logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [tiny_bert, tiny_llama])
+@pytest.mark.parametrize("model", [tiny_roberta, tiny_llama])
 def test_the_head_is_saved_beside_the_adapter(model, tmp_path, capfd):
     result = train(tmp_path, "three", model(), lora_r=4, max_steps=3, save_strategy="steps", save_steps=3)
     saved = result.path / "model"
     tensors = load_file(saved / "adapter_model.safetensors")
-    head = "classifier.weight" if model is tiny_bert else "score.weight"
+    head = "classifier.out_proj.weight" if model is tiny_roberta else "score.weight"
     assert tensors[f"base_model.model.{head}"].shape == (3, 32)
     assert json.loads((saved / "head_config.json").read_text())["names"] == ["a", "b", "c"]
     assert verify(str(result.path))["largest_difference"] < 1e-5

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from made import made_run
-from tiny import ROOT, refusal, tiny_bert, tiny_gpt2, tiny_llama
+from tiny import ROOT, SHARED, needs_shared, refusal, tiny_bert, tiny_gpt2, tiny_llama
 
 from dsrecipes import UserError
 from dsrecipes.cli import main
 from dsrecipes.use.chat import _speakers, chat
+from dsrecipes.use.conversation import Turn
 from dsrecipes.use.finished import FinishedRun, open_run
 from dsrecipes.use.generate import generate
 from dsrecipes.use.session import Terminal, TextSession
@@ -83,24 +84,45 @@ def test_a_chat_run_sees_the_turns_as_messages(runs: dict[str, FinishedRun]):
 
 
 def test_stanfords_templates_follow_one_another(runs: dict[str, FinishedRun]):
-    """Prompt, answer, its end, prompt: one beginning of text."""
+    """Prompt, answer, its end, prompt: what training makes of such a chat, with one beginning of text."""
     run = runs["alpaca"]
+    session, _, _ = _session(run, ["Hello", "And now?"], suppress_tokens=list(range(300)))
+    conversation = session.conversations["tuned"]
+    answer = conversation.turns[0].answer
+    assert answer, "an answer to build on"
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, ("Hello", answer, "And now?", "x"), strict=True)]
+    encoded = run.recipe.encode([{"messages": turns}], run.tokenizer, run.options)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    end = len(run.tokenizer("x", add_special_tokens=False)["input_ids"]) + 1
+    assert labels[-end - 1] == -100 and labels[-end] != -100
+    conversation.turns.pop()
+    prompt = conversation._prompt("And now?")
+    assert prompt == ids[:-end] and prompt.count(1) == 1 and prompt.count(2) == 1
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["tok_qwen3", "tok_gemma"])
+def test_a_chat_sends_what_training_saw(name: str, tmp_path: Path):
+    """Byte for byte, with system text and two earlier turns, and it stops at the template's end token."""
+    from dsrecipes.use.answers import generation_settings
+
+    made = made_run(
+        tmp_path / "run", "alpaca_llama_sft", str(SHARED / "cases" / "models" / name), prompt_style="chat", lora_r=0
+    )
+    run = open_run(str(made))
     session, _, _ = _session(run, ["Hello", "And now?"])
     conversation = session.conversations["tuned"]
-    first, second = (
-        run.recipe.encode([run.recipe.format_row({"instruction": text, "output": "x"})], run.tokenizer, run.options)
-        for text in ("Hello", "And now?")
-    )
-    prompts = [
-        [t for t, label in zip(each["input_ids"][0], each["labels"][0], strict=True) if label == -100]
-        for each in (first, second)
-    ]
-    answered = [turn.ids for turn in conversation.turns]
-    ended = [] if answered[0][-1] == 2 else [2]
-    expected = [*prompts[0], *answered[0], *ended, *prompts[1][1:]]
-    conversation.turns.pop()
-    assert conversation._prompt("And now?") == expected
-    assert prompts[1][0] == 1 and expected.count(1) == 1
+    conversation.system = "Be brief."
+    conversation.turns = [Turn(said, text, []) for said, text in (("Hello", "Yes, one."), ("Again", "No."))]
+    said = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Yes, one."), ("user", "Again"), ("assistant", "No.")]
+    turns = [{"role": role, "content": text} for role, text in [*said, ("user", "So?"), ("assistant", "It is.")]]
+    trained = run.recipe.encode([{"messages": turns}], run.tokenizer, run.options)
+    ids, labels = trained["input_ids"][-1], trained["labels"][-1]
+    start = max(place for place, label in enumerate(labels) if label == -100) + 1
+    assert conversation._prompt("So?") == ids[:start] and "It is." in run.tokenizer.decode(ids[start:])
+    assert ids[-1] in generation_settings(run, conversation.model).eos_token_id
+    assert run.tokenizer.convert_ids_to_tokens(ids[-1]) in ("<|im_end|>", "<end_of_turn>")
 
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
