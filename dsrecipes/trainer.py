@@ -133,8 +133,8 @@ class RecipeTrainer(ResumableTrainer):
 
     def _loader(self, data: Sequences | Stream, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
-        # all windows of a stream need not have weights: each step looks at its own
-        self._check_weights(data, self.data_collator([data.sample[FILLER]]))
+        if data.sample.weighted:  # not all windows of a stream need have weights: each step looks at its own
+            self._check_weights(data, self.data_collator([data.sample[FILLER]]))
         if isinstance(data, Stream):
             sampler = StreamSampler(args.max_steps, (accumulation, args.world_size, micro), args.process_index)
             # a worker process would read and tokenize everything once more; the stream's thread reads ahead
