@@ -271,7 +271,14 @@ def test_a_row_may_become_several_sequences(tokenizer):
 
 def rows_of_all_kinds(count):
     rows = [{"text": f"row {n} of {n % 7} words " + "and more " * (n % 11)} for n in range(count)]
-    return [*rows[: count // 2], {"text": [3]}, {"text": "word " * 99}, {"text": ""}, *rows[: count // 3], *rows[count // 2 :]]
+    return [
+        *rows[: count // 2],
+        {"text": [3]},
+        {"text": "word " * 99},
+        {"text": ""},
+        *rows[: count // 3],
+        *rows[count // 2 :],
+    ]
 
 
 @pytest.mark.parametrize("recipe", [Lines, Turns, Gpt2Clm])
@@ -309,7 +316,7 @@ def test_each_row_is_formatted_and_encoded_once(tokenizer, monkeypatch):
 def test_a_bad_row_in_a_worker_is_named_and_the_first_one_wins(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
     rows = [{"text": f"text {n}"} for n in range(400)]
-    rows[200], rows[330] = {"text": 5}, {"other": "x"}
+    rows[200], rows[330] = {"text": [5]}, {"other": "x"}
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("{")
