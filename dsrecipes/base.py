@@ -42,6 +42,7 @@ from dsrecipes.data.mixture import (
     JoinedSequences,
     MixedSplit,
     Mixture,
+    SourceRows,
     by_split,
     named,
     prepare_source,
@@ -396,11 +397,19 @@ class RecipeBase(ABC):
                 options = part.story.config.data
                 if options.streaming:
                     self.stream = self._stream(part.splits.pop("train"))
-                splits = prepare_source(part, self.tokenizer, self.console) if part.splits else {}
+                splits = self._prepare_source(part) if part.splits else {}
                 block = options.max_length if self.cut_into_blocks else None
                 check_splits(splits, self.tokenizer, embedding_rows(self.model_config), block)
             prepared.append((part.source, splits))
         return by_split(prepared) if mixed else prepared[0][1]
+
+    def _prepare_source(self, part: SourceRows) -> dict[str, Split]:
+        """Prepare one source; a recipe that numbers its labels over the training rows sees some beside validation rows."""
+        if "train" in part.splits or type(self).finish is RecipeBase.finish:
+            return prepare_source(part, self.tokenizer, self.console)
+        part = replace(part, splits={"train": self.by_source[0].splits["train"]} | part.splits)
+        splits = prepare_source(part, self.tokenizer, self.console)
+        return {name: split for name, split in splits.items() if name != "train"}
 
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
         """A split's sequences; training rows of several sources are drawn where shares were asked for."""

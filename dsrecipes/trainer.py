@@ -133,11 +133,8 @@ class RecipeTrainer(ResumableTrainer):
 
     def _loader(self, data: Sequences | Stream, micro: int, *, accumulation: int, shuffle: bool) -> DataLoader:
         args = self.args
-        if data.weighted and WEIGHTS not in self.data_collator([data.sample[FILLER]]):
-            raise UserError(
-                "the rows have weights, which the recipe's collator leaves out: have it return `weights`, of the shape of "
-                "its labels (see dsrecipes.data.collate)"
-            )
+        if data.sample.weighted:  # not all windows of a stream need have weights: each step looks at its own
+            self._check_weights(data, self.data_collator([data.sample[FILLER]]))
         if isinstance(data, Stream):
             sampler = StreamSampler(args.max_steps, (accumulation, args.world_size, micro), args.process_index)
             # a worker process would read and tokenize everything once more; the stream's thread reads ahead
@@ -155,6 +152,14 @@ class RecipeTrainer(ResumableTrainer):
             persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )  # fmt: skip
+
+    def _check_weights(self, data: Sequences | Stream, batch: dict[str, torch.Tensor]) -> None:
+        """Refuse a collator of a recipe's own that leaves the weights of the rows out (UserError)."""
+        if data.sample.weighted and WEIGHTS not in batch:
+            raise UserError(
+                "the rows have weights, which the recipe's collator leaves out: have it return `weights`, of the shape of "
+                "its labels (see dsrecipes.data.collate)"
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro batches, in step order."""
@@ -174,6 +179,8 @@ class RecipeTrainer(ResumableTrainer):
         self._clock.start()
         self._rate = float(self.optimizer.param_groups[0]["lr"])
         batches, items = super().get_batch_samples(*args)
+        if batches and isinstance(self.train_dataset, Stream):
+            self._check_weights(self.train_dataset, batches[0])
         for batch in batches:
             self._tally = [total + more for total, more in zip(self._tally, batch.pop(COUNTS).tolist(), strict=True)]
         self.batches, self.losses, self.gradient_norm = batches, [], None

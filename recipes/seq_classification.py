@@ -121,8 +121,10 @@ class SeqClassification(RecipeBase):
         files = [path for split in self.splits.values() for path in _files(split)]
         texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in files}
         if len(texts) > 1:
+            kinds = [f"{each['problem_type']} of {', '.join(each['names'])}" for each in map(json.loads, sorted(texts))]
             raise UserError(
-                "the data sets have different labels, so one head cannot learn them: " + " and ".join(sorted(texts))
+                f"--dataset: the data sets have different labels ({' and '.join(kinds)}), and each is numbered by itself: put the "
+                "files into one folder and name that"
             )
         facts = json.loads(texts.pop())
         kind, names = facts["problem_type"], facts["names"]

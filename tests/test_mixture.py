@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ranks import CaseError, Ranks
 from small import Small
-from tiny import instructions, write_rows
+from tiny import instructions, tiny_bert, write_rows
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.runs.folder import RunFolder
@@ -151,3 +151,32 @@ def test_what_a_source_lacks_is_refused(small: Small, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             load_recipe(values["recipe"], **values["values"]).build_trainer()
         assert message in str(error.value)
+
+
+def test_labels_of_validation_sets_are_numbered_as_the_training_rows(tmp_path: Path) -> None:
+    labels = {"train": ["no", "yes", "yes", "no"], "first": ["yes"] * 3, "second": ["no", "yes"]}
+    files = {
+        name: write_rows(tmp_path / f"{name}.jsonl", [{"text": f"row {i}", "label": label} for i, label in enumerate(each)])
+        for name, each in labels.items()
+    }
+    story = load_recipe(
+        "seq_classification", profile="full", model_name_or_path=tiny_bert(), dataset=files["train"], max_length=16,
+        eval_dataset=[files["first"], files["second"]], dry_run=True, use_cpu=True, deepspeed="none", max_steps=1,
+        global_batch_size=2,
+    )  # fmt: skip
+    story.run()
+    held = story.splits["validation"].parts
+    assert {name: part.data["labels"][:] for name, part in held.items()} == {"first": [1] * 3, "second": [0, 1]}
+    assert story.splits["train"].data["labels"][:] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("columns", [{"instruction": "ask", "output": "said"}, "instruction=ask,output=said"])
+def test_a_source_has_columns_of_its_own(small: Small, tmp_path: Path, columns: Any) -> None:
+    rows = write_rows(tmp_path / "rows.json", instructions(9))
+    other = write_rows(tmp_path / "other.json", [{"ask": f"Say {n}.", "said": str(n)} for n in range(7)])
+    dataset = [rows, {"path": other, "columns": columns}]
+    values = small.values("alpaca", dataset=dataset, validation_split=0, eval_strategy="no", dry_run=True)
+    story = load_recipe(values["recipe"], **values["values"])
+    story.run()
+    assert {name: part.stats.kept for name, part in story.splits["train"].parts.items()} == {"rows": 9, "other": 7}
+    assert "said" in str(story.by_source[1].story.config.data.columns) and not story.config.data.columns

@@ -26,6 +26,7 @@ from tiny import STARTER, instructions, llama_tokenizer, refusal, tiny_bert, tin
 from dsrecipes.data import stream, units
 from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import FileRows
+from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.stream import Stream, StreamSampler
 from dsrecipes.errors import UserError
 from dsrecipes.model.load import check_ids
@@ -138,14 +139,14 @@ def test_a_position_is_reached_without_reading_what_is_before_it(
     assert sum(count for start, count in reads if start >= begin - 512) < 20 * UNIT
 
 
-def a_stream(path: Path | tuple[Path, ...], recipe: type = AlpacaLlamaSft, **changed: Any) -> Stream:
-    """A stream over a file, four sequences a step."""
+def a_stream(path: Path | FileRows | RenamedRows, recipe: type = AlpacaLlamaSft, **changed: Any) -> Stream:
+    """A stream over a file or rows of files, four sequences a step."""
     values = {
         "per_step": 4, "steps": 1000, "seed": 1, "shuffle": True, "packing": True, "skip_bad_rows": False,
         "check_ids": partial(check_ids, tokenizer=llama_tokenizer(), rows=None),
     }  # fmt: skip
-    files = path if isinstance(path, tuple) else (path,)
-    return Stream(FileRows(files), recipe, llama_tokenizer(), EncodeOptions(200, "alpaca"), **values | changed)
+    rows = FileRows((path,)) if isinstance(path, Path) else path
+    return Stream(rows, recipe, llama_tokenizer(), EncodeOptions(200, "alpaca"), **values | changed)
 
 
 def contents(data: Stream, steps: range) -> list[Any]:
@@ -186,7 +187,7 @@ def test_a_state_continues_as_if_nothing_had_been(tmp_path: Path, recipe: type, 
 
 def test_each_epoch_has_each_row_once_in_another_order(tmp_path: Path) -> None:
     paths = (write(tmp_path, "jsonl", instructions(30)), write(tmp_path, "csv", instructions(60)[30:]))
-    data = a_stream(paths, packing=False)
+    data = a_stream(FileRows(paths), packing=False)
     data.begin(None)
     orders: dict[int, list[str]] = {}
     for step in range(60):
@@ -208,6 +209,16 @@ def test_ranks_share_a_step_however_it_is_divided(shape: tuple[int, int, int]) -
     for step in range(5):
         mine = [batch for rank in batches for batch in rank[step * accumulation : (step + 1) * accumulation]]
         assert sorted(sum(mine, [])) == list(range(4 * step, 4 * step + 4))
+
+
+def test_named_columns_are_streamed(tmp_path: Path) -> None:
+    rows = [{"output": row["output"], "task": row["instruction"]} for row in instructions(20)]
+    files = FileRows((write(tmp_path, "jsonl", rows),))
+    data = a_stream(RenamedRows(files, (("instruction", "task"),)))
+    read(data, 3)
+    assert data.window.end.read.kept > 5
+    with pytest.raises(UserError, match="has no column 'job'"):
+        read(a_stream(RenamedRows(files, (("instruction", "job"),))), 1)
 
 
 def test_a_file_shorter_than_a_step_fills_it(tmp_path: Path) -> None:

@@ -257,12 +257,12 @@ def test_rows_that_differ_in_weight_alone_are_equal() -> None:
     assert content_of({"text": "a"}) != content_of({"text": "b"})
 
 
-@pytest.mark.parametrize("value", [-1, "x", float("nan"), float("inf"), True, [1], "1e39"])
+@pytest.mark.parametrize("value", [-1, "x", float("nan"), float("inf"), [1], {}, "1e39", 10**400])
 def test_what_is_no_weight(value: Any) -> None:
-    with pytest.raises(ValueError, match="'weight' must be a number of 0 or more, found"):
+    with pytest.raises(ValueError, match="'weight' must be a weight .* found"):
         row_weight({"weight": value})
     assert (row_weight({}), row_weight({"weight": ""}), row_weight({"weight": "2.5"})) == ({}, {}, {"weight": 2.5})
-    assert as_weight(None) == 1
+    assert [as_weight(value) for value in (None, " ", True, "FALSE", False, "2")] == [1, 1, 1, 0, 0, 2]
 
 
 # ---- classes ----
@@ -291,7 +291,7 @@ def test_balanced_is_rows_over_classes_times_count() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["1", "-2"], "0 or more, found '-2'"), (["0", "0", "0"], "no class would be trained on"), (["x"], "found 'x'"),
+        (["1", "-2"], "true or false), found '-2'"), (["0", "0", "0"], "no class would be trained on"), (["x"], "found 'x'"),
         (["0=1", "5"], "all by name or all in order"), (["0=1", "0=2"], "one weight"), (["{0: 1}"], "not JSON"),
         (["a="], "give numbers by class"),
     ],
@@ -385,7 +385,7 @@ def test_a_step_of_weight_0_has_no_gradient_and_class_weights_are_a_term_of_the_
     [
         ("alpaca_llama_sft", ["balanced"], "alpaca_llama_sft has no classes, but tokens"),
         ("bert_tmmlu_qa", ["1", "2", "3", "4"], "bert_tmmlu_qa has no classes, but options"),
-        ("bert_tmmlu_qa", ["1", "-2"], "must be a number of 0 or more, found '-2'"),
+        ("bert_tmmlu_qa", ["1", "-2"], "must be a weight (a number of 0 or more, true or false), found '-2'"),
     ],
 )
 def test_recipes_without_classes(name: str, words: list[str], message: str, capfd: Any) -> None:

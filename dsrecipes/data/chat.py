@@ -208,19 +208,16 @@ class ChatTemplate:
         if not learned:
             return [Sequence(self._render(fitted[: answers[-1] + 1], False, tools))], notes
         pieces = [replace(self._piece(fitted, index, tools), weight=weights[index] * row_weight) for index in learned]
-        notes = [*notes, *self._lost([fitted[index] for index in learned], pieces, tools)]
+        notes = [*notes, *self._notes([fitted[index] for index in learned], pieces)]
         return _joined(pieces), notes
 
-    def _lost(self, answers: list[Turn], pieces: list[Piece], tools: list[dict] | None) -> Iterator[str]:
-        """Notes on parts of a chat that the template does not show."""
+    def _notes(self, answers: list[Turn], pieces: list[Piece]) -> Iterator[str]:
+        """Notes on the answers of a chat."""
         reasons = [
             (piece, reason) for turn, piece in zip(answers, pieces, strict=True) if (reason := reasoning_of(turn).strip())
         ]
         if reasons:
             yield REASONING if any(reason in piece.text[piece.start :] for piece, reason in reasons) else NO_REASONING
-        names = [tool.get("function", tool).get("name", "") for tool in tools or []]
-        if not all(name in pieces[-1].text for name in names):
-            yield NO_TOOLS
         if self.ignores:
             yield IGNORES
         if any(piece.end is None for piece in pieces):
@@ -294,9 +291,9 @@ class ChatTemplate:
             ValueError: it refuses such a chat, or leaves a turn out.
         """
         messages, tools = _fitted(leading_as_context(_sample(shape)), fit), _SAMPLE_TOOLS if with_tools else None
-        notes: list[str] = []
         answers = [index for index in _answers(messages) if messages[index].get("weight") != 0]
         asked = self.prompt(messages[: answers[-1]], tools)
+        notes = [NO_TOOLS] if tools and tools[0]["function"]["name"] not in asked else []
         for number, turn in enumerate(messages[: answers[-1]], 1):
             if _plain_text(turn) not in asked and not turn.get("tool_calls"):
                 raise ValueError(f"turn {number}: the chat template does not show {turn['role']} turns here")
@@ -310,7 +307,7 @@ class ChatTemplate:
             if _plain_text(turn) not in text:
                 if not calls:
                     raise ValueError(f"turn {index + 1}: the chat template does not show the text of this answer")
-                notes = [NO_TEXT]
+                notes = [*notes, NO_TEXT] if NO_TEXT not in notes else notes
         number = next(n for n in range(len(shape) - 1, -1, -1) if shape[n][0] == "assistant")
         return [*notes, NO_REASONING] if shape[number][2] and f"zq{number}rqz" not in text else notes
 
@@ -426,7 +423,7 @@ _SAMPLE_TOOLS = [
     {
         "type": "function",
         "function": {
-            "name": "zqfqz",
+            "name": "zqtoolqz",
             "description": "zqdqz",
             "parameters": {"type": "object", "properties": {"zqkqz": {"type": "string", "description": "zq"}}},
         },

@@ -13,7 +13,8 @@ from typing import Any
 
 from dsrecipes.data.files import Row
 from dsrecipes.data.seen import ReadRow, name_form
-from dsrecipes.data.turns import EMPTY, Turn, as_text, chat_turns, check_answers, raw_turns, tool_schemas, weight_of
+from dsrecipes.data.turns import EMPTY, Turn, as_text, chat_turns, check_answers, raw_turns, tool_schemas
+from dsrecipes.data.weights import as_weight
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def instruction_record(row: Row) -> dict[str, Any]:
         if tools:
             record["tools"] = tools
     if "weight" in beside and (weight := row.get(beside["weight"])) not in EMPTY:
-        value = weight_of(weight, f"field {beside['weight']!r}")
+        value = as_weight(weight, f"field {beside['weight']!r}")
         if value != 1:
             record["weight"] = value
     name_form(row, choice.form.name)

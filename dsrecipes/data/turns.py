@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from dsrecipes.data.weights import as_weight
+
 Turn = dict[str, Any]
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 _CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
@@ -212,27 +214,11 @@ def _add_extras(turn: Turn, raw: dict[str, Any]) -> None:
         if reasoning not in EMPTY:
             turn["reasoning_content"] = as_text(reasoning, f"({turn['role']}): field {key!r}")
         key, weight = _first(raw, _WEIGHT_KEYS)
-        if weight is not None and (value := weight_of(weight, f"({turn['role']}): field {key!r}")) != 1:
+        if weight is not None and (value := as_weight(weight, f"({turn['role']}): field {key!r}")) != 1:
             turn["weight"] = value
     for key in ("name", "tool_call_id"):
         if raw.get(key) not in EMPTY:
             turn[key] = as_text(raw[key], f"({turn['role']}): field {key!r}")
-
-
-def weight_of(value: Any, what: str) -> float:
-    """A weight: a number of 0 or more, or true (1) and false (0); also as text, which is what tables hold.
-
-    Raises:
-        ValueError: anything else.
-    """
-    text = value.strip().lower() if isinstance(value, str) else value
-    try:
-        weight = {"true": 1.0, "false": 0.0}[text] if text in ("true", "false") else float(text)
-    except (ValueError, TypeError, OverflowError):
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{what} must be a weight (a number of 0 or more, true or false), found {value!r}")
-    return weight
 
 
 def _tool_calls(value: Any) -> list[dict[str, Any]]:

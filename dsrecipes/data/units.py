@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsrecipes.data.files import _MARKS, Row, _read, pieces, readable, suffix
+from dsrecipes.data.files import _MARKS, Row, _read, _without_nulls, pieces, readable, suffix
 from dsrecipes.data.shapes import row_of
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
@@ -187,7 +187,7 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
         with _parquet_readable(path):
             batch = next(batches, None)
             first, number = number, number + (batch.num_rows if batch is not None else 0)
-            rows = batch.to_pylist() if batch is not None and first >= skipped else []
+            rows = [_without_nulls(row) for row in batch.to_pylist()] if batch is not None and first >= skipped else []
         if batch is None:
             return
         if first >= skipped:

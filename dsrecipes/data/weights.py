@@ -24,19 +24,20 @@ _FORMS = "numbers by class (1 5), NAME=NUMBER or INDEX=NUMBER (0=1,1=5), or bala
 
 
 def as_weight(value: Any, name: str = "field 'weight'") -> float:
-    """A weight as a number; None and empty text, which tables have for a missing cell, are 1.
+    """A weight as a number; true is 1, false is 0, and None or empty text, which tables have for a missing cell, is 1.
 
     Raises:
         ValueError: not a finite number of 0 or more.
     """
-    if value is None or (isinstance(value, str) and not value.strip()):
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text in (None, "", "true"):
         return 1.0
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+        weight = 0.0 if text == "false" else float(text)
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be a number of 0 or more, found {value!r}")
+        raise ValueError(f"{name} must be a weight (a number of 0 or more, true or false), found {value!r}")
     return weight
 
 

@@ -25,7 +25,7 @@ CHATML = (
 ALTERNATE = "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
 OWN = {
     "chatml": CHATML,
-    "header always": re.sub(r"{% if add.*", "", CHATML),
+    "header always": CHATML[: CHATML.index("{% if add")],
     "llama 2": (
         "{% for m in messages %}"
         + ALTERNATE
@@ -162,9 +162,10 @@ def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) ->
     if len(batch["input_ids"]) == 1:
         whole = tokenizer.apply_chat_template(turns, tools=tools, return_dict=False)
         ids = batch["input_ids"][0]
-        ids = ids if NO_END not in batch["notes"] else ids[:-1]
-        same = ids == whole[: len(ids)]
-        assert same or tokenizer.decode(whole).startswith(tokenizer.decode(ids)), "the rendered chat"
+        ids = ids if NO_END not in batch["notes"][0] else ids[:-1]
+        text = tokenizer.decode(whole)
+        rewritten = any(turn["content"] not in text for turn in turns)  # a system text that only a prompt has
+        assert rewritten or text.startswith(tokenizer.decode(ids)), "the rendered chat"
     else:
         assert batch["record"] == [0] * len(batch["input_ids"])
     return texts
@@ -180,8 +181,11 @@ def test_every_template_trains_on_what_a_server_sends(kind, special):
         for count, system, reasoning in product((1, 2, 5), (False, True), (False, True)):
             turns = chat(count, system, reasoning)
             try:
-                tokenizer.apply_chat_template(turns, tokenize=False)
-            except Exception:  # the template's own refusal: of system turns, tested below
+                asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+                shown = turns[0]["content"] in asked
+            except Exception:
+                shown = False
+            if not shown:  # a template that refuses system turns, or leaves them out: tested below
                 assert system, name
                 continue
             try:
@@ -266,18 +270,17 @@ def test_tools_calls_and_results():
         {"role": "tool", "content": "4 degrees", "tool_call_id": "a1b2c3d4e", "name": "weather"},
         {"role": "assistant", "content": "It is cold."},
     ]
-    shown, messages = 0, []
+    shown = 0
     for name, template in templates().items():
         try:
             text, learned, notes = encoded(template, turns, tools=TOOLS)
-        except ValueError as error:
-            messages.append(str(error))
-            continue
+        except ValueError:
+            continue  # no form for tools, or a call without an id
         shown += 1
         assert learned.count("It is cold.") == 1 and learned.count("Oslo") == 1, name
         assert "4 degrees" not in learned and "4 degrees" in text, name
         assert NO_TOOLS in notes or text.count("weather") > learned.count("weather"), name
-    assert shown >= 12 and all("chat template" in message for message in messages)
+    assert shown >= 12
     with pytest.raises(ValueError, match="turn 2: the chat template does not show all tool_calls"):
         encoded(CHATML, turns)
     as_text = copy.deepcopy(turns)
@@ -296,7 +299,10 @@ def test_templates_without_an_answer_to_find():
     with pytest.raises(UserError, match="no chat template; use --prompt_style alpaca"):
         encode_chats([{"messages": chat(1)}], tokenizer, KEEP)
     for template, message in (
-        ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "turn 2: .* rewrites the prompt"),
+        (
+            "{% for m in messages %}{{ m['content'] if messages|length == 1 else m['content']|upper }}{% endfor %}",
+            "turn 2: the chat template does not show the text",
+        ),
         ("{{ raise_exception('no chats') }}", "no chats"),
         (
             "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",

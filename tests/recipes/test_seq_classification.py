@@ -192,6 +192,21 @@ def test_classes_of_a_hub_data_set_keep_their_names(tmp_path, monkeypatch):
     assert "the test rows have no labels: the split is left out" in recipe.place.notes
 
 
+def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
+    (tmp_path / "a.csv").write_text("id,body,sentence,mood\n1,rain,x,bad\n2,sun,y,good\n")
+    features = datasets.Features(body=datasets.Value("string"), mood=datasets.ClassLabel(names=["bad", "good"]))
+    hub = {"train": datasets.Dataset.from_dict({"body": ["rain", "sun"], "mood": [0, 1]}, features=features)}
+    values = VALUES | {"model_name_or_path": tiny_bert(), "dry_run": True, "validation_split": 0}
+    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run")}
+    load_recipe("seq_classification", **values | {"dataset": str(tmp_path / "a.csv")}).run()
+    out = capfd.readouterr().out
+    assert "[CLS] rain [SEP]" in out and "label: bad" in out and "unused columns: id, sentence" in out, out
+    monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: hub)
+    recipe = load_recipe("seq_classification", **values | {"dataset": "some/set"})
+    recipe.run()
+    assert recipe.model_config.id2label == {0: "bad", 1: "good"}
+
+
 @pytest.mark.parametrize(
     ("files", "values", "parts"),
     [
@@ -227,6 +242,18 @@ def test_a_rare_class_may_be_held_out(tmp_path):
     recipe = load_recipe("seq_classification", **values, output_dir=str(tmp_path / "run"))
     recipe.run()
     assert recipe.model_config.num_labels == 8
+
+
+def test_several_data_sets_have_the_same_labels(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows_of("three", count)) for name, count in (("a", 12), ("b", 18))]
+    values = VALUES | {"model_name_or_path": tiny_bert(), "max_steps": 2, "output_dir": str(tmp_path / "run")}
+    result = load_recipe("seq_classification", **values | {"dataset": files, "class_weights": "balanced"}).run()
+    assert {"eval_macro_f1", "eval_a_loss", "eval_b_loss"} <= result.metrics.keys()
+    measured = evaluate(str(result.path), split="validation")
+    assert measured["rows"] == 8 and "without the run's --class_weights" in measured["note"]
+    other = write_rows(tmp_path / "other.jsonl", rows_of("two"))
+    with pytest.raises(UserError, match=r"different labels \(single_label_classification of a, b, c and .* of dry, wet\)"):
+        load_recipe("seq_classification", **values | {"dataset": [files[0], other], "dry_run": True}).run()
 
 
 def test_the_starter_s_rows(capfd, tmp_path):
