@@ -271,7 +271,14 @@ def test_a_row_may_become_several_sequences(tokenizer):
 
 def rows_of_all_kinds(count):
     rows = [{"text": f"row {n} of {n % 7} words " + "and more " * (n % 11)} for n in range(count)]
-    return [*rows[: count // 2], {"text": [3]}, {"text": "word " * 99}, {"text": ""}, *rows[: count // 3], *rows[count // 2 :]]
+    return [
+        *rows[: count // 2],
+        {"text": [3]},
+        {"text": "word " * 99},
+        {"text": ""},
+        *rows[: count // 3],
+        *rows[count // 2 :],
+    ]
 
 
 @pytest.mark.parametrize("recipe", [Lines, Turns, Gpt2Clm])
