@@ -165,6 +165,7 @@ def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) ->
         ids = ids if NO_END not in batch["notes"][0] else ids[:-1]
         text = tokenizer.decode(whole)
         rewritten = any(turn["content"] not in text for turn in turns)  # a system text that only a prompt has
+        rewritten |= "thought" in tokenizer.decode(ids) and "thought" not in text  # reasoning that the text must hold
         assert rewritten or text.startswith(tokenizer.decode(ids)), "the rendered chat"
     else:
         assert batch["record"] == [0] * len(batch["input_ids"])
