@@ -123,7 +123,7 @@ def markdown(result: Json) -> str:
         (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].replace("\n", " "), "",
     ]  # fmt: skip
     head = [
-        "run", "rows", "file, GB", "first start, s", "of it preparing", "packing", "peak memory, GB", "second start, s",
+        "run", "rows kept", "file, GB", "first start, s", "of it preparing", "packing", "peak memory, GB", "second start, s",
         "of it", "its peak, GB", "cache, GB", "tokens", "sequences", "load",
     ]  # fmt: skip
     rows = []

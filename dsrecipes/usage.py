@@ -188,7 +188,7 @@ def help_text(argv: list[str]) -> str:
 
 def _about(layers: Layers | None) -> Iterator[str]:
     if layers is None:
-        yield f"RECIPE: {', '.join(recipe_names())}, or a .py file of yours."
+        yield textwrap.fill(f"RECIPE: {', '.join(recipe_names())}, or a .py file of yours.", _WIDTH)
         yield "These are the defaults; with a RECIPE, its own values are shown."
     else:
         yield f"{layers.recipe.name}, profile {layers.profile} ({layers.why_profile}). These values would run:"

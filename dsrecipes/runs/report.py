@@ -231,7 +231,7 @@ def _streamed(data: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float, data: dict[str, Any] | None) -> str:
+def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float, data: dict[str, Any] | None = None) -> str:
     """Result, where things are, the next commands; `data` are the facts of a stream."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []

@@ -316,12 +316,12 @@ def test_each_row_is_formatted_and_encoded_once(tokenizer, monkeypatch):
 def test_a_bad_row_in_a_worker_is_named_and_the_first_one_wins(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
     rows = [{"text": f"text {n}"} for n in range(400)]
-    rows[200], rows[330] = {"text": 5}, {"other": "x"}
+    rows[200], rows[330] = {"other": "x"}, {"another": "x"}
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("{")
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"rows.jsonl, line 201: field 'text' must be text"):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 201: field 'text' is missing"):
             prepared(Lines, path, tokenizer, workers=workers)
     with pytest.raises(UserError, match=r"rows.jsonl, line 400.*not JSON"):
         prepared(Lines, path, tokenizer, workers=2, skip_bad_rows=True)

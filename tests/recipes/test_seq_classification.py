@@ -111,7 +111,7 @@ def test_a_row_becomes_texts_and_a_label(row, record):
         ({"text": "a", "label": {"x": 1}}, "must be a class, a number or a list of classes, found dict"),
         ({"text": "a", "label": [["x"]]}, "must be a class, a number or a list of classes, found list"),
         ({"text": "a", "label": float("inf")}, "inf is no label"),
-        ({"text": "a", "label": 1, "weight": -1}, "field 'weight' must be a number"),
+        ({"text": "a", "label": 1, "weight": -1}, "field 'weight' must be a weight"),
     ],
 )
 def test_a_wrong_row_says_which_field(row, problem):

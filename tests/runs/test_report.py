@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from tiny import tiny_gpt2
+from tiny import arrow_file, tiny_gpt2
 
 from dsrecipes.config import build_config
+from dsrecipes.data.collate import Sequences
 from dsrecipes.data.prepare import SplitStats
 from dsrecipes.layers import layer
 from dsrecipes.place import Place
@@ -101,7 +102,7 @@ def test_the_data_line_tells_what_was_dropped():
     stats = SplitStats(
         rows=1003, kept=1000, dropped={"bad row": 2, "longer than 512 tokens": 1}, tokens=5000, supervised=2500, tail=7
     )
-    line = report._about("train", stats, 40)
+    line = report._about("train", stats, Sequences(arrow_file({"input_ids": [[1, 2]] * 40, "labels": [[1, 2]] * 40})))
     for part in (
         "1,000 rows in 40 sequences",
         "5,000 tokens",
