@@ -65,7 +65,7 @@ def make_rows(files: list[Path], model: Path, root: Path, *, all_rows: bool = Fa
     Returns:
         A folder with alpaca.json (ours), tokens.jsonl (naive), trl.jsonl, lf/, held_out.jsonl and info.json.
     """
-    from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft, _alpaca
+    from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft, _segments
     from transformers import AutoTokenizer
 
     from dsrecipes.data.encode import EncodeOptions
@@ -83,7 +83,7 @@ def make_rows(files: list[Path], model: Path, root: Path, *, all_rows: bool = Fa
         except ValueError:
             dropped["without an answer"] += 1
             continue
-        (prompt, _), (answer, _) = _alpaca(record, tokenizer)
+        (prompt, _), (answer, _) = _segments(record)
         rows.append({"row": row, "prompt": prompt, "completion": answer, "record": record})
     encoded = AlpacaLlamaSft.encode([row["record"] for row in rows], tokenizer, EncodeOptions(LENGTH, "alpaca"))
     joint = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows])["input_ids"]
