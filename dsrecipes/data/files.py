@@ -63,8 +63,8 @@ class FileRows:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the files' names and bytes."""
-        digest = hashlib.sha256()
+        """Hash of the split, and of the files' names and bytes."""
+        digest = hashlib.sha256(self.split.encode())
         for path in self.files:
             digest.update(os.fsencode(path.name))
             with path.open("rb") as file:
