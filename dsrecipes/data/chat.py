@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE, EncodeOptions, eos_of
 from dsrecipes.data.template import render
+from dsrecipes.data.turns import Turn
 from dsrecipes.data.weights import as_weight
 from dsrecipes.errors import UserError
 
-Turn = dict[str, Any]
 Shape = tuple[tuple[str, bool, bool, int], ...]
 """Of each turn: its role, whether it has text, whether it has reasoning, and its number of tool calls."""
 REASONING = "reasoning of answers is trained on; --reasoning drop leaves it out"
