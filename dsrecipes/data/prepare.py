@@ -163,20 +163,23 @@ def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTra
         *(inspect.getsource(sys.modules[name]) for name in _own_modules(recipe)),
         *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))),
         *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
-        _vocabulary(tokenizer),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
-        str(tokenizer.chat_template),
+        describe_tokenizer(tokenizer),
         repr(settings),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer makes of a text, without the truncation and padding that its last call has left set."""
-    if not tokenizer.is_fast:
-        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(settings | {"truncation": None, "padding": None}, sort_keys=True)
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All of a tokenizer that changes ids, without the truncation and padding that its last call has left set."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # each call of the tokenizer sets them again
+        backend.no_padding()
+        vocabulary = backend.to_str()
+    else:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    named = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return "\0".join([vocabulary, named, str(tokenizer.chat_template)])
 
 
 def _own_modules(recipe: type) -> list[str]:
