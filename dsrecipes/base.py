@@ -476,6 +476,8 @@ class RecipeBase(ABC):
     def _stream(self, rows: Iterable[Row]) -> Stream:
         """The training rows as a stream; nothing but the files' sizes and samples is read yet."""
         train, data = self.config.train, self.config.data
+        if type(self).finish is not RecipeBase.finish:
+            raise UserError("--streaming true: this recipe rewrites all prepared rows (finish); give --streaming false")
         stream = Stream(
             stream_files(rows, str(data.dataset)), type(self), self.tokenizer, data.encoding,
             per_step=self.place.batch, steps=train["max_steps"],

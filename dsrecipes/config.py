@@ -163,7 +163,10 @@ class DataConfig:
             own = own | {"split": "official"}
         elif self.eval_sources:
             own = own | {"eval_dataset": source.path}
-        return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
+        try:
+            return dataclasses.replace(self, **{"dataset": source.path, "eval_dataset": []} | own)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from None
 
 
 @dataclass(kw_only=True)

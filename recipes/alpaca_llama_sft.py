@@ -6,7 +6,7 @@ from dsrecipes.base import RecipeBase
 from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, weight_of
 from dsrecipes.data.encode import EncodeOptions, Segments, encode_segments, weigh
 from dsrecipes.data.files import Row
-from dsrecipes.data.formats import instruction_record
+from dsrecipes.data.formats import as_turns, instruction_record
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -46,9 +46,7 @@ def _as_chat(record: dict) -> dict:
     """The record as {"messages", "tools", "weight"}."""
     if "messages" in record:
         return record
-    question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-    return {"messages": turns, "weight": record.get("weight")}
+    return {"messages": as_turns(record), "weight": record.get("weight")}
 
 
 def _segments(record: dict) -> Segments:

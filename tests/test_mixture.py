@@ -68,7 +68,7 @@ def test_header_log_and_report_name_the_sources(whole: dict[str, Any]) -> None:
     assert sum(source["tokens"] for source in train.values()) == splits["train"]["tokens"]
     assert f"counting: {train['counting']['kept']} rows, {train['counting']['tokens']:,} tokens" in whole["said"]
     assert f"{drawn['short']} rows and about" in whole["said"] and "an epoch (weight 1)" in whole["said"]
-    assert whole["log"][-1]["epoch"] >= 2  # rows were drawn anew
+    assert whole["log"][-1]["epoch"] >= 2  # rows were drawn again
     last = [line for line in whole["log"] if "eval_loss" in line][-1]
     sizes = {name: splits["validation"]["sources"][name]["supervised"] for name in NAMES}
     mean = sum(last[f"eval_{name}_loss"] * sizes[name] for name in NAMES) / sum(sizes.values())

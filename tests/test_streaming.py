@@ -279,6 +279,12 @@ def test_bytes_that_are_not_utf8_and_a_file_that_changes_are_named(tmp_path: Pat
         contents(data, range(30))
 
 
+def test_another_end_token_is_another_stream(tmp_path: Path) -> None:
+    data = a_stream(write(tmp_path, "jsonl", instructions(5)))
+    data.encoding.tokenizer.eos_token = data.encoding.tokenizer.bos_token
+    assert data._fingerprint() != data.fingerprint
+
+
 def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl", instructions(5))
     data = a_stream(path, check_ids=partial(check_ids, tokenizer=llama_tokenizer(), rows=60))

@@ -22,6 +22,7 @@ from dsrecipes.data.records import content_of
 from dsrecipes.data.weights import WEIGHTS, as_weight, class_weights, normalize_weights, parse_class_weights, row_weight
 from dsrecipes.run import main
 from dsrecipes.runs.curve import read_log
+from dsrecipes.use.compare import pair
 from dsrecipes.use.evaluate import evaluate
 
 RECIPES = """
@@ -362,6 +363,12 @@ def test_a_classifier_with_balanced_classes_is_evaluated_as_it_trains(tmp_path: 
     expected = np.average([item["loss"] for item in measured["items"]], weights=weights)
     assert measured["figures"]["loss"] == pytest.approx(expected, abs=1e-6)
     assert result.metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_losses_of_labels_are_compared_with_their_weights() -> None:
+    items = [{"key": "a", "loss": 1.0, "tokens": 1, "weight": 3.0}, {"key": "b", "loss": 2.0, "tokens": 1}]
+    result = {"run": "run", "weights": "base", "task": "labels", "rows": 2, "items": items}
+    assert pair(result, result)["differences"]["loss"]["first"] == pytest.approx((3 * 1.0 + 2.0) / 4)
 
 
 def test_a_step_of_weight_0_has_no_gradient_and_class_weights_are_a_term_of_the_run(tmp_path: Path, capfd: Any) -> None:

@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE, EncodeOptions, eos_of
 from dsrecipes.data.template import render
+from dsrecipes.data.turns import Turn
 from dsrecipes.data.weights import as_weight
 from dsrecipes.errors import UserError
 
-Turn = dict[str, Any]
 Shape = tuple[tuple[str, bool, bool, int], ...]
 """Of each turn: its role, whether it has text, whether it has reasoning, and its number of tool calls."""
 REASONING = "reasoning of answers is trained on; --reasoning drop leaves it out"
@@ -41,7 +41,7 @@ REASONING = "reasoning of answers is trained on; --reasoning drop leaves it out"
 NO_REASONING = "the chat template does not show the reasoning of answers, which is not trained on"
 NO_TOOLS = "the chat template does not show the definitions of tools"
 NO_TEXT = "the chat template does not show the text of an answer beside its tool calls, which is not trained on"
-NO_END = "the chat template ends answers with no special token of this tokenizer: eos stands behind each"
+NO_END = "the chat template ends answers with no special token of this tokenizer: eos is added behind each"
 IGNORES = "the chat template ignores add_generation_prompt: what it writes before an answer is part of the prompt"
 _MARK = "\ue000"
 """Stands for the text of an answer; no template and no text of a user begins with it."""
@@ -70,9 +70,9 @@ class Fit:
     def notes(self) -> Iterator[str]:
         """What the header says about them."""
         if self.system != "keep":
-            yield "the chat template refuses system turns here: their text stands before that of the next user turn"
+            yield "the chat template refuses system turns here: their text is put before that of the next user turn"
         if self.lead:
-            yield "the chat template refuses an assistant turn at the beginning: an empty user turn stands before it"
+            yield "the chat template refuses an assistant turn at the beginning: an empty user turn is put before it"
         if self.join:
             yield "the chat template refuses two turns of one role in a row: they are joined, with a blank line between"
 
@@ -177,7 +177,7 @@ class ChatTemplate:
         return self._render(messages, True, tools)
 
     def content(self, written: str) -> str:
-        """The text of an answer as a model wrote it, special tokens and all; empty where nothing stands around it."""
+        """The text of an answer as a model wrote it, special tokens and all; empty where it writes nothing around it."""
         if not self.opening.strip() or self.opening not in written:
             return ""
         end = self._end(written, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
     try:
         for where, row in rows:
             group.append((where, row))
-            size += sum(len(value) for value in row.values() if isinstance(value, str))
+            size += _characters(row)
             if len(group) == _ROWS or size > _CHARACTERS:
                 yield group
                 group, size = [], 0
@@ -80,6 +81,14 @@ def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
         raise
     if group:
         yield group
+
+
+def _characters(row: Row) -> int:
+    """Of the texts of a row, those of its turns too."""
+    values = list(row.values())
+    turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    texts = chain(values, *(turn.values() for turn in turns))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 @dataclass(frozen=True)

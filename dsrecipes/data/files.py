@@ -63,8 +63,8 @@ class FileRows:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the files' names and bytes."""
-        digest = hashlib.sha256()
+        """Hash of the split, and of the files' names and bytes."""
+        digest = hashlib.sha256(self.split.encode())
         for path in self.files:
             digest.update(os.fsencode(path.name))
             with path.open("rb") as file:
@@ -360,16 +360,24 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with parquet_readable(path):
         number = 0
         source = io.BytesIO(_bytes(path).read()) if path.name.endswith(".gz") else path
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(_PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", _without_nulls(row)
+
+
+@contextlib.contextmanager
+def parquet_readable(path: Path) -> Iterator[None]:
+    """Turn what reading Parquet raises into a UserError."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # damaged, or a value that Python has no type for
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
 

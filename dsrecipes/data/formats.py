@@ -127,7 +127,7 @@ def instruction_record(row: Row) -> dict[str, Any]:
     history = _history(row, beside["history"]) if "history" in beside else []
     tools = tool_schemas(row.get(beside["tools"]), beside["tools"]) if "tools" in beside else []
     if system or history or tools or choice.form is CHAT or turns:
-        turns = turns or _as_turns(record)
+        turns = turns or as_turns(record)
         repeated = turns[0] == {"role": "system", "content": system}
         opening: list[Turn] = [{"role": "system", "content": system}] if system and not repeated else []
         record = {"messages": check_answers([*opening, *history, *turns], choice.question)}
@@ -186,7 +186,8 @@ def _turns_of_pair(question: Any, answer: Any, choice: _Choice) -> list[Turn]:
     return [*asked, {"role": "assistant", "content": as_text(answer, f"field {choice.answer!r}")}]
 
 
-def _as_turns(record: dict[str, str]) -> list[Turn]:
+def as_turns(record: dict[str, Any]) -> list[Turn]:
+    """A record of an instruction as a chat of two turns."""
     question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
     return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 

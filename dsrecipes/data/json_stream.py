@@ -56,7 +56,7 @@ class JsonStream:
             self._read()
 
     def take(self, character: str) -> None:
-        """Pass over a character (UserError: another stands there)."""
+        """Pass over a character (UserError: the next one is another)."""
         if self.peek() != character:
             raise self._fault(f"Expecting {character!r}")
         self._at += 1
@@ -76,7 +76,7 @@ class JsonStream:
             except ValueError as error:  # a whole number of thousands of digits
                 raise UserError(f"{self._where}: not JSON that can be read ({error})") from None
             else:
-                if end < len(self._text) or self._ended:  # else a number may go on
+                if end < len(self._text) or self._ended:  # else a number may continue
                     self._at = end
                     return value
             self._read()

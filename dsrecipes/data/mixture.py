@@ -1,4 +1,4 @@
-"""Several data sets in one run: each is prepared by itself, and a mixture draws rows of each, anew in every epoch."""
+"""Several data sets in one run: each is prepared by itself, and a mixture draws other rows of each in every epoch."""
 
 from __future__ import annotations
 
@@ -219,17 +219,17 @@ def draws(rows: int, count: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
     """
     passes, rest = divmod(count, rows)
     whole = np.tile(np.arange(rows), passes)
-    deck, shuffles = np.empty(0, dtype=np.int64), 0
+    waiting, shuffles = np.empty(0, dtype=np.int64), 0
     while True:
-        hand, deck = deck[:rest], deck[rest:]
-        if len(hand) < rest:
+        chosen, waiting = waiting[:rest], waiting[rest:]
+        if len(chosen) < rest:
             shuffled = np.random.default_rng((*seed, shuffles)).permutation(rows)
             shuffles += 1
-            used = np.isin(shuffled, hand)  # behind the others, so that no epoch draws a row twice
+            used = np.isin(shuffled, chosen)  # behind the others, so that no epoch draws a row twice
             shuffled = np.concatenate([shuffled[~used], shuffled[used]])
-            missing = rest - len(hand)
-            hand, deck = np.concatenate([hand, shuffled[:missing]]), shuffled[missing:]
-        yield np.concatenate([whole, hand])
+            missing = rest - len(chosen)
+            chosen, waiting = np.concatenate([chosen, shuffled[:missing]]), shuffled[missing:]
+        yield np.concatenate([whole, chosen])
 
 
 # ---- sequences ----
@@ -279,7 +279,9 @@ class JoinedSequences(Sequences):
         part, number = self._located(row, self._first_row)
         (features,) = part.examples([number])
         if self.weighted and WEIGHTS not in features:  # all rows of this source weigh 1, and those of others do not
-            features[WEIGHTS] = np.empty(0, np.float32) if np.ndim(features["labels"]) else np.float32(1)
+            labels = np.asarray(features["labels"])  # integers by token; several labels of one row are floats
+            by_token = labels.ndim and np.issubdtype(labels.dtype, np.integer)
+            features[WEIGHTS] = np.empty(0, np.float32) if by_token else np.float32(1)
         return features
 
     def rows(self, index: int) -> list[int]:

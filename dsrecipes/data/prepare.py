@@ -163,12 +163,23 @@ def _cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTra
         *(inspect.getsource(sys.modules[name]) for name in _own_modules(recipe)),
         *(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))),
         *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True),
-        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
-        str(tokenizer.chat_template),
+        describe_tokenizer(tokenizer),
         repr(settings),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All of a tokenizer that changes ids, without the truncation and padding that its last call has left set."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # each call of the tokenizer sets them again
+        backend.no_padding()
+        vocabulary = backend.to_str()
+    else:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    named = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return "\0".join([vocabulary, named, str(tokenizer.chat_template)])
 
 
 def _own_modules(recipe: type) -> list[str]:
@@ -240,7 +251,7 @@ def _hold_out(
                 sequences.write(chunk.sequences)
                 places.write(chunk.origins)
             keys.append(chunk.keys)
-            kept.append(replace(chunk, sequences=None, origins=None, keys=keys[-1][:0]))
+            kept.append(replace(chunk, sequences=None, origins=None, keys=np.empty(0, np.uint64)))
     chosen = choose(np.concatenate(keys) if keys else np.empty(0, np.uint64))
     keys.clear()
     sequence_batches, place_batches = read_batches(path), read_batches(origins_path(path))

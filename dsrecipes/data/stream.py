@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.origin import place_words
 from dsrecipes.data.pack import BlockCutter
-from dsrecipes.data.prepare import SplitStats, _refuse_empty, dropped_words
+from dsrecipes.data.prepare import SplitStats, _refuse_empty, describe_tokenizer, dropped_words
 from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.units import UNIT, Position, Rows, Units, digest_bytes, readable_place
 from dsrecipes.data.weights import WEIGHTS
@@ -228,10 +227,9 @@ class Stream(TorchDataset):
 
     def _fingerprint(self) -> str:
         """A hash of the files' names, sizes and samples of their bytes, and of what makes tokens of them."""
-        tokenizer = self.encoding.tokenizer
-        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         columns = self.names.columns if self.names else ()
-        settings = (self.options, tokenizer.chat_template, UNIT, self.target, self.units.split, columns, vocabulary)
+        tokenizer = describe_tokenizer(self.encoding.tokenizer)
+        settings = (self.options, UNIT, self.target, self.units.split, columns, tokenizer)
         hashed = hashlib.sha256(repr(settings).encode())
         for path in self.units.files:
             hashed.update(digest_bytes(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsrecipes.data.files import _MARKS, Row, _read, _without_nulls, pieces, readable, suffix
+from dsrecipes.data.files import _MARKS, Row, _read, _without_nulls, parquet_readable, pieces, readable, suffix
 from dsrecipes.data.shapes import row_of
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
@@ -173,7 +172,7 @@ def _group_rows(path: Path) -> list[int]:
     """Rows of each row group of a Parquet file."""
     import pyarrow.parquet
 
-    with _parquet_readable(path):
+    with parquet_readable(path):
         metadata = pyarrow.parquet.read_metadata(path)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
@@ -184,7 +183,7 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
     before, skipped, number = sum(groups[:group]), position["rows"] if position else 0, 0
     batches = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20).iter_batches(_ROWS, row_groups=[group])
     while True:
-        with _parquet_readable(path):
+        with parquet_readable(path):
             batch = next(batches, None)
             first, number = number, number + (batch.num_rows if batch is not None else 0)
             rows = [_without_nulls(row) for row in batch.to_pylist()] if batch is not None and first >= skipped else []
@@ -193,18 +192,6 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
         if first >= skipped:
             places = [f"{path}, row {before + first + row}" for row in range(1, len(rows) + 1)]
             yield list(zip(places, rows, strict=True)), {"rows": number} if number < groups[group] else None
-
-
-@contextlib.contextmanager
-def _parquet_readable(path: Path) -> Iterator[None]:
-    """Turn what reading Parquet raises into a UserError."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        text = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({text})") from None
 
 
 def _counted(rows: Iterator[tuple[str, Row]], position: Position | None) -> Iterator[Piece]:

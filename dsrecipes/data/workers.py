@@ -57,7 +57,7 @@ def in_order(function: Callable[[Group], Result], groups: Iterable[Group], worke
         for group in chain(first, _guarded(groups)):
             yield function(_checked(group))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (function, os.getpid()))
+    pool = _forked(function, workers)
     pending: deque[Future] = deque()
     try:
         for group in chain(first, _guarded(groups)):
@@ -96,21 +96,27 @@ def _checked(value: Any) -> Any:
     return value
 
 
-def _submit(pool: ProcessPoolExecutor, group: Any) -> Future:
-    if isinstance(group, _Failed):
-        failed: Future = Future()
-        failed.set_result(group)
-        return failed
-    # forked now, at the first call: the tokenizers library must not use threads of its own in a fork, and warns
-    # where it had some before
+def _forked(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
+    """A pool whose processes have started, which they do at the first call."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (function, os.getpid()))
+    # the tokenizers library must not use threads of its own in a fork, and warns where it had some before
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        return pool.submit(_call, group)
+        pool.submit(int)
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+    return pool
+
+
+def _submit(pool: ProcessPoolExecutor, group: Any) -> Future:
+    if not isinstance(group, _Failed):
+        return pool.submit(_call, group)
+    failed: Future = Future()
+    failed.set_result(group)
+    return failed
 
 
 def _result(future: Future) -> Any:

@@ -95,7 +95,8 @@ def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: 
     """What the header says about weights in the loss; nothing where there are none."""
     parts = []
     for name, split in splits.items():
-        if stats := split.stats.weighted and split.stats:
+        stats = split.stats
+        if stats.weighted:
             low, high = stats.weight_range
             span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             where = "" if name == "train" else f" of {name}"

@@ -64,7 +64,10 @@ def pair(first: Json, second: Json, seed: int = 0) -> Json:
     """
     _refuse_unlike(first, second)
     told: Json = {"first": _name(first), "second": _name(second), "task": first["task"], "rows": first["rows"]}
-    told["differences"] = {name: _difference(first["items"], second["items"], name, seed) for name in _FIGURE[first["task"]]}
+    by_row = first["task"] == "labels"
+    told["differences"] = {
+        name: _difference(first["items"], second["items"], name, seed, by_row) for name in _FIGURE[first["task"]]
+    }
     if first["task"] == "choices":
         told |= _flips(first["items"], second["items"]) | {"by_subject": _by_subject(first, second)}
     return told
@@ -92,8 +95,12 @@ def _refuse_unlike(first: Json, second: Json) -> None:
     )
 
 
-def _difference(first: list[Json], second: list[Json], name: str, seed: int) -> Json:
-    """The mean of each, the difference, and where 95% of the bootstrap's differences lie."""
+def _difference(first: list[Json], second: list[Json], name: str, seed: int, by_row: bool) -> Json:
+    """The mean of each, the difference, and where 95% of the bootstrap's differences lie.
+
+    Args:
+        by_row: the loss of an item is that of a row without its weight, and not a sum over tokens with their weights.
+    """
     import numpy as np
 
     from dsrecipes.use.measure import weight_of
@@ -101,6 +108,8 @@ def _difference(first: list[Json], second: list[Json], name: str, seed: int) -> 
 
     values = [np.array([item[name] for item in items]) for items in (first, second)]
     weights = np.array([weight_of(item) if name == "loss" else 1 for item in first])
+    if by_row:
+        values = [each * weights for each in values]
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)
     means = [float(each.sum() / weights.sum()) for each in values]
     return {

@@ -172,8 +172,6 @@ class Evaluation:
             told |= {"form": self.settings.form, "num_fewshot": self.settings.num_fewshot}
         if self.task != "answers":
             told["weighted"] = sum(weight_of(item) != item.get("tokens", 1) for item in items)
-        if self.task == "labels" and self.run.config.data.class_weights:
-            told["note"] = "the loss is without the run's --class_weights"
         names = label_names(model) if self.task == "labels" else None
         return told | {"figures": figures(self.task, items, names), "items": items}
 
@@ -186,8 +184,6 @@ def lines(result: Json) -> Iterator[str]:
     yield f"task      {result['task']}{how}"
     if result.get("weighted"):
         yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
-    if "note" in result:
-        yield f"note      {result['note']}"
     figures = result["figures"]
     yield "          " + " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
     if "by_label" in figures:

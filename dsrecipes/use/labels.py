@@ -98,17 +98,17 @@ class LabelSession(Session):
             model = speaker.model
             with contextlib.nullcontext() if speaker.adapter else model.disable_adapter():
                 _, logits = next(logits_of_rows(self.run, model, [record]))
-            told = answer(logits, unwrapped(model).config.problem_type, label_names(model))
-            self.asked.append({"model": speaker.name, "text": line, **told})
-            self.terminal.write("".join(f"{text}\n" for text in self._lines(speaker.name, told)))
+            result = answer(logits, unwrapped(model).config.problem_type, label_names(model))
+            self.asked.append({"model": speaker.name, "text": line, **result})
+            self.terminal.write("".join(f"{text}\n" for text in self._lines(speaker.name, result)))
 
-    def _lines(self, name: str, told: Json) -> Iterator[str]:
+    def _lines(self, name: str, result: Json) -> Iterator[str]:
         label = self.terminal.label(name)
-        if "value" in told:
-            yield f"{label}{told['value']:.4f}"
+        if "value" in result:
+            yield f"{label}{result['value']:.4f}"
             return
-        predicted = told["predicted"] if isinstance(told["predicted"], str) else ", ".join(told["predicted"]) or "none"
-        shares = told["probabilities"]
+        predicted = result["predicted"] if isinstance(result["predicted"], str) else ", ".join(result["predicted"]) or "none"
+        shares = result["probabilities"]
         if not self.terminal.interactive:
             yield f"{label}{predicted}\t{json.dumps({key: round(share, 4) for key, share in shares.items()}, ensure_ascii=False)}"
             return

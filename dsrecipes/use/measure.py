@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,9 @@ def losses(run: FinishedRun, paths: dict[str, Path], settings: Settings) -> tupl
     """The summed loss of each sequence over its labels, in nats; where rows have weights, each label's times its weight."""
     from dsrecipes.data.collate import Sequences
 
-    found = [
-        (name, part[index][0]) for name, path in paths.items() for part in [Sequences(path)] for index in range(len(part))
-    ]
-    names, rows = zip(*found[: settings.limit], strict=True)
+    parts = {name: Sequences(path) for name, path in paths.items()}
+    every = ((name, part[index][0]) for name, part in parts.items() for index in range(len(part)))
+    names, rows = zip(*islice(every, settings.limit), strict=True)
     measure = partial(_losses, run, list(rows), settings.batch_size)
     return partial(_with_sources, measure, names) if len(paths) > 1 else measure, len(rows)
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import arrow_file
 
 from dsrecipes import UserError
-from dsrecipes.data.collate import FILLER, Sequences, StepSampler
+from dsrecipes.data.collate import FILLER, PaddingCollator, Sequences, StepSampler
 from dsrecipes.data.mixture import JoinedSequences, Mixture, cut_to, draws, rows_by_epoch
 from dsrecipes.data.records import hold_out_alone
 from dsrecipes.sources import read_sources
@@ -143,6 +143,13 @@ def test_sources_one_after_another_know_their_files():
     assert [sorted(row) for row in joined.examples([39, 40])] == [["input_ids", "labels"], ["input_ids", "kind", "labels"]]
     assert joined.lengths.tolist() == [*files["a"].lengths, *files["b"].lengths]
     assert joined[FILLER][0]["labels"].tolist() == [-100]
+
+
+def test_a_source_without_weights_beside_one_that_has_some():
+    columns = {"input_ids": [[1, 2], [3]], "labels": [[1.0, 0.0], [0.0, 1.0]]}  # several labels a row
+    files = {name: Sequences(arrow_file(columns | {"weights": [weight, 1.0]})) for name, weight in (("a", 1.0), ("b", 2.0))}
+    batch = PaddingCollator(0)([JoinedSequences(files)[index] for index in range(4)])
+    assert batch["weights"].tolist() == [1, 1, 2, 1]
 
 
 def test_equal_rows_of_several_sources_are_held_out_together():

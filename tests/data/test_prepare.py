@@ -377,3 +377,18 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_splits_of_one_file_have_cache_entries_of_their_own(tokenizer, tmp_path):
+    path = tmp_path / "both.json"
+    path.write_text(json.dumps({"train": [{"text": "one"}], "test": [{"text": "two"}]}))
+    splits = load_splits(str(path))
+    texts = [prepared(Lines, {"train": splits[name]}, tokenizer)["train"].data[0]["input_ids"] for name in splits]
+    assert tokenizer.batch_decode(texts, skip_special_tokens=True) == ["one", "two"]
+
+
+def test_what_a_call_of_the_tokenizer_leaves_set_is_not_a_part_of_the_key(tmp_path):
+    own, rows = AutoTokenizer.from_pretrained(STARTER / "gpt2"), [{"text": "one two three"}]
+    before = prepared(Lines, {"train": rows}, own)["train"].path
+    own(["one two three"], truncation=True, max_length=2)
+    assert prepared(Lines, {"train": rows}, own)["train"].path == before
