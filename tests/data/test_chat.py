@@ -244,6 +244,41 @@ def test_what_a_template_refuses_is_put_elsewhere_with_a_note():
         encoded(GEMMA, [user, answer, answer | {"weight": 0}])
 
 
+def test_templates_of_rarer_forms():
+    """A header behind the last answer too; contents as parts alone; answers that end with a special token of their own."""
+    turns = chat(2)
+    whole, learned, notes = encoded(CHATML, turns)
+    always = CHATML[: CHATML.index("{% if add")] + "{{ '<|im_start|>assistant\n' }}"
+    parts = CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+    for template in (always, parts):
+        assert encoded(template, turns) == (whole, learned, notes)
+    bare = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    template = bare + "{% if false %}<|user|>{% endif %}"
+    own = [turns[0], {"role": "assistant", "content": "is <|user|>"}]
+    assert encoded(template, own)[1] == "is <|user|><|endoftext|>", "the template writes no end token"
+    own = [turns[0], {"role": "assistant", "content": "is <|endoftext|>"}]
+    assert encoded(template, own)[1] == "is <|endoftext|>", "but eos does not stand there twice"
+
+
+def test_a_tool_result_that_is_written_differently_at_the_end():
+    """Hermes: a line break behind a result that is not the last; the prompt of the answer is that of inference."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
+        "{{ m['content'] }}{{ '\n' if m['role'] == 'tool' and not loop.last }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4 degrees"},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    batch = encode_chats([{"messages": turns}], (tokenizer := tokenizer_of("gpt2", template, True)), KEEP)
+    prompt, answer = answers_of(batch)[1]
+    assert prompt == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(answer) == "Cold.<|im_end|>" and "degrees<|im_end|>" in tokenizer.decode(prompt)
+
+
 def test_reasoning_is_kept_or_dropped():
     turns = chat(2, reasoning=True)
     text, learned, notes = encoded(THINKING, turns)
