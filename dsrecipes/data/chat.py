@@ -703,10 +703,10 @@ def _with_prompt_of_server(piece: Piece, backend: Tokenizer, tokenizer: PreTrain
     rest: list[int] = []
     begin, stop = encoding.token_to_chars(first) or (piece.start, piece.start)
     if begin < piece.start:
-        token, text = encoding.tokens[first], piece.text[begin:stop]
-        bytewise = len(token) == len(text.encode()) and len(token) != len(text)
-        cut = len(piece.text[begin : piece.start].encode()) if bytewise else piece.start - begin
-        rest, first = [part.id for part in backend.model.tokenize(token[cut:])], first + 1
+        # counted from the end: a token may begin with a mark that is in no text (the "▁" of SentencePiece)
+        token, tail = encoding.tokens[first], piece.text[piece.start : stop]
+        size = len(tail) if token.endswith(tail.replace(" ", "▁")) else len(tail.encode())  # in characters, or in bytes
+        rest, first = [part.id for part in backend.model.tokenize(token[len(token) - size :])], first + 1
     answer = (len(prompt), len(prompt) + len(rest) + last - first, piece.weight)
     return _ended([*prompt, *rest, *ids[first:]], [answer], [piece], tokenizer)
 
