@@ -311,6 +311,10 @@ class ChatTemplate:
                     fit = inline
             return fit, [*fit.notes(), *(note for note in notes if note != NO_REASONING)]
         assert first_error is not None
+        if "show" not in str(first_error) and any(role == "tool" or calls for role, _, _, calls in shape):
+            raise ValueError(
+                f"{first_error} (the chat has tool calls; does the template have a form for them?)"
+            ) from first_error
         raise first_error
 
     def _shows(self, shape: Shape, fit: Fit, with_tools: bool) -> list[str]:

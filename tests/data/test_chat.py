@@ -319,6 +319,8 @@ def test_tools_calls_and_results():
     assert shown >= 12
     with pytest.raises(ValueError, match="turn 2: the chat template does not show all tool_calls"):
         encoded(CHATML, turns)
+    with pytest.raises(ValueError, match="no system role .*the chat has tool calls"):
+        encoded(GEMMA, [{"role": "system", "content": "Be brief."}, *turns])
     as_text = copy.deepcopy(turns)
     as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
     assert encoded(templates()["qwen3"], as_text) == encoded(templates()["qwen3"], turns)
