@@ -43,6 +43,9 @@ NO_TOOLS = "the chat template does not show the definitions of tools"
 NO_TEXT = "the chat template does not show the text of an answer beside its tool calls, which is not trained on"
 NO_END = "the chat template ends answers with no special token of this tokenizer: eos stands behind each"
 IGNORES = "the chat template ignores add_generation_prompt: what it writes before an answer is part of the prompt"
+NEW_IDS = "the chat template takes ids of nine letters and digits alone: tool calls without one are numbered"
+_NINE = re.compile(r"length\s*!=\s*9\b")
+"""In Mistral's templates."""
 _MARK = "\ue000"
 """Stands for the text of an answer; no template and no text of a user begins with it."""
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", flags=re.DOTALL)
@@ -228,6 +231,8 @@ class ChatTemplate:
         messages, tools = leading_as_context(_plain(chat["messages"], options.reasoning)), chat.get("tools") or None
         fit, notes = self._fit(_shape(messages), bool(tools))
         fitted = _fitted(messages, fit)
+        if _NINE.search(str(self.tokenizer.chat_template)) and (numbered := _with_ids(fitted)) != fitted:
+            fitted, notes = numbered, [*notes, NEW_IDS]
         weights = [weight_of(turn, f"turn {number}") for number, turn in enumerate(fitted, 1)]
         fitted = [{key: value for key, value in turn.items() if key != "weight"} for turn in fitted]
         row_weight = weight_of(chat, "the row")
@@ -582,6 +587,30 @@ def joined_roles(messages: list[Turn]) -> list[Turn]:
             turns[-1] |= {name: "\n\n".join(texts)} if name == "content" or texts else {}
         calls = [*(before.get("tool_calls") or []), *(turn.get("tool_calls") or [])]
         turns[-1] |= {"tool_calls": calls} if calls else {}
+    return turns
+
+
+def _with_ids(messages: list[Turn]) -> list[Turn]:
+    """Calls whose ids have not nine letters and digits numbered, and their results with the same ids, in order."""
+    turns: list[Turn] = []
+    waiting: list[tuple[str | None, str]] = []
+    count = 0
+    for turn in messages:
+        calls = []
+        for call in turn.get("tool_calls") or []:
+            old = call.get("id")
+            count += 1
+            new = old if isinstance(old, str) and len(old) == 9 and old.isalnum() else f"{count:09d}"
+            calls.append(call | {"id": new})
+            waiting.append((old, new))
+        if calls:
+            turn = turn | {"tool_calls": calls}
+        elif turn["role"] == "tool" and waiting:
+            matches = [pair for pair in waiting if pair[0] is not None and pair[0] == turn.get("tool_call_id")]
+            pair = matches[0] if matches else waiting[0]
+            waiting.remove(pair)
+            turn = turn | {"tool_call_id": pair[1]}
+        turns.append(turn)
     return turns
 
 

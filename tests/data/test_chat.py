@@ -13,7 +13,7 @@ from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from dsrecipes.data.chat import NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
+from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
 from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.errors import UserError
@@ -324,6 +324,30 @@ def test_tools_calls_and_results():
     as_text = copy.deepcopy(turns)
     as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
     assert encoded(templates()["qwen3"], as_text) == encoded(templates()["qwen3"], turns)
+
+
+def test_calls_without_an_id_are_numbered_where_the_template_wants_ids():
+    """Mistral's: results have the ids of their calls, whatever order and ids the file has."""
+    show = "{% if x.id is not defined or x.id|length != 9 %}{{ raise_exception('ids of 9') }}{% endif %}{{ x.id }} {{ x.function|tojson }}"
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% for x in m.tool_calls or [] %}" + show + "{% endfor %}{{ m.tool_call_id }} {{ m['content'] }}",
+    )
+    bare = {key: value for key, value in CALL.items() if key != "id"}
+    user, end = {"role": "user", "content": "?"}, {"role": "assistant", "content": "Cold."}
+    for calls, results, ids in (
+        ([bare, bare], [{}, {}], ["000000001", "000000002"]),
+        (
+            [bare | {"id": "call_1"}, CALL],
+            [{"tool_call_id": CALL["id"]}, {"tool_call_id": "call_1"}],
+            [CALL["id"], "000000001"],
+        ),
+    ):
+        tools = [{"role": "tool", "content": "4"} | more for more in results]
+        turns = [user, {"role": "assistant", "content": "", "tool_calls": calls}, *tools, end]
+        text, _, notes = encoded(template, turns)
+        assert re.findall(r"tool\n(\w+) 4", text.split("|<|im_start|>user")[-1]) == ids and notes == [NEW_IDS]
+    assert NEW_IDS not in encoded(template, [user, {"role": "assistant", "content": "", "tool_calls": [CALL]}])[2]
 
 
 def test_generation_stops_at_what_answers_end_with():
