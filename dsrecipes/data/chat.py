@@ -43,6 +43,9 @@ NO_TOOLS = "the chat template does not show the definitions of tools"
 NO_TEXT = "the chat template does not show the text of an answer beside its tool calls, which is not trained on"
 NO_END = "the chat template ends answers with no special token of this tokenizer: eos is added behind each"
 IGNORES = "the chat template ignores add_generation_prompt: what it writes before an answer is part of the prompt"
+NEW_IDS = "the chat template takes ids of nine letters and digits alone: tool calls without one are numbered"
+_NINE = re.compile(r"length\s*!=\s*9\b")
+"""In Mistral's templates."""
 _MARK = "\ue000"
 """Stands for the text of an answer; no template and no text of a user begins with it."""
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", flags=re.DOTALL)
@@ -159,18 +162,40 @@ class ChatTemplate:
         """The template writes the same with and without add_generation_prompt, and a header before an answer."""
         self.opening = ""
         """What it writes behind the prompt and before the text of an answer."""
+        self.next_header = ""
+        """The header of a next answer, where the template writes it behind the last one too, asked or not."""
         self.ends = _end_tokens(tokenizer)
+        question = [{"role": "user", "content": "zqqz"}]
+        self.parts = False
+        """The template takes contents as lists of parts alone, as those of models that see pictures may."""
+        self.parts = not self._shows_text(question) and self._shows_text(_as_parts(question))
         try:
-            question = [{"role": "user", "content": "1"}]
             asked, unasked = self.prompt(question), self._render(question, False)
-            answered = self._render([*question, {"role": "assistant", "content": _MARK}], False)
+            chat = [*question, {"role": "assistant", "content": _MARK}]
+            answered, continued = self._render(chat, False), self._render([*chat, *question], False)
         except ValueError:
             return  # a template for longer chats only
-        tail = answered.rpartition(_MARK)[2].rstrip()
+        if _MARK not in answered:
+            return
+        tail = answered.rpartition(_MARK)[2]
+        if asked == unasked and not continued.startswith(answered.rstrip()):
+            self.next_header = self._next_header(tail, continued.rpartition(_MARK)[2])
+            tail = tail.removesuffix(self.next_header)
+        tail = tail.rstrip()
         self.ends += [token.content for token in _added(tokenizer) if tail and tail.endswith(token.content)]
+        if not tail:  # another special token at the end of an answer is the answer's own, and ends nothing
+            self.ends = [token for token in self.ends if token == tokenizer.eos_token]
         header = answered[len(commonprefix([asked, answered])) : answered.find(_MARK)]
         self.ignores = asked == unasked and bool(header.strip())
         self.opening = "" if self.ignores else header
+
+    def _next_header(self, tail: str, continued: str) -> str:
+        """The end of `tail` that is no part of an answer: behind its first end token, else where another turn differs."""
+        found = [tail.find(token) + len(token) for token in self.ends if token in tail]
+        if not found:
+            differs = _common(tail, continued)
+            found = [tail.rfind("\n", 0, differs) + 1 or differs]
+        return tail[min(found) :].lstrip()
 
     def prompt(self, messages: list[Turn], tools: list[dict] | None = None) -> str:
         """What a server sends for the next answer."""
@@ -186,7 +211,13 @@ class ChatTemplate:
             text = text.rstrip().removesuffix(token)
         return text.strip()
 
+    def _shows_text(self, question: list[Turn]) -> bool:
+        with contextlib.suppress(ValueError):
+            return "zqqz" in self._render(question, False)
+        return False
+
     def _render(self, messages: list[Turn], ask: bool, tools: list[dict] | None = None) -> str:
+        messages = _as_parts(messages) if self.parts else messages
         return render(self.tokenizer, messages, ask, tools=tools or None)
 
     # ---- a chat ----
@@ -200,6 +231,8 @@ class ChatTemplate:
         messages, tools = leading_as_context(_plain(chat["messages"], options.reasoning)), chat.get("tools") or None
         fit, notes = self._fit(_shape(messages), bool(tools))
         fitted = _fitted(messages, fit)
+        if _NINE.search(str(self.tokenizer.chat_template)) and (numbered := _with_ids(fitted)) != fitted:
+            fitted, notes = numbered, [*notes, NEW_IDS]
         weights = [weight_of(turn, f"turn {number}") for number, turn in enumerate(fitted, 1)]
         fitted = [{key: value for key, value in turn.items() if key != "weight"} for turn in fitted]
         row_weight = weight_of(chat, "the row")
@@ -232,7 +265,7 @@ class ChatTemplate:
             ValueError: the template writes another prompt once there is an answer, and the answer cannot be found.
         """
         asked = self.prompt(messages[:index], tools)
-        text = self._render(messages[: index + 1], False, tools)
+        text = self._render(messages[: index + 1], False, tools).removesuffix(self.next_header)
         if text.startswith(asked) and not self.ignores:
             return Piece(text, len(asked), self._end(text, len(asked)))
         turn = {key: _MARK for key in ("content", "reasoning_content") if key == "content" or messages[index].get(key)}
@@ -245,7 +278,8 @@ class ChatTemplate:
         opening = len(asked) - _common(asked, self._render(messages[:index], False, tools))
         if len(asked) - start <= opening:
             return Piece(text, start, self._end(text, start), opened=asked)
-        begins = _after(asked, text[: _common(text, shown)], messages[index - 1])
+        header = asked[len(asked) - opening :]
+        begins = _after(asked, text[: _common(text, shown)], messages[index - 1], header)
         if begins is None:
             raise ValueError(
                 f"turn {index + 1}: the chat template rewrites the prompt of an answer; use --prompt_style alpaca"
@@ -282,6 +316,10 @@ class ChatTemplate:
                     fit = inline
             return fit, [*fit.notes(), *(note for note in notes if note != NO_REASONING)]
         assert first_error is not None
+        if "show" not in str(first_error) and any(role == "tool" or calls for role, _, _, calls in shape):
+            raise ValueError(
+                f"{first_error} (the chat has tool calls; does the template have a form for them?)"
+            ) from first_error
         raise first_error
 
     def _shows(self, shape: Shape, fit: Fit, with_tools: bool) -> list[str]:
@@ -317,14 +355,20 @@ def _common(one: Any, other: Any) -> int:
     return len(commonprefix([one, other]))
 
 
-def _after(asked: str, text: str, last: Turn) -> int | None:
-    """Where in `text` the prompt ends whose beginning the template rewrote: behind what both have at their ends."""
+def _after(asked: str, text: str, last: Turn, header: str) -> int | None:
+    """Where in `text` the prompt ends whose beginning the template rewrote: behind what both have at their ends.
+
+    Where the template rewrites the last turn itself (Hermes' tool results), that is the header that the prompt ends with.
+    """
     best, end = 0, None
     for position in range(len(text), -1, -1):
         size = len(commonprefix([asked[::-1], text[:position][::-1]]))
         if size > best:
             best, end = size, position
-    return end if last["content"].strip() in asked[len(asked) - best :] else None
+    if last["content"].strip() in asked[len(asked) - best :]:
+        return end
+    place = text.rfind(header, _common(asked, text)) if header.strip() else -1
+    return place + len(header) if place >= 0 else None
 
 
 def _joined(pieces: list[Piece]) -> list[Sequence]:
@@ -409,6 +453,10 @@ def _answers(messages: list[Turn]) -> list[int]:
     if not answers:
         raise ValueError("the chat has no answer to learn: no assistant turn that follows another turn")
     return answers
+
+
+def _as_parts(messages: list[Turn]) -> list[Turn]:
+    return [turn | {"content": [{"type": "text", "text": turn["content"]}] if turn["content"] else []} for turn in messages]
 
 
 def _shape(messages: list[Turn]) -> Shape:
@@ -542,6 +590,30 @@ def joined_roles(messages: list[Turn]) -> list[Turn]:
     return turns
 
 
+def _with_ids(messages: list[Turn]) -> list[Turn]:
+    """Calls whose ids have not nine letters and digits numbered, and their results with the same ids, in order."""
+    turns: list[Turn] = []
+    waiting: list[tuple[str | None, str]] = []
+    count = 0
+    for turn in messages:
+        calls = []
+        for call in turn.get("tool_calls") or []:
+            old = call.get("id")
+            count += 1
+            new = old if isinstance(old, str) and len(old) == 9 and old.isalnum() else f"{count:09d}"
+            calls.append(call | {"id": new})
+            waiting.append((old, new))
+        if calls:
+            turn = turn | {"tool_calls": calls}
+        elif turn["role"] == "tool" and waiting:
+            matches = [pair for pair in waiting if pair[0] is not None and pair[0] == turn.get("tool_call_id")]
+            pair = matches[0] if matches else waiting[0]
+            waiting.remove(pair)
+            turn = turn | {"tool_call_id": pair[1]}
+        turns.append(turn)
+    return turns
+
+
 def _with_arguments(turn: Turn, as_text: bool) -> Turn:
     """The turn with the arguments of its tool calls as the template takes them."""
     calls = []
@@ -664,10 +736,10 @@ def _with_prompt_of_server(piece: Piece, backend: Tokenizer, tokenizer: PreTrain
     rest: list[int] = []
     begin, stop = encoding.token_to_chars(first) or (piece.start, piece.start)
     if begin < piece.start:
-        token, text = encoding.tokens[first], piece.text[begin:stop]
-        bytewise = len(token) == len(text.encode()) and len(token) != len(text)
-        cut = len(piece.text[begin : piece.start].encode()) if bytewise else piece.start - begin
-        rest, first = [part.id for part in backend.model.tokenize(token[cut:])], first + 1
+        # counted from the end: a token may begin with a mark that is in no text (the "▁" of SentencePiece)
+        token, tail = encoding.tokens[first], piece.text[piece.start : stop]
+        size = len(tail) if token.endswith(tail.replace(" ", "▁")) else len(tail.encode())  # in characters, or in bytes
+        rest, first = [part.id for part in backend.model.tokenize(token[len(token) - size :])], first + 1
     answer = (len(prompt), len(prompt) + len(rest) + last - first, piece.weight)
     return _ended([*prompt, *rest, *ids[first:]], [answer], [piece], tokenizer)
 

@@ -13,7 +13,7 @@ from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from dsrecipes.data.chat import NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
+from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
 from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.errors import UserError
@@ -244,6 +244,41 @@ def test_what_a_template_refuses_is_put_elsewhere_with_a_note():
         encoded(GEMMA, [user, answer, answer | {"weight": 0}])
 
 
+def test_templates_of_rarer_forms():
+    """A header behind the last answer too; contents as parts alone; answers that end with a special token of their own."""
+    turns = chat(2)
+    whole, learned, notes = encoded(CHATML, turns)
+    always = CHATML[: CHATML.index("{% if add")] + "{{ '<|im_start|>assistant\n' }}"
+    parts = CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+    for template in (always, parts):
+        assert encoded(template, turns) == (whole, learned, notes)
+    bare = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    template = bare + "{% if false %}<|user|>{% endif %}"
+    own = [turns[0], {"role": "assistant", "content": "is <|user|>"}]
+    assert encoded(template, own)[1] == "is <|user|><|endoftext|>", "the template writes no end token"
+    own = [turns[0], {"role": "assistant", "content": "is <|endoftext|>"}]
+    assert encoded(template, own)[1] == "is <|endoftext|>", "but eos does not stand there twice"
+
+
+def test_a_tool_result_that_is_written_differently_at_the_end():
+    """Hermes: a line break behind a result that is not the last; the prompt of the answer is that of inference."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
+        "{{ m['content'] }}{{ '\n' if m['role'] == 'tool' and not loop.last }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4 degrees"},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    batch = encode_chats([{"messages": turns}], (tokenizer := tokenizer_of("gpt2", template, True)), KEEP)
+    prompt, answer = answers_of(batch)[1]
+    assert prompt == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(answer) == "Cold.<|im_end|>" and "degrees<|im_end|>" in tokenizer.decode(prompt)
+
+
 def test_reasoning_is_kept_or_dropped():
     turns = chat(2, reasoning=True)
     text, learned, notes = encoded(THINKING, turns)
@@ -284,9 +319,35 @@ def test_tools_calls_and_results():
     assert shown >= 12
     with pytest.raises(ValueError, match="turn 2: the chat template does not show all tool_calls"):
         encoded(CHATML, turns)
+    with pytest.raises(ValueError, match="no system role .*the chat has tool calls"):
+        encoded(GEMMA, [{"role": "system", "content": "Be brief."}, *turns])
     as_text = copy.deepcopy(turns)
     as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
     assert encoded(templates()["qwen3"], as_text) == encoded(templates()["qwen3"], turns)
+
+
+def test_calls_without_an_id_are_numbered_where_the_template_wants_ids():
+    """Mistral's: results have the ids of their calls, whatever order and ids the file has."""
+    show = "{% if x.id is not defined or x.id|length != 9 %}{{ raise_exception('ids of 9') }}{% endif %}{{ x.id }} {{ x.function|tojson }}"
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% for x in m.tool_calls or [] %}" + show + "{% endfor %}{{ m.tool_call_id }} {{ m['content'] }}",
+    )
+    bare = {key: value for key, value in CALL.items() if key != "id"}
+    user, end = {"role": "user", "content": "?"}, {"role": "assistant", "content": "Cold."}
+    for calls, results, ids in (
+        ([bare, bare], [{}, {}], ["000000001", "000000002"]),
+        (
+            [bare | {"id": "call_1"}, CALL],
+            [{"tool_call_id": CALL["id"]}, {"tool_call_id": "call_1"}],
+            [CALL["id"], "000000001"],
+        ),
+    ):
+        tools = [{"role": "tool", "content": "4"} | more for more in results]
+        turns = [user, {"role": "assistant", "content": "", "tool_calls": calls}, *tools, end]
+        text, _, notes = encoded(template, turns)
+        assert re.findall(r"tool\n(\w+) 4", text.split("|<|im_start|>user")[-1]) == ids and notes == [NEW_IDS]
+    assert NEW_IDS not in encoded(template, [user, {"role": "assistant", "content": "", "tool_calls": [CALL]}])[2]
 
 
 def test_generation_stops_at_what_answers_end_with():
