@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -10,6 +9,7 @@ from typing import Any
 
 from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import parse_json
 
 _LOOKED_AT = 1000
 """Rows of which one must have a column: in JSON a row may lack what it has nothing for."""
@@ -28,11 +28,11 @@ def parse_columns(value: Any) -> dict[str, str]:
         ValueError: none of these, or a name twice.
     """
     if isinstance(value, Mapping):
-        pairs = [(str(name), str(column)) for name, column in value.items()]
+        pairs = [(str(name), str(column) if isinstance(column, str | int) else "") for name, column in value.items()]
     else:
         words = [value] if isinstance(value, str) else list(value or ())
         if len(words) == 1 and words[0].lstrip().startswith("{"):
-            return parse_columns(json.loads(words[0]))
+            return parse_columns(parse_json(words[0], f"columns {words[0]}"))
         parts = [part for word in words for part in str(word).split(",") if part.strip()]
         pairs = [(name, column) for name, _, column in (part.partition("=") for part in parts)]
     pairs = [(name.strip(), column.strip()) for name, column in pairs]

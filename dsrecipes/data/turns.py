@@ -83,7 +83,7 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
     other than 1.
 
     Args:
-        value: turns, or [question, answer] pairs.
+        value: turns, also as [role, text], or [question, answer] pairs.
         name: the column, for messages.
         unused: gets `NAME.KEY` of keys that hold something and mean nothing here.
 
@@ -91,7 +91,10 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
         ValueError: not a list of turns, an unknown role, no text; names the turn.
     """
     result: list[Turn] = []
-    for number, item in enumerate(raw_turns(value, name), 1):
+    items = raw_turns(value, name)
+    if isinstance(items[0], (list, tuple)) and all(map(_is_role_and_text, items)):
+        items = [{"role": role, "content": text} for role, text in items]
+    for number, item in enumerate(items, 1):
         try:
             if type(item) is dict and len(item) == 2 and (turn := _plain_turn(item)):
                 result.append(turn)
@@ -147,6 +150,10 @@ def _split(item: Any) -> Iterator[dict[str, Any]]:
         yield item
         return
     yield from ({"role": key, "content": text} for key, text in filled.items())
+
+
+def _is_role_and_text(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 2 and str(item[0]).strip().lower() in ROLES
 
 
 def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:

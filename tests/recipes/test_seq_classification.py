@@ -110,6 +110,9 @@ def test_a_row_becomes_texts_and_a_label(row, record):
         ({"text": None, "label": 1}, "field 'text' must be text, found NoneType"),
         ({"text": "a", "label": {"x": 1}}, "must be a class, a number or a list of classes, found dict"),
         ({"text": "a", "label": [["x"]]}, "must be a class, a number or a list of classes, found list"),
+        ({"text": float("nan"), "label": 1}, "field 'text' must be text, found nan"),
+        ({"text": "a\ud800", "label": 1}, "field 'text' holds half of a surrogate pair"),
+        ({"text": "a", "label": "\ud800"}, "field 'label' holds half of a surrogate pair"),
         ({"text": "a", "label": float("inf")}, "inf is no label"),
         ({"text": "a", "label": 1, "weight": -1}, "field 'weight' must be a weight"),
     ],
@@ -197,10 +200,11 @@ def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
     features = datasets.Features(body=datasets.Value("string"), mood=datasets.ClassLabel(names=["bad", "good"]))
     hub = {"train": datasets.Dataset.from_dict({"body": ["rain", "sun"], "mood": [0, 1]}, features=features)}
     values = VALUES | {"model_name_or_path": tiny_bert(), "dry_run": True, "validation_split": 0}
-    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run")}
+    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run"), "prompt_style": "chat"}
     load_recipe("seq_classification", **values | {"dataset": str(tmp_path / "a.csv")}).run()
     out = capfd.readouterr().out
     assert "[CLS] rain [SEP]" in out and "label: bad" in out and "unused columns: id, sentence" in out, out
+    assert "prompt_style has no effect: the recipe seq_classification does not use it (python)" in out
     monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: hub)
     recipe = load_recipe("seq_classification", **values | {"dataset": "some/set"})
     recipe.run()
