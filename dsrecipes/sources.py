@@ -67,8 +67,6 @@ def read_sources(flag: str, given: str | Sequence[Any]) -> tuple[list[Source], s
     for value in [given] if isinstance(given, (str, Mapping)) else given:
         decoded = _decoded(flag, value)
         entries += decoded if isinstance(decoded, list) else [decoded]
-    if not entries and flag == "dataset":
-        raise ValueError(f"--{flag} names no data set: give a file, a folder or a hub name")
     mappings = [
         _checked(f"--{flag}, entry {number}" if len(entries) > 1 else f"--{flag}", entry, shares=flag == "dataset")
         for number, entry in enumerate(entries, 1)

@@ -243,7 +243,7 @@ def _json_value(path: Path) -> Any:
     with _open(path) as file:
         text = file.read()
     if not text.strip():
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: not JSON (the file is empty)")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -322,7 +322,7 @@ def _is_json(text: str) -> bool:
 def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[Iterator[Any]]:
     """The list that holds a JSON text's rows; `split` where it has a list for each split."""
     if not stream.peek():
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: not JSON (the file is empty)")
     if stream.peek() == "[":
         yield stream.items()
         return

@@ -63,7 +63,7 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def raw_turns(value: Any, name: str) -> list[Any]:
-    """A chat as a list: also from JSON text, and from Arrow's struct of lists {"role": [...], "content": [...]}."""
+    """A chat as a list: also from JSON text, from Arrow's struct of lists {"role": [...], ...}, and from [role, text] pairs."""
     value = parsed(value, f"{name}: the chat") if value != "" else []
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         lengths = {len(column) for column in value.values()}
@@ -73,6 +73,8 @@ def raw_turns(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise ValueError(f"field {name!r} must be a list of turns (objects with role and content), found {found}")
+    if isinstance(value[0], (list, tuple)) and all(map(_is_role_and_text, value)):
+        return [{"role": role, "content": text} for role, text in value]
     return value
 
 
@@ -83,7 +85,7 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
     other than 1.
 
     Args:
-        value: turns, also as [role, text], or [question, answer] pairs.
+        value: turns, or [question, answer] pairs.
         name: the column, for messages.
         unused: gets `NAME.KEY` of keys that hold something and mean nothing here.
 
@@ -91,10 +93,7 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
         ValueError: not a list of turns, an unknown role, no text; names the turn.
     """
     result: list[Turn] = []
-    items = raw_turns(value, name)
-    if isinstance(items[0], (list, tuple)) and all(map(_is_role_and_text, items)):
-        items = [{"role": role, "content": text} for role, text in items]
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(raw_turns(value, name), 1):
         try:
             if type(item) is dict and len(item) == 2 and (turn := _plain_turn(item)):
                 result.append(turn)

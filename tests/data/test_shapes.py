@@ -225,6 +225,7 @@ def test_rows_without_an_answer_can_be_asked():
         assert with_answer(row, "x") == (row | {column: "x"}, False)
     asked, answered = with_answer({"conversations": [{"from": "human", "value": "q"}]}, "x")
     assert instruction_record(asked) == chat("U:q|A:x") and not answered
+    assert instruction_record(with_answer({"messages": [["user", "q"]]}, "x")[0]) == chat("U:q|A:x")
     for row in ({"question": "q", "answer": 4}, {"messages": TURNS}, {"title": "t"}):
         assert with_answer(row, "x") == (row, True)
 
