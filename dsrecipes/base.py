@@ -412,6 +412,9 @@ class RecipeBase(ABC):
         self.by_source = source_rows(self)
         if self._has_prompts:
             self.place.notes += style_notes(self.config.data)
+        origin = self.config.own.get("validation_split")
+        if origin and self.config.data.validation_split and not any(part.held_out for part in self.by_source):
+            self.place.notes.append(f"validation_split has no effect: the data have validation rows ({origin})")
         prepared, mixed = [], self.config.data.is_mixture
         for part in self.by_source:
             with named(part.source) if mixed else nullcontext():

@@ -21,6 +21,10 @@ class MappedRow(dict):
     mapped: tuple[str, ...] = ()
 
 
+class OptionalColumns(dict):
+    """Names of --columns for rows that need not have any of the columns."""
+
+
 def parse_columns(value: Any) -> dict[str, str]:
     """`prompt=question,output=answer` (also several such words, a mapping, or JSON) as {recipe's name: file's column}.
 
@@ -44,15 +48,14 @@ def parse_columns(value: Any) -> dict[str, str]:
     return dict(pairs)
 
 
-def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str], required: bool = True) -> dict[str, Iterable[Row]]:
+def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dict[str, Iterable[Row]]:
     """Each split's rows with `columns` (recipe's name -> file's column) renamed; rows that are renamed already stay.
 
-    Args:
-        required: refuse data without one of the columns, when they are first read.
+    Data without one of the columns are refused when they are first read, unless these are OptionalColumns.
     """
     if not columns:
         return splits
-    pairs = tuple(columns.items())
+    pairs, required = tuple(columns.items()), not isinstance(columns, OptionalColumns)
     return {name: rows if _is_renamed(rows) else RenamedRows(rows, pairs, required) for name, rows in splits.items()}
 
 

@@ -19,6 +19,7 @@ from dsrecipes.recipes.seq_classification import (
     kind_and_names,
     target,
 )
+from made import made_run
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
@@ -35,6 +36,7 @@ from dsrecipes.use.evaluate import evaluate
 from dsrecipes.use.export import export
 from dsrecipes.use.finished import open_run
 from dsrecipes.use.labels import logits_of_rows
+from dsrecipes.use.rows import Rows
 from dsrecipes.use.verify import verify
 
 WORDS = "rain sun train ball soup road team rice".split()
@@ -418,6 +420,18 @@ def test_the_head_is_saved_beside_the_adapter(model, tmp_path, capfd):
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
     (saved / "head_config.json").write_text("{}")
     assert "head_config.json is damaged" in refusal(main, ["evaluate", result.path], capfd)
+
+
+def test_other_rows_under_the_run_s_names_or_the_recipe_s(tmp_path):
+    folder = made_run(tmp_path / "run", "seq_classification", tiny_bert(), columns={"text": "body", "label": "mood"})
+    run = open_run(str(folder))
+    for row in ({"body": "rain", "mood": "bad"}, {"text": "rain", "label": "bad"}):
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps({"test": [row]}))
+        assert [item.record for item in Rows(run, str(path)).items("test")] == [{"text": "rain", "label": "bad"}]
+    path.write_text(json.dumps({"test": [{"text": "rain", "label": None}]}))
+    with pytest.raises(UserError, match="other.json: none of its rows has a label"):
+        Rows(run, str(path)).choose(None)
 
 
 def test_commands_on_a_finished_run(tmp_path, capfd):
