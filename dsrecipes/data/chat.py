@@ -387,7 +387,7 @@ def reasoning_of(turn: Turn) -> str:
 
 def weight_of(holder: dict, where: str) -> float:
     """The weight of a row or turn; 1 where it has none (ValueError: no number of 0 or more)."""
-    return as_weight(holder.get("weight"), f"{where}: weight")
+    return as_weight(holder.get("weight"), f"the weight of {where}")
 
 
 def leading_as_context(messages: list[Turn]) -> list[Turn]:

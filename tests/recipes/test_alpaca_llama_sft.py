@@ -83,7 +83,7 @@ def test_weights_of_turns_and_rows():
         alpaca = {"instruction": "Add.", "input": "", "output": "3", "weight": 2.0}
         batch = AlpacaLlamaSft.encode([alpaca], tokenizer, options)
         assert {w for w, label in zip(batch["weights"][0], batch["labels"][0], strict=True) if label != IGNORE} == {2.0}
-        with pytest.raises(ValueError, match="weight must be a weight .*found -1"):
+        with pytest.raises(ValueError, match="the weight of the row must be .* found -1"):
             AlpacaLlamaSft.encode([alpaca | {"weight": -1}], tokenizer, options)
 
 
