@@ -225,6 +225,7 @@ class RecipeBase(ABC):
         self.place: Place = find_place(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
+        self.place.notes += self._unused_settings()
         if data.streaming:
             self.place.notes += check_streaming(self.config, self.auto_class)
         self.console.main = self.place.ranks.rank == 0
@@ -372,6 +373,27 @@ class RecipeBase(ABC):
         part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.gathered(part) if each), None)
 
+    @property
+    def _has_prompts(self) -> bool:
+        return self.auto_class.endswith("ForCausalLM") and not self.cut_into_blocks
+
+    def _unused_settings(self) -> list[str]:
+        """Notes on data settings that the user gave and that a bundled recipe of this kind does not read."""
+        if not type(self).__module__.startswith("dsrecipes.recipes."):
+            return []  # a recipe of one's own may read any of them
+        kinds = {
+            **dict.fromkeys(("prompt_style", "reasoning", "packing"), self._has_prompts),
+            **dict.fromkeys(("subjects", "split"), self.auto_class.endswith("ForMultipleChoice")),
+            "problem_type": self.auto_class.endswith("ForSequenceClassification"),
+        }
+        data, given = self.config.data, dict(self.config.own)
+        given |= {key: f"of {source.name}" for source in (*data.sources, *data.eval_sources) for key in source.own}
+        return [
+            f"{key} has no effect: the recipe {self.config.layers.recipe.name} does not use it ({origin})"
+            for key, origin in given.items()
+            if not kinds.get(key, True)
+        ]
+
     def _set_padding(self) -> None:
         """Have a decoder's classifier find each row's last token: it looks for the last one that is not this padding."""
         if self.auto_class.endswith("ForSequenceClassification"):
@@ -388,7 +410,11 @@ class RecipeBase(ABC):
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
         self.by_source = source_rows(self)
-        self.place.notes += style_notes(self.config.data)
+        if self._has_prompts:
+            self.place.notes += style_notes(self.config.data)
+        origin = self.config.own.get("validation_split")
+        if origin and self.config.data.validation_split and not any(part.held_out for part in self.by_source):
+            self.place.notes.append(f"validation_split has no effect: the data have validation rows ({origin})")
         prepared, mixed = [], self.config.data.is_mixture
         for part in self.by_source:
             with named(part.source) if mixed else nullcontext():

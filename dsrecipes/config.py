@@ -321,8 +321,8 @@ def build_config(layers: Layers) -> Config:
         named = re.search(r"--(\w+)", str(error))
         zero = layers.zero_json()
         raise UserError(f"{zero.origin}: {error}" if named and named[1] in zero.values else str(error)) from None
-    for key in ("model_name_or_path", "dataset"):
-        if not values[key]:
+    for key, value in {"model_name_or_path": values["model_name_or_path"], "dataset": data.sources}.items():
+        if not value:
             raise UserError(f"--{key} is missing: a recipe has no default for it, give one by flag or YAML")
     return Config(model, data, train, layers, given, notes)
 

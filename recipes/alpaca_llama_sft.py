@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, weight_of
+from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, unanswered, weight_of
 from dsrecipes.data.encode import EncodeOptions, Segments, encode_segments, weigh
 from dsrecipes.data.files import Row
 from dsrecipes.data.formats import as_turns, instruction_record
@@ -72,8 +72,10 @@ def _segments(record: dict) -> Segments:
 
 
 def _notes(record: dict, options: EncodeOptions) -> list[str]:
-    reasoned = any(turn.get("reasoning_content") for turn in record.get("messages", ()))
-    return [NO_FORM] if reasoned and options.reasoning == "keep" else []
+    if "messages" not in record:
+        return []
+    reasoned = any(turn.get("reasoning_content") for turn in record["messages"])
+    return [*([NO_FORM] if reasoned and options.reasoning == "keep" else []), *unanswered(record["messages"])]
 
 
 def _prompt(instruction: str, more: str) -> str:

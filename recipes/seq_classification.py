@@ -28,6 +28,7 @@ from dsrecipes.data.origin import places
 from dsrecipes.data.prepare import Split
 from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.seen import LowerNames, name_form
+from dsrecipes.data.turns import as_text
 from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
 from dsrecipes.trainer import Metrics
@@ -62,7 +63,7 @@ class SeqClassification(RecipeBase):
         """{"text", "label"}, perhaps "text_pair" and "weight"; column names in any letter case, label None where there is none."""
         fields = LowerNames(row)
         record = _texts(fields, getattr(row, "mapped", ()))
-        name = _label_column(fields)
+        name = _label_column(fields, getattr(row, "mapped", ()))
         if name is None:
             raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
         record["label"] = _label(fields[name], name)
@@ -178,24 +179,20 @@ def _texts(fields: Mapping[str, Any], mapped: Iterable[str]) -> dict[str, str]:
     """The first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
     pairs = PAIRS[:1] if "text" in mapped else PAIRS
     pair = next((pair for pair in pairs if all(name in fields for name in pair)), None)
-    names = pair or [name for name in TEXTS if name in fields][:1]
+    names = pair or sorted((name for name in TEXTS if name in fields), key=lambda name: name not in mapped)[:1]
     if not names:
         raise ValueError(f"no text column: expected one of {', '.join(TEXTS)} (the row has: {', '.join(fields)})")
     texts = {}
     for key, name in zip(("text", "text_pair"), names, strict=False):
-        value = fields[name]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str):
-            raise ValueError(f"field {name!r} must be text, found {type(value).__name__}")
-        if not value.strip():
+        texts[key] = as_text(fields[name], f"field {name!r}")
+        if not texts[key].strip():
             raise ValueError(f"field {name!r} is empty")
-        texts[key] = value
     return texts
 
 
-def _label_column(fields: Mapping[str, Any]) -> str | None:
-    return next((name for name in LABELS if name in fields), None)
+def _label_column(fields: Mapping[str, Any], mapped: Iterable[str]) -> str | None:
+    present = [name for name in LABELS if name in fields]
+    return next((name for name in present if name in mapped), present[0] if present else None)
 
 
 def _label(value: Any, name: str) -> Any:
@@ -222,8 +219,7 @@ def _scalar(value: Any, name: str) -> Any:
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"field {name!r} must be a class, a number or a list of classes, found {type(value).__name__}")
     if isinstance(value, str):
-        value.encode()  # ValueError for half of a surrogate pair, which no file could hold
-        return value.strip()
+        return as_text(value, f"field {name!r}").strip()
     return value
 
 
@@ -231,7 +227,7 @@ def _has_labels(rows: Iterable[Row]) -> bool:
     """Whether a row has a label; -1 in all rows is how hub data sets publish a test split without them."""
     for row in rows:
         fields = LowerNames(row)
-        name = _label_column(fields)
+        name = _label_column(fields, getattr(row, "mapped", ()))
         if name is not None and str(fields[name]).strip() not in ("", "None", "nan", "-1", "-1.0"):
             return True
     return False

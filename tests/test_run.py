@@ -38,7 +38,7 @@ FILES = {
     "missing.jsonl": (b'{"instruction": "a", "output": "b"}\n{"output": "b"}', ["missing.jsonl, line 2: no known form of rows: the row has output; expected one of", "--skip_bad_rows"]),
     "typed.json": (b'[{"instruction": "a", "output": ["b"]}]', ["typed.json, row 1: field 'output' must be text, found list"]),
     "empty_output.json": (b'[{"instruction": "a", "output": ""}]', ["row 1: field 'output' is empty", "--skip_bad_rows"]),
-    "empty.json": (b"[]", ["train data are empty"]),
+    "empty.json": (b"[]", ["empty.json: the train data are empty"]),
     "long.json": (b'[{"instruction": "a", "output": "' + b"word " * 999 + b'"}]', ["no train row has a token", "1 longer than 256", "--max_length"]),
     "notes.docx": (b"x", ["notes.docx", "unknown kind of file", ".jsonl"]),
 }  # fmt: skip

@@ -54,6 +54,7 @@ def test_files_that_are_called_the_same_get_longer_names():
     [
         ([{"path": "a", "weight": 0}, "b"], "--dataset, entry 1 (a): weight is 0: expected a number above 0"),
         ([{"path": "a", "weight": "nan"}], "expected a number above 0"),
+        ("[]", "--dataset is missing"),
         ([{"path": "a", "rows": 2.5}], "rows is 2.5: expected a whole number above 0"),
         ([{"path": "a", "rows": True}], "rows is True"),
         ([{"path": "a", "rows": 5, "weight": 1}], "give `rows` (rows an epoch) or `weight` (a share), not both"),

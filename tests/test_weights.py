@@ -273,7 +273,7 @@ def test_what_is_no_weight(value: Any) -> None:
     ("words", "weights"),
     [
         (["1", "5", "2"], [1, 5, 2]), (["1,5,2"], [1, 5, 2]), (["[1, 5, 2]"], [1, 5, 2]), (["0=1,2=5"], [1, 1, 5]),
-        (["very bad=0.5", "good=0"], [0.5, 1, 0]), (['{"good": 3, "1": 2}'], [1, 2, 3]),
+        (["very bad=0.5", "good=0"], [0.5, 1, 0]), (["0=0"], [0, 1, 1]), (['{"good": 3, "1": 2}'], [1, 2, 3]),
     ],
 )  # fmt: skip
 def test_forms_of_class_weights(words: list[str], weights: list[float]) -> None:
@@ -294,7 +294,7 @@ def test_balanced_is_rows_over_classes_times_count() -> None:
     [
         (["1", "-2"], "true or false), found '-2'"), (["0", "0", "0"], "no class would be trained on"), (["x"], "found 'x'"),
         (["0=1", "5"], "all by name or all in order"), (["0=1", "0=2"], "one weight"), (["{0: 1}"], "not JSON"),
-        (["a="], "give numbers by class"),
+        (["a="], "give numbers by class"), (["{}"], "no class would be trained on"),
     ],
 )  # fmt: skip
 def test_class_weights_that_mean_nothing(words: list[str], message: str) -> None:

@@ -42,6 +42,7 @@ NO_REASONING = "the chat template does not show the reasoning of answers, which 
 NO_TOOLS = "the chat template does not show the definitions of tools"
 NO_TEXT = "the chat template does not show the text of an answer beside its tool calls, which is not trained on"
 NO_END = "the chat template ends answers with no special token of this tokenizer: eos is added behind each"
+UNANSWERED = "turns after the last answer are left out: no answer follows them"
 IGNORES = "the chat template ignores add_generation_prompt: what it writes before an answer is part of the prompt"
 NEW_IDS = "the chat template takes ids of nine letters and digits alone: tool calls without one are numbered"
 _NINE = re.compile(r"length\s*!=\s*9\b")
@@ -230,6 +231,7 @@ class ChatTemplate:
         """
         messages, tools = leading_as_context(_plain(chat["messages"], options.reasoning)), chat.get("tools") or None
         fit, notes = self._fit(_shape(messages), bool(tools))
+        notes = [*notes, *unanswered(chat["messages"])]
         fitted = _fitted(messages, fit)
         if _NINE.search(str(self.tokenizer.chat_template)) and (numbered := _with_ids(fitted)) != fitted:
             fitted, notes = numbered, [*notes, NEW_IDS]
@@ -421,6 +423,11 @@ def _plain(messages: list[Turn], reasoning: str) -> list[Turn]:
         turns = [{key: value for key, value in turn.items() if key != "reasoning_content"} for turn in turns]
         turns = [turn | {"content": _plain_text(turn)} if turn["role"] == "assistant" else turn for turn in turns]
     return turns
+
+
+def unanswered(messages: list[Turn]) -> list[str]:
+    """The note of a chat that does not end with an answer."""
+    return [] if messages[-1]["role"] == "assistant" else [UNANSWERED]
 
 
 def reasoning_of(turn: Turn) -> str:

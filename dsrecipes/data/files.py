@@ -242,6 +242,8 @@ def _json_value(path: Path) -> Any:
     """What a JSON file holds; None for JSON lines under this name."""
     with _open(path) as file:
         text = file.read()
+    if not text.strip():
+        raise UserError(f"{path}: not JSON (the file is empty)")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -319,6 +321,8 @@ def _is_json(text: str) -> bool:
 
 def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[Iterator[Any]]:
     """The list that holds a JSON text's rows; `split` where it has a list for each split."""
+    if not stream.peek():
+        raise UserError(f"{path}: not JSON (the file is empty)")
     if stream.peek() == "[":
         yield stream.items()
         return
@@ -351,6 +355,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
+            if number == 1 and line.strip() == "[":
+                raise UserError(f"{where}: one list of rows, where a row a line was expected; rename the file to .json")
             yield where, row_of(parse_json(line, where), where)
 
 

@@ -89,10 +89,15 @@ def _plan(columns: tuple[Any, ...], mapped: tuple[str, ...]) -> _Plan:
     ]
     if not choices:
         choices = [_Choice(_INPUTS, names[name], find(_INPUTS.answer)) for name in _INPUTS.question if name in names]
-    # a column that the user maps is the one to train on, whatever else the row has
-    choices = [choice for choice in choices if {choice.question, choice.answer} & set(mapped)] or choices
+    # the columns that the user maps are those to train on, whatever else the row has
+    most = max((_count_mapped(choice, mapped) for choice in choices), default=0)
+    choices = [choice for choice in choices if _count_mapped(choice, mapped) == most]
     beside = {part: column for part, aliases in _BESIDE.items() if (column := find(aliases)) is not None}
     return _Plan(tuple(choices), beside)
+
+
+def _count_mapped(choice: _Choice, mapped: tuple[str, ...]) -> int:
+    return len({choice.question, choice.answer} & set(mapped))
 
 
 def _plan_of(row: Row) -> _Plan:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -223,7 +223,7 @@ def _write_splits(
             chunks = _counted(chunks, bar.update)
             parts = _hold_out(chunks, scratch, choose) if keyed else ((name, chunk) for chunk in chunks)
             stats |= _write(parts, scratch, encoding, [name, *(["validation"] if keyed else [])])
-    _refuse_empty(stats)
+    _refuse_empty(stats, splits)
     paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
     was_held_out = "validation" in stats and "validation" not in splits
     for name, digest in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
@@ -333,13 +333,16 @@ def _read_splits(folder: Path) -> dict[str, Split]:
     return {name: Split(folder / f"{name}.arrow", SplitStats(**each)) for name, each in stats.items() if each["kept"]}
 
 
-def _refuse_empty(stats: dict[str, SplitStats]) -> None:
+def _refuse_empty(stats: dict[str, SplitStats], splits: Mapping[str, Iterable[Row]]) -> None:
     for name, split in stats.items():
         if split.kept:
             continue
         why = dropped_words(split.dropped)
         if not split.rows and not split.dropped:
-            raise UserError(f"the {name} data are empty: no rows were found")
+            rows = splits.get(name)
+            files = getattr(getattr(rows, "rows", rows), "files", ())
+            where = f"{files[0]}: " if len(files) == 1 else ""
+            raise UserError(f"{where}the {name} data are empty: no rows were found")
         raise UserError(
             f"no {name} row has a token to train on: {plural(split.rows or sum(split.dropped.values()), 'row')}"
             + (f" dropped ({why})" if why else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -10,6 +9,7 @@ from typing import Any
 
 from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.find import parse_json
 
 _LOOKED_AT = 1000
 """Rows of which one must have a column: in JSON a row may lack what it has nothing for."""
@@ -21,6 +21,10 @@ class MappedRow(dict):
     mapped: tuple[str, ...] = ()
 
 
+class OptionalColumns(dict):
+    """Names of --columns for rows that need not have any of the columns."""
+
+
 def parse_columns(value: Any) -> dict[str, str]:
     """`prompt=question,output=answer` (also several such words, a mapping, or JSON) as {recipe's name: file's column}.
 
@@ -28,11 +32,11 @@ def parse_columns(value: Any) -> dict[str, str]:
         ValueError: none of these, or a name twice.
     """
     if isinstance(value, Mapping):
-        pairs = [(str(name), str(column)) for name, column in value.items()]
+        pairs = [(str(name), str(column) if isinstance(column, str | int) else "") for name, column in value.items()]
     else:
         words = [value] if isinstance(value, str) else list(value or ())
         if len(words) == 1 and words[0].lstrip().startswith("{"):
-            return parse_columns(json.loads(words[0]))
+            return parse_columns(parse_json(words[0], f"columns {words[0]}"))
         parts = [part for word in words for part in str(word).split(",") if part.strip()]
         pairs = [(name, column) for name, _, column in (part.partition("=") for part in parts)]
     pairs = [(name.strip(), column.strip()) for name, column in pairs]
@@ -44,15 +48,14 @@ def parse_columns(value: Any) -> dict[str, str]:
     return dict(pairs)
 
 
-def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str], required: bool = True) -> dict[str, Iterable[Row]]:
+def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dict[str, Iterable[Row]]:
     """Each split's rows with `columns` (recipe's name -> file's column) renamed; rows that are renamed already stay.
 
-    Args:
-        required: refuse data without one of the columns, when they are first read.
+    Data without one of the columns are refused when they are first read, unless these are OptionalColumns.
     """
     if not columns:
         return splits
-    pairs = tuple(columns.items())
+    pairs, required = tuple(columns.items()), not isinstance(columns, OptionalColumns)
     return {name: rows if _is_renamed(rows) else RenamedRows(rows, pairs, required) for name, rows in splits.items()}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsrecipes.errors import plural
+from dsrecipes.errors import UserError, nearest, plural
 
 _SHOWN = 12
 """Columns that the header names; the rest are counted."""
@@ -90,6 +90,17 @@ class LowerNames(Mapping):
         return len(self.names)
 
 
+def _check_mapped(row: ReadRow) -> None:
+    """Refuse a column that --columns maps, that holds something and that the recipe did not use: a name it does not know."""
+    for name in row.mapped:
+        if name not in row.read and dict.get(row, name) not in (None, "", [], {}):
+            used = [str(column) for column in dict.keys(row) if column in row.read]
+            raise UserError(
+                f"--columns {name}=...: {name!r} is not used in such rows ({row.form}){nearest(name, used)}; used are "
+                f"{', '.join(used) or 'none of their columns'}"
+            )
+
+
 def name_form(row: dict[str, Any], form: str) -> None:
     """Let format_row say what form a row has, for the header."""
     if type(row) is ReadRow:
@@ -113,6 +124,7 @@ class Seen:
         record = format_row(observed)
         if record is observed:
             record = observed.copy()
+        _check_mapped(observed)
         self._count(observed)
         return record
 

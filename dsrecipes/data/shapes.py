@@ -74,15 +74,16 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a list of rows, found {kind(value)}")
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
-        return _split_orient(value["columns"], value["data"], path)
+        return _split_orient(value, path)
     if isinstance(value.get("schema"), dict) and isinstance(value.get("data"), list):
-        index = value["schema"].get("primaryKey") or []  # pandas' own row numbers
-        return [{k: v for k, v in row.items() if k not in index} if isinstance(row, dict) else row for row in value["data"]]
+        index = value["schema"].get("primaryKey")
+        return [_without_row_number(row) if index == ["index"] else row for row in value["data"]]
     wrapped = next((value[key] for key in _WRAPPERS if _holds_rows(value.get(key))), None)
     if wrapped is not None:
         return rows_in(wrapped, path)
     if any(_is_chat(value.get(key)) for key in _CHATS):
         return [value]
+    _refuse_splits(value, path)
     if value and all(isinstance(column, list) for column in value.values()):
         return _columns_of_lists(value, path)
     if value and all(isinstance(column, dict) for column in value.values()):
@@ -93,23 +94,44 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     )
 
 
+def _without_row_number(row: Any) -> Any:
+    """A row of pandas' orient=table; an index that is no number is a column with content."""
+    if isinstance(row, dict) and isinstance(row.get("index"), int):
+        return {name: value for name, value in row.items() if name != "index"}
+    return row
+
+
 def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _refuse_splits(value: dict[str, Any], path: object) -> None:
+    """Refuse lists of rows of which some have the name of a split, and others a name that no split has."""
+    lists = [key for key, rows in value.items() if _holds_rows(rows)]
+    if any(key.strip().lower() in SPLITS for key in lists):
+        raise UserError(
+            f"{path}: holds the lists of rows {', '.join(lists)}, which are not all splits; a list for each of train, "
+            "validation and test is read: rename or remove the others"
+        )
 
 
 def _is_chat(value: Any) -> bool:
     return _holds_rows(value) and is_turn(value[0])
 
 
-def _split_orient(columns: list[Any], data: list[Any], path: object) -> list[Row]:
-    """pandas' orient=split."""
+def _split_orient(value: dict[str, Any], path: object) -> list[Row]:
+    """pandas' orient=split; an index that is no row number is a column with content."""
+    columns, data, index = value["columns"], value["data"], value.get("index")
     for number, values in enumerate(data, 1):
         if not isinstance(values, list) or len(values) != len(columns):
             found = f"{len(values)} values" if isinstance(values, list) else kind(values)
             raise UserError(
                 f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}"
             )
-    return [dict(zip(map(str, columns), values, strict=True)) for values in data]
+    rows = [dict(zip(map(str, columns), values, strict=True)) for values in data]
+    if not isinstance(index, list) or len(index) != len(rows) or all(isinstance(label, int) for label in index):
+        return rows
+    return [{"index": label, **row} for label, row in zip(index, rows, strict=True)]
 
 
 def _columns_of_lists(value: dict[str, list[Any]], path: object) -> list[Row]:

@@ -290,7 +290,7 @@ class Stream(TorchDataset):
         if not rows.places:
             if at_start:
                 rows.stats.kept = 0
-                _refuse_empty({"train": rows.stats})
+                _refuse_empty({"train": rows.stats}, {"train": FileRows(tuple(self.units.files))})
             following = State(begin.step, begin.epoch + 1, read=rows.stats, share=begin.epoch + 1.0)
             following.used_rows, following.used_tokens = begin.used_rows, begin.used_tokens
             return self._make(following)

@@ -63,7 +63,7 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def raw_turns(value: Any, name: str) -> list[Any]:
-    """A chat as a list: also from JSON text, and from Arrow's struct of lists {"role": [...], "content": [...]}."""
+    """A chat as a list: also from JSON text, from Arrow's struct of lists {"role": [...], ...}, and from [role, text] pairs."""
     value = parsed(value, f"{name}: the chat") if value != "" else []
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         lengths = {len(column) for column in value.values()}
@@ -73,6 +73,8 @@ def raw_turns(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         raise ValueError(f"field {name!r} must be a list of turns (objects with role and content), found {found}")
+    if isinstance(value[0], (list, tuple)) and all(map(_is_role_and_text, value)):
+        return [{"role": role, "content": text} for role, text in value]
     return value
 
 
@@ -147,6 +149,10 @@ def _split(item: Any) -> Iterator[dict[str, Any]]:
         yield item
         return
     yield from ({"role": key, "content": text} for key, text in filled.items())
+
+
+def _is_role_and_text(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 2 and str(item[0]).strip().lower() in ROLES
 
 
 def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:

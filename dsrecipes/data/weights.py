@@ -97,9 +97,9 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
         return BALANCED
     pairs = _pairs(words)
     weights = [_class_weight(text, weight) for _, weight in pairs]
-    if not any(weights):
-        raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
     names = [name for name, _ in pairs if name is not None]
+    if not any(weights) and not names:  # a class that is not named weighs 1
+        raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
     if not names:
         return weights
     if len(set(names)) < len(pairs):

@@ -124,14 +124,14 @@ def _rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tupl
     """(where, row) of a file's rows, or of those that the run held out."""
     from dsrecipes.data.files import SUFFIXES, located, suffix
     from dsrecipes.data.load import load_splits
-    from dsrecipes.data.renamed import renamed
+    from dsrecipes.data.renamed import OptionalColumns, renamed
     from dsrecipes.use.rows import Rows
 
     if prompts:
         path = user_path(prompts)
         if not path.is_file() or suffix(path) not in SUFFIXES:
             raise UserError(f"--prompts {prompts}: no such file, or of a kind that is not read ({' '.join(SUFFIXES)})")
-        splits = renamed(load_splits(str(path)), run.config.data.columns, required=False)
+        splits = renamed(load_splits(str(path)), OptionalColumns(run.config.data.columns))
         found = list(islice(chain.from_iterable(map(located, splits.values())), limit))
     else:
         held = Rows(run)

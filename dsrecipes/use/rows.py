@@ -13,7 +13,7 @@ from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, content_of
-from dsrecipes.data.renamed import renamed
+from dsrecipes.data.renamed import OptionalColumns
 from dsrecipes.errors import UserError
 from dsrecipes.sources import paths_of
 
@@ -54,17 +54,13 @@ class Rows:
             layers = self.run.layers(**changed)
         self.story = self.run.recipe(layers)
         data = self.story.config.data
-        columns = data.columns
         if self.dataset:
-            data.columns = {}  # --columns is about the run's own data: other rows need not have them
+            # --columns is about the run's own data: other rows need not have them
+            data.columns = OptionalColumns(self.run.config.data.columns)
         self.by_source: list[SourceRows] = [
             replace(
                 part,
-                splits=renamed(
-                    {name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
-                    columns if self.dataset else {},
-                    required=False,
-                ),
+                splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
             )
             for part in source_rows(self.story)
         ]
@@ -90,6 +86,8 @@ class Rows:
             UserError: the data have no such split, or the run kept nothing aside.
         """
         known = self.splits
+        if not known:
+            raise UserError(f"{self.name}: none of its rows has a label")
         if asked:
             return _known(asked, known, self.name)
         if known[0] == "train" and not self.dataset:

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+from dataclasses import replace
 from itertools import groupby, product
 
 import pytest
@@ -13,7 +14,7 @@ from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, encode_chats, end_ids
+from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, UNANSWERED, encode_chats, end_ids
 from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE, EncodeOptions
 from dsrecipes.errors import UserError
@@ -348,6 +349,16 @@ def test_calls_without_an_id_are_numbered_where_the_template_wants_ids():
         text, _, notes = encoded(template, turns)
         assert re.findall(r"tool\n(\w+) 4", text.split("|<|im_start|>user")[-1]) == ids and notes == [NEW_IDS]
     assert NEW_IDS not in encoded(template, [user, {"role": "assistant", "content": "", "tool_calls": [CALL]}])[2]
+
+
+def test_turns_after_the_last_answer_are_named():
+    turns = chat(1) + chat(1)[:1]
+    assert encoded(CHATML, turns)[2] == [UNANSWERED] and encoded(CHATML, chat(1))[2] == []
+    assert encoded(CHATML, turns)[:2] == encoded(CHATML, chat(1))[:2]
+    batch = AlpacaLlamaSft.encode(
+        [{"messages": turns}], tokenizer_of("gpt2", CHATML, True), replace(KEEP, prompt_style="alpaca")
+    )
+    assert batch["notes"] == [[UNANSWERED]]
 
 
 def test_generation_stops_at_what_answers_end_with():

@@ -138,6 +138,7 @@ ROWS = {
     "speakers": ({"dialogue": [{"speaker": "user", "text": "q"}, {"speaker": "AI", "text": "a"}]}, chat("U:q|A:a")),
     "roles as keys": ({"conversation": [{"human": "q", "assistant": "a"}]}, chat("U:q|A:a")),
     "pairs": ({"conversation": [["q", "a"], ["r", "b"]]}, chat("U:q|A:a|U:r|A:b")),
+    "roles and texts": ({"messages": [["user", "q"], ["assistant", "a"]]}, chat("U:q|A:a")),
     "train": ({"messages": [TURNS[0], TURNS[1] | {"train": False}, *TURNS]}, chat("U:q|A:a|U:q|A:a", turn1={"weight": 0.0})),
     "numbers": ({"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": 2.5}]}, chat("U:1|A:2.5")),
     "thinking": ({"messages": [TURNS[0], TURNS[1] | {"thinking": "t"}]}, chat("U:q|A:a", turn1={"reasoning_content": "t"})),
@@ -224,6 +225,7 @@ def test_rows_without_an_answer_can_be_asked():
         assert with_answer(row, "x") == (row | {column: "x"}, False)
     asked, answered = with_answer({"conversations": [{"from": "human", "value": "q"}]}, "x")
     assert instruction_record(asked) == chat("U:q|A:x") and not answered
+    assert instruction_record(with_answer({"messages": [["user", "q"]]}, "x")[0]) == chat("U:q|A:x")
     for row in ({"question": "q", "answer": 4}, {"messages": TURNS}, {"title": "t"}):
         assert with_answer(row, "x") == (row, True)
 
@@ -285,6 +287,7 @@ def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
         ([["a", "b"]], "row 1: expected an object with named fields.*found a list of text"),
         ([PAIR], r"row 1: a list of objects that are not turns \(instruction, output\)"),
         (3, "expected a list of rows, found a number"),
+        ({"train": PAIR, "extra": PAIR}, "lists of rows train, extra, which are not all splits"),
     ],
 )
 def test_other_json_says_what_was_expected(value, problem, tmp_path):
@@ -348,15 +351,28 @@ def test_columns_under_other_names(tmp_path):
     chats = write_rows(tmp_path / "b.jsonl", [{"messages": TURNS, "question": "i", "reply": "o"}])
     assert read(chats, columns={"answer": "reply"})[0]["train"] == [alpaca("i", "o")]  # what is mapped is what is trained on
     assert read(chats, Gpt2Clm, {"text": "reply"})[0]["train"] == [{"text": "o", "end": True}]
+    both = write_rows(tmp_path / "c.jsonl", [{"instruction": "i", "q": "p", "a": "o"}])
+    assert read(both, columns={"prompt": "q", "completion": "a"})[0]["train"] == [alpaca("p", "o")]
+    with pytest.raises(UserError, match=r"--columns instrution=.*not used.*\(did you mean instruction\?\)"):
+        read(both, columns={"instrution": "q", "output": "a"})
 
 
 def test_columns_as_flag_and_mapping():
     expected = {"prompt": "question", "output": "answer"}
     for value in (["prompt=question,output=answer"], ["prompt=question", "output=answer"], expected, [json.dumps(expected)]):
         assert parse_columns(value) == DataConfig(columns=value).columns == expected
-    for value in (["prompt"], ["=a"], ["a=b,a=c"], ["a="]):
+    for value in (["prompt"], ["=a"], ["a=b,a=c"], ["a="], {"prompt": None}, {"prompt": ["a"]}):
         with pytest.raises(ValueError, match="such as prompt=question,output=answer"):
             DataConfig(columns=value)
+    with pytest.raises(UserError, match='columns {"prompt": .*not JSON'):
+        DataConfig(columns=['{"prompt": "a"'])
+
+
+@pytest.mark.parametrize("orient", ["split", "table"])
+def test_an_index_of_pandas_that_is_no_number_is_a_column(orient, tmp_path):
+    frame = pandas.DataFrame({"instruction": ["i"], "output": ["o"]}, index=["a"])
+    frame.to_json(tmp_path / "a.json", orient=orient)
+    assert read(tmp_path / "a.json")[1].words()[1:] == ["unused columns: index"]
 
 
 def test_forms_and_unused_columns_are_counted_and_merged():

@@ -19,6 +19,7 @@ from dsrecipes.recipes.seq_classification import (
     kind_and_names,
     target,
 )
+from made import made_run
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
@@ -35,6 +36,7 @@ from dsrecipes.use.evaluate import evaluate
 from dsrecipes.use.export import export
 from dsrecipes.use.finished import open_run
 from dsrecipes.use.labels import logits_of_rows
+from dsrecipes.use.rows import Rows
 from dsrecipes.use.verify import verify
 
 WORDS = "rain sun train ball soup road team rice".split()
@@ -110,6 +112,9 @@ def test_a_row_becomes_texts_and_a_label(row, record):
         ({"text": None, "label": 1}, "field 'text' must be text, found NoneType"),
         ({"text": "a", "label": {"x": 1}}, "must be a class, a number or a list of classes, found dict"),
         ({"text": "a", "label": [["x"]]}, "must be a class, a number or a list of classes, found list"),
+        ({"text": float("nan"), "label": 1}, "field 'text' must be text, found nan"),
+        ({"text": "a\ud800", "label": 1}, "field 'text' holds half of a surrogate pair"),
+        ({"text": "a", "label": "\ud800"}, "field 'label' holds half of a surrogate pair"),
         ({"text": "a", "label": float("inf")}, "inf is no label"),
         ({"text": "a", "label": 1, "weight": -1}, "field 'weight' must be a weight"),
     ],
@@ -197,10 +202,11 @@ def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
     features = datasets.Features(body=datasets.Value("string"), mood=datasets.ClassLabel(names=["bad", "good"]))
     hub = {"train": datasets.Dataset.from_dict({"body": ["rain", "sun"], "mood": [0, 1]}, features=features)}
     values = VALUES | {"model_name_or_path": tiny_bert(), "dry_run": True, "validation_split": 0}
-    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run")}
+    values |= {"columns": ["text=body", "label=mood"], "output_dir": str(tmp_path / "run"), "prompt_style": "chat"}
     load_recipe("seq_classification", **values | {"dataset": str(tmp_path / "a.csv")}).run()
     out = capfd.readouterr().out
     assert "[CLS] rain [SEP]" in out and "label: bad" in out and "unused columns: id, sentence" in out, out
+    assert "prompt_style has no effect: the recipe seq_classification does not use it (python)" in out
     monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: hub)
     recipe = load_recipe("seq_classification", **values | {"dataset": "some/set"})
     recipe.run()
@@ -415,6 +421,18 @@ def test_the_head_is_saved_beside_the_adapter(model, tmp_path, capfd):
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
     (saved / "head_config.json").write_text("{}")
     assert "head_config.json is damaged" in refusal(main, ["evaluate", result.path], capfd)
+
+
+def test_other_rows_under_the_run_s_names_or_the_recipe_s(tmp_path):
+    folder = made_run(tmp_path / "run", "seq_classification", tiny_bert(), columns={"text": "body", "label": "mood"})
+    run = open_run(str(folder))
+    for row in ({"body": "rain", "mood": "bad"}, {"text": "rain", "label": "bad"}):
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps({"test": [row]}))
+        assert [item.record for item in Rows(run, str(path)).items("test")] == [{"text": "rain", "label": "bad"}]
+    path.write_text(json.dumps({"test": [{"text": "rain", "label": None}]}))
+    with pytest.raises(UserError, match="other.json: none of its rows has a label"):
+        Rows(run, str(path)).choose(None)
 
 
 def test_commands_on_a_finished_run(tmp_path, capfd):
