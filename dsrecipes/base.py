@@ -689,8 +689,8 @@ class _FirstAndLastStep(TrainerCallback):
             check_ends(data, recipe.tokenizer, trainer.model)
         largest_batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
         sample = packed_sample(
-            data, largest_batch, collate=trainer.data_collator, forward=trainer.loss_and_logits,
-            exact=recipe.place.precision == "fp32",
+            data, largest_batch, later=recipe.stream is not None and recipe.stream.capacity is not None,
+            collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32",
         )  # fmt: skip
         if sample is not None:
             keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)

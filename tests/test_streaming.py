@@ -355,7 +355,7 @@ def weights(run: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
-def test_a_streamed_run_resumes_exactly_and_on_another_number_of_ranks(
+def test_a_streamed_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     one_rank: Ranks, two_ranks: Ranks, small: Small, tmp_path: Path, stage: str
 ) -> None:
     run = partial(case, small, tmp_path, deepspeed=stage)
@@ -366,9 +366,8 @@ def test_a_streamed_run_resumes_exactly_and_on_another_number_of_ranks(
     resumed = two_ranks.run(
         "train_in_windows", **run(output_dir=str(tmp_path / "again"), resume_from_checkpoint=checkpoint)
     )[0]
-    # the rows are the same in the same places; the last bit of a loss was seen to differ, why is not known
-    assert losses(resumed) == pytest.approx(losses(whole)[4:], rel=1e-6)
-    assert all(torch.allclose(tensor, weights(whole)[name], rtol=0, atol=1e-6) for name, tensor in weights(resumed).items())
+    assert losses(resumed) == losses(whole)[4:]  # step 5 is in a window of its own, where no sequence is packed
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
     if stage == "zero3":
         return
     alone = one_rank.run("train_in_windows", **run(output_dir=str(tmp_path / "alone"), per_device_train_batch_size=2))[0]

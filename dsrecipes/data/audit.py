@@ -43,18 +43,22 @@ class PackedSample:
         return loss.item(), logits[trained.to(logits.device)].float()
 
 
-def packed_sample(data: Sequences, batch: int, **how: Any) -> PackedSample | None:
+def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) -> PackedSample | None:
     """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two.
 
     Args:
         batch: sequences of the largest micro batch. Above 1 the sample has a second sequence, of another length, because
             some backends separate the examples of a sequence only in a batch of one.
+        later: other rows will be packed (a stream's), so that the two shortest are taken where no sequence holds two; else
+            the attention would depend on the window that a run begins or resumes in.
     """
     lengths = data.row_lengths()
     sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
     pairs = [rows[np.argsort(lengths[rows], kind="stable")[:2]] for rows in sequences if len(rows) > 1]
     if not pairs:
-        return None
+        if not later:
+            return None
+        pairs = [np.resize(np.argsort(lengths, kind="stable")[:2], 2)]
     pairs.sort(key=lambda pair: lengths[pair].sum())
     chosen = [pairs[0].tolist()]
     if batch > 1:
