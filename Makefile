@@ -66,7 +66,7 @@ test-fast: install
 	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
 
 test-matrix: install
-	$(BIN)/python -m pytest -v tests/test_matrix.py --whole-matrix $(ARGS)
+	$(BIN)/python -m pytest -v tests/behaviour/test_matrix.py --whole-matrix $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
