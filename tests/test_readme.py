@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from dsrecipes.cli import _USES
+from dsrecipes.cli import _COMMANDS
 from dsrecipes.config.find import recipe_names
 from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.config.parse import build_config
@@ -36,7 +36,7 @@ DSRECIPES = [line for line in commands() if line.startswith("dsrecipes ")]
 MAKE = [line for line in commands() if line.startswith("make")]
 FOR_OTHER_MACHINES = [line for line in DSRECIPES if "--procs" in line or "--profile full" in line]
 TRAINED = [line for line in DSRECIPES if line.startswith("dsrecipes train") and line not in FOR_OTHER_MACHINES]
-USED = [line for line in DSRECIPES if line.split()[1] in _USES]
+USED = [line for line in DSRECIPES if line.split()[1] in _COMMANDS]
 AT_ONCE = [line for line in DSRECIPES if line not in (*FOR_OTHER_MACHINES, *TRAINED, *USED)]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from behaviour.test_resume import weights
 from support.models import Runs, Small
 from support.rank_pool import Ranks
 from support.tiny import small_disk
-from test_resume import weights
 
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.manifest import is_whole

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from behaviour.test_resume import figures, weights
 from support.models import Runs, Small
 from support.rank_pool import Ranks
-from test_resume import figures, weights
 
 from dsrecipes import UserError
 from dsrecipes.runs.folder import RunFolder
