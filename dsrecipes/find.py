@@ -72,6 +72,11 @@ def zero_names() -> list[str]:
     return sorted(path.stem for path in _room("ds_configs").glob("*.json"))
 
 
+def schema_path() -> Path:
+    """The JSON schema of a recipe's YAML."""
+    return _room("recipes") / "schema.json"
+
+
 def starter_path(name: str) -> str:
     """`starter:data/prose.txt` as the path of the bundled file; any other name as it is."""
     if not name.startswith(STARTER):
