@@ -72,7 +72,7 @@ test-fast: install
 	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
 
 test-matrix: install
-	$(BIN)/python -m pytest -v tests/test_matrix.py --whole-matrix $(ARGS)
+	$(BIN)/python -m pytest -v tests/behaviour/test_matrix.py --whole-matrix $(ARGS)
 
 test-all: install
 	FUZZ_TIMES=10 $(BIN)/python -m pytest --whole-matrix --timeout=7200 -o faulthandler_timeout=14400 $(ARGS)
@@ -99,7 +99,7 @@ docs: install
 	$(BIN)/python docs/build.py
 
 schema: install
-	$(BIN)/python -m dsrecipes.json_schema > build/schema.json && mv build/schema.json recipes/schema.json
+	$(BIN)/python -m dsrecipes.config.json_schema > build/schema.json && mv build/schema.json recipes/schema.json
 
 bench: install
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsrecipes.config.find import recipe_names, schema_path, variant_names, zero_names
+from dsrecipes.config.layers import PROFILES
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import recipe_names, schema_path, variant_names, zero_names
-from dsrecipes.layers import PROFILES
 
 SHELLS = ("bash", "zsh")
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
@@ -51,12 +51,12 @@ def _named(kind: str) -> dict[str, str]:
     return {"bash": f"_dsrecipes_{kind}", "zsh": f"{{compadd {' '.join(words())}; _files {pattern}}}"}
 
 
-def script(shell: str, commands: Mapping[str, str]) -> str:
+def script(shell: str, modules: Mapping[str, str]) -> str:
     """The completion script of a shell.
 
     Args:
         shell: one of SHELLS.
-        commands: command -> the module that defines its flags.
+        modules: command -> the module that defines its flags.
     """
     import shtab
 
@@ -67,7 +67,7 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     commands_parser.add_parser("completion", help="this script").add_argument("shell", choices=SHELLS)
     for name in ("train", "show"):
         _add_recipe_flags(commands_parser.add_parser(name, help=f"{name} a recipe"), name)
-    for name, module in commands.items():
+    for name, module in modules.items():
         command = commands_parser.add_parser(name, help=f"{name} a run")
         _complete(command.add_argument("run", nargs="*"), _named("run_dirs"))
         for flag, options in dict(_flags_in(module)).items():
@@ -76,12 +76,12 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     return shtab.complete(parser, shell, preamble="\n".join(functions) if shell == "bash" else "")
 
 
-def main(argv: list[str], commands: Mapping[str, str]) -> int:
+def main(argv: list[str], modules: Mapping[str, str]) -> int:
     """Print the script for the shell that the command line names."""
     if len(argv) != 1 or argv[0] not in SHELLS:
         word = f"{argv[0]!r}{nearest(argv[0], SHELLS)}" if argv else "no shell"
         raise UserError(f"completion: {word}: give one of {', '.join(SHELLS)}, as in `source <(dsrecipes completion bash)`")
-    print(script(argv[0], commands))
+    print(script(argv[0], modules))
     return 0
 
 

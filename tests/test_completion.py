@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tiny import ROOT
 
 from dsrecipes import UserError, cli, completion
-from dsrecipes.find import recipe_names, variant_names, zero_names
-from dsrecipes.usage import known_flags
-
-from tiny import ROOT  # isort: skip
+from dsrecipes.config.find import recipe_names, variant_names, zero_names
+from dsrecipes.config.help import known_flags
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_commands_and_values(script: Path, tmp_path: Path):
     (tmp_path / "mine.txt").touch()
     (tmp_path / "run").mkdir()
     commands = complete(script, "dsrecipes ", tmp_path)
-    assert {"train", "list", "show", "completion", *cli._USES} == set(commands)
+    assert {"train", "list", "show", "completion", *cli._COMMANDS} == set(commands)
     assert complete(script, "dsrecipes tr", tmp_path) == ["train"]
     assert set(complete(script, "dsrecipes train ", tmp_path)) == {*recipe_names(), "mine.py", "run"}
     assert complete(script, "dsrecipes chat ", tmp_path) == ["last", "run"]
@@ -62,14 +61,14 @@ def test_commands_and_values(script: Path, tmp_path: Path):
 
 
 def test_train_offers_every_flag_that_has_more_than_one_value(script: Path, tmp_path: Path):
-    from dsrecipes.flags import FIXED
+    from dsrecipes.config.flags import FIXED
 
     flags = {flag.removeprefix("--") for flag in complete(script, "dsrecipes train gpt2_clm --", tmp_path)}
     own = {"help", "config", "profile", "procs", "max_restarts"}
     assert flags == (known_flags().keys() | own) - FIXED.keys()
 
 
-@pytest.mark.parametrize("command", cli._USES)
+@pytest.mark.parametrize("command", cli._COMMANDS)
 def test_a_command_offers_the_flags_of_its_help(script: Path, tmp_path: Path, command: str):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):

@@ -7,7 +7,7 @@ How each is checked:
 - lines about a finished run: run as they are, in a folder with one.
 - lines for GPUs, hub models or several machines: their flags go through the parser.
 - `make` lines: `make -n`, and what it would run goes through the parser.
-- launcher lines: tests/test_launchers.py runs them; here their flags go through the parser.
+- launcher lines: tests/behaviour/test_launchers.py runs them; here their flags go through the parser.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from pathlib import Path
 
 import pytest
 
-from dsrecipes.cli import _USES
-from dsrecipes.config import build_config
-from dsrecipes.find import recipe_names
-from dsrecipes.layers import layer, parse_flags
+from dsrecipes.cli import _COMMANDS
+from dsrecipes.config.find import recipe_names
+from dsrecipes.config.layers import layer, parse_flags
+from dsrecipes.config.parse import build_config
 
-from readme import CHINESE, ENGLISH, blocks, commands, launcher_lines, write_files  # isort: skip
-from tiny import ROOT  # isort: skip
-from warm import Warm  # isort: skip
+from support.readme_blocks import CHINESE, ENGLISH, blocks, commands, launcher_lines, write_files  # isort: skip
+from support.tiny import ROOT  # isort: skip
+from support.fork_server import Warm  # isort: skip
 
 PROGRAMS = [block.text for block in blocks() if block.language == "python" and block.file is None]
 DSRECIPES = [line for line in commands() if line.startswith("dsrecipes ")]
 MAKE = [line for line in commands() if line.startswith("make")]
 FOR_OTHER_MACHINES = [line for line in DSRECIPES if "--procs" in line or "--profile full" in line]
 TRAINED = [line for line in DSRECIPES if line.startswith("dsrecipes train") and line not in FOR_OTHER_MACHINES]
-USED = [line for line in DSRECIPES if line.split()[1] in _USES]
+USED = [line for line in DSRECIPES if line.split()[1] in _COMMANDS]
 AT_ONCE = [line for line in DSRECIPES if line not in (*FOR_OTHER_MACHINES, *TRAINED, *USED)]
 
 
