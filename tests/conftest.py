@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import reaper
-from ranks import Ranks
-from small import Runs, Small
+from support import reaper
+from support.models import Runs, Small
+from support.rank_pool import Ranks
 
 _INHERITED = re.compile(
     "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import ROOT  # isort: skip
+from support.tiny import ROOT  # isort: skip
 
 pytestmark = pytest.mark.ranks
 

@@ -8,7 +8,7 @@ How each is checked:
 - lines about a finished run: run as they are, in a folder with one.
 - lines for GPUs, hub models or several machines: their flags go through the parser.
 - `make` lines: `make -n`, and what it would run goes through the parser.
-- launcher lines: tests/test_launchers.py runs them; here their flags go through the parser.
+- launcher lines: tests/behaviour/test_launchers.py runs them; here their flags go through the parser.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 
 import pytest
 
-from dsrecipes.config import build_config
-from dsrecipes.find import recipe_names
-from dsrecipes.layers import layer, parse_flags
+from dsrecipes.config.find import recipe_names
+from dsrecipes.config.layers import layer, parse_flags
+from dsrecipes.config.parse import build_config
 
-from readme import blocks, commands, launcher_lines, write_files  # isort: skip
-from tiny import ROOT, tiny_llama  # isort: skip
-from warm import Done, Warm  # isort: skip
+from support.fork_server import Done, Warm  # isort: skip
+from support.readme_blocks import blocks, commands, launcher_lines, write_files  # isort: skip
+from support.tiny import ROOT, tiny_llama  # isort: skip
 
 PROGRAMS = [block.text for block in blocks() if block.language == "python" and block.text.startswith("from ")]
 DSRECIPES = [line for line in commands() if line.startswith("dsrecipes ")]
