@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+from dsrecipes.completion import main as completion
 from dsrecipes.config import find
 from dsrecipes.config.batch import batch_of, ranks_of
 from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
@@ -36,6 +38,8 @@ usage: dsrecipes COMMAND ...
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
   explain [ID ...]                   cause and cure of messages by the ids at their ends, such as DSR042
+  completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
+  --version                          the version
 
 with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
   chat RUN                           talk to the model
@@ -50,6 +54,13 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
 """
 _HELP = {
     "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
+    "completion": """\
+usage: dsrecipes completion bash|zsh
+
+Print a script that completes commands, flags and recipes.
+  bash   source <(dsrecipes completion bash)
+  zsh    dsrecipes completion zsh > a folder of $fpath/_dsrecipes
+""",
     "show": """\
 usage: dsrecipes show RECIPE [--flag value ...] [--all]
 
@@ -153,6 +164,13 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dsrecipes")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 _READER_ENDED = 141
 """A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
 _COMMANDS = {
@@ -198,10 +216,14 @@ def main(argv: list[str] | None = None) -> int:
         "explain": explain,
     }
     commands |= {name: partial(_use, name) for name in _COMMANDS}
+    commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(textwrap.dedent(_USAGE), end="", flush=True)
             return 0 if argv else EXIT_CODE
+        if argv[0] == "--version":
+            print(f"dsrecipes {_version()}", flush=True)
+            return 0
         if argv[0] not in commands:
             raise UserError(
                 "DSR641",
