@@ -65,7 +65,7 @@ def evaluate(
 
 
 class Evaluation:
-    """Rows of one split, ready to be put to a run's model, tuned or not."""
+    """EvaluationRows of one split, ready to be put to a run's model, tuned or not."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Evaluation:
         settings: Settings,
         console: Console | None,
     ) -> None:
-        from dsrecipes.evaluation.rows import Rows
+        from dsrecipes.evaluation.rows import EvaluationRows
         from dsrecipes.io.console import Console
 
         self.run, self.settings = run, settings
@@ -87,9 +87,9 @@ class Evaluation:
         if self.task == "choices" and self._writes():
             from dsrecipes.evaluation.rows import QuestionRows
 
-            self.rows: Rows | QuestionRows = QuestionRows(str(dataset), skip_bad_rows)
+            self.rows: EvaluationRows | QuestionRows = QuestionRows(str(dataset), skip_bad_rows)
         else:
-            self.rows = Rows(run, dataset, skip_bad_rows)
+            self.rows = EvaluationRows(run, dataset, skip_bad_rows)
         self.split = self.rows.choose(split)
         self.measure, self.total = self._prepared()
 
@@ -127,10 +127,10 @@ class Evaluation:
 
     def _prepared(self) -> tuple[Measure, int]:
         from dsrecipes.evaluation import measure
-        from dsrecipes.evaluation.rows import QuestionRows, Rows
+        from dsrecipes.evaluation.rows import EvaluationRows, QuestionRows
 
         if self.task == "loss":
-            assert isinstance(self.rows, Rows)
+            assert isinstance(self.rows, EvaluationRows)
             return measure.losses(self.run, self.rows.sequences(self.split, self.console), self.settings)
         items = self.items()
         if self.task == "answers":

@@ -92,7 +92,7 @@ def choices_by_head(run: FinishedRun, items: list[Item], settings: Settings) -> 
 def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTrainedModel, bar: tqdm) -> list[Json]:
     import torch
 
-    from dsrecipes.data.collate import COUNTS, PaddingCollator
+    from dsrecipes.data.collate import TOKEN_COUNTS, PaddingCollator
     from dsrecipes.data.records import bad_row
     from dsrecipes.model.load import check_ids
     from dsrecipes.model.task import pad_id
@@ -110,7 +110,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         batch = collate([[rows[index]] for index in chosen])
-        del batch[COUNTS], batch["labels"]
+        del batch[TOKEN_COUNTS], batch["labels"]
         with torch.no_grad():
             logits = model(**{name: values.to(model.device) for name, values in batch.items()}).logits.float()
         for index, chances in zip(chosen, logits.log_softmax(-1).cpu().double(), strict=True):

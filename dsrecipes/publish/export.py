@@ -151,10 +151,10 @@ def _dtype(source: Path) -> str:
 
 
 def _logits(model: PreTrainedModel, run: FinishedRun) -> torch.Tensor:
-    from dsrecipes.runs.reference import drawn, logits_of
+    from dsrecipes.runs.reference import logits_of, random_inputs
 
     auto, length = run.recipe.auto_class, min(16, run.config.data.max_length)
-    batch = drawn(auto, model.config.get_text_config().vocab_size, length, run.config.train["seed"])
+    batch = random_inputs(auto, model.config.get_text_config().vocab_size, length, run.config.train["seed"])
     return logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, auto)
 
 

@@ -39,7 +39,7 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no such checkpoint, or too little space.
     """
-    from dsrecipes.zero.states import NEUTRAL, made_by, read
+    from dsrecipes.zero.states import UNIVERSAL, made_by, read
 
     folder = find_run(run, ended=False)
     found = find_checkpoints(checkpoint or "auto", folder, print)
@@ -48,7 +48,7 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     source = choose(found, damage, print)
     made = made_by(source)
     step = int(source.name.rsplit("-", 1)[-1])
-    if (source / NEUTRAL).is_file() or made.get("zero") in (None, 0):  # undivided as it is
+    if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # undivided as it is
         return {"path": str(source), "step": step, "bytes": 0}
     target = source.with_name(f"universal-{step}")
     origin = checksum(source / MANIFEST)
@@ -82,7 +82,7 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
     """One safetensors file for some gigabytes of each key, and JSON for what is no tensor."""
     from safetensors.torch import save_file
 
-    from dsrecipes.zero.states import NEUTRAL, rest
+    from dsrecipes.zero.states import UNIVERSAL, rest
 
     keys = sorted({key for name in saved.fragments for key in saved.keys(name)})
     for key in keys:
@@ -97,7 +97,7 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
     if (source / "scheduler.pt").is_file():
         engine = {key: value for key, value in engine.items() if key != "lr_scheduler"}
     told = {"keys": keys, "steps": saved.steps, "groups": saved.groups, "rates": saved.rates, "engine": engine}
-    (folder / NEUTRAL).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    (folder / UNIVERSAL).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def _parts(saved: CheckpointStates, key: str) -> Iterator[list[str]]:

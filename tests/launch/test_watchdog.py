@@ -44,11 +44,11 @@ def user_code():
     threading.Event().wait()
 
 for step in range(1, 10**9):
-    watchdog.at("reading rows", step)
+    watchdog.enter("reading rows", step)
     if fault == "hangs" and rank == 1 and step == 20:
         user_code()
-    watchdog.at("forward")
-    watchdog.at("backward")
+    watchdog.enter("forward")
+    watchdog.enter("backward")
     all_reduce(step)
     if fault == "ends" and rank == 1 and step == 20:
         watchdog.end(failed=True)
@@ -147,7 +147,7 @@ def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(
     began = time.perf_counter()
     for step in range(1, 1001):
         for phase in ("reading rows", "forward", "backward"):
-            each.at(phase, step if phase == "reading rows" else None)
+            each.enter(phase, step if phase == "reading rows" else None)
     assert (time.perf_counter() - began) / 3000 < 50e-6
     found = read(tmp_path / "ranks", 0)
     assert found and (found.pid, found.where()) == (os.getpid(), "step 1000, backward (micro batch 1)")
@@ -158,7 +158,7 @@ def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(
 
 def test_a_folder_that_cannot_be_written_is_no_end_of_the_training(tmp_path: Path):
     each = Watchdog(tmp_path / "gone", 0, range(2), hang=25, patience=1800, error_fd=2)
-    each.at("forward", 1)
+    each.enter("forward", 1)
     each.end(failed=True)
 
 

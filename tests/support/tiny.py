@@ -161,12 +161,12 @@ def sample_of(model, collate: Callable, exact: bool = True, batch: int = 1):
     import torch
 
     from dsrecipes.data.audit import packed_sample
-    from dsrecipes.data.collate import COUNTS
+    from dsrecipes.data.collate import TOKEN_COUNTS
 
     def forward(batch):
         model.eval()
         with torch.no_grad():
-            counted = {name: each for name, each in batch.items() if name != COUNTS}
+            counted = {name: each for name, each in batch.items() if name != TOKEN_COUNTS}
             out = model(**counted, use_cache=False, num_items_in_batch=torch.ones(()))
         return out.loss, out.logits
 
