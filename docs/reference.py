@@ -40,7 +40,7 @@ _CHINESE = {
     "engine": "引擎",
     "evaluation and saving": "評估與儲存",
     "logging": "記錄",
-    "resume and robustness": "續訓與穩健性",
+    "resume and robustness": "接續訓練與穩健性",
     "everything else of transformers.TrainingArguments": "transformers.TrainingArguments 的其他旗標",
     "flag": "旗標",
     "default": "預設值",
@@ -80,7 +80,7 @@ class Words:
 
     def __call__(self, text: str) -> str:
         """A heading or a column's name in this language."""
-        return _CHINESE.get(text, text) if self.is_chinese else text
+        return _CHINESE[text] if self.is_chinese else text
 
     def heading(self, text: str) -> str:
         """The same with a capital letter."""
@@ -119,8 +119,11 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def flags(words: Words) -> Iterator[str]:
     """The flags of `dsrecipes train` by group, those with one value, and those that transformers has removed."""
     groups: dict[str, list[tuple[str, str, str]]] = {}
-    for name, flag in known_flags().items():
+    known = known_flags()
+    # ours before those of transformers
+    for name in (key for key in json.loads(schema_path().read_text("utf-8"))["definitions"] if key in known):
         if name not in FIXED and name not in ALIASES:
+            flag = known[name]
             groups.setdefault(flag.group, []).append((f"`--{name}`", code(flag.default), escape(flag.about)))
     order = list(_CHINESE)
     for group in sorted(groups, key=order.index):
