@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+from dsrecipes.completion import main as completion
 from dsrecipes.config import find
 from dsrecipes.config.batch import batch_of, ranks_of
 from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
@@ -34,6 +36,8 @@ usage: dsrecipes COMMAND ...
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
+  --version                          the version
 
 with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
   chat RUN                           talk to the model
@@ -48,6 +52,13 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
 """
 _HELP = {
     "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
+    "completion": """\
+usage: dsrecipes completion bash|zsh
+
+Print a script that completes commands, flags and recipes.
+  bash   source <(dsrecipes completion bash)
+  zsh    dsrecipes completion zsh > a folder of $fpath/_dsrecipes
+""",
     "show": """\
 usage: dsrecipes show RECIPE [--flag value ...] [--all]
 
@@ -149,6 +160,13 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dsrecipes")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 _READER_ENDED = 141
 """A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
 _COMMANDS = {
@@ -189,10 +207,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
     commands |= {name: partial(_use, name) for name in _COMMANDS}
+    commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(textwrap.dedent(_USAGE), end="", flush=True)
             return 0 if argv else EXIT_CODE
+        if argv[0] == "--version":
+            print(f"dsrecipes {_version()}", flush=True)
+            return 0
         if argv[0] not in commands:
             raise UserError(
                 f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
