@@ -186,7 +186,9 @@ def test_a_line_for_other_machines_has_no_unknown_flag(line: str):
 def test_a_make_line(line: str):
     done = make("-n", *shlex.split(line)[1:])
     assert done.returncode == 0, done.stderr
-    lines = [each for each in done.stdout.replace("\\\n", " ").splitlines() if each.startswith(".venv/bin/")]
+    lines = [
+        each for each in done.stdout.replace("\\\n", " ").splitlines() if each.startswith((".venv/bin/", ".latest/bin/"))
+    ]
     assert lines, done.stdout
     for each in lines:
         if "dsrecipes train" in each:
