@@ -24,10 +24,10 @@ from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
 from dsrecipes.data.files import Row
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
+from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.seen import LowerNames, name_form
+from dsrecipes.data.split import Split
 from dsrecipes.data.turns import as_text
 from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
@@ -394,7 +394,7 @@ def _replace_labels(path: Path, texts: list[str], kind: str, names: list[str]) -
             targets.append(target(json.loads(text), kind, names))
         except ValueError as error:
             row = pc.index(column, pa.scalar(text, column.type)).as_py()
-            raise UserError(f"{describe_places(path, [row])}: {error}. Fix or remove the row") from None
+            raise UserError(f"{RowSources(path).describe([row])}: {error}. Fix or remove the row") from None
     numbers = pa.array(targets, {ONE: pa.int32(), SEVERAL: pa.list_(pa.float32()), NUMBER: pa.float32()}[kind])
     known, scratch = pa.array(texts, column.type), path.with_suffix(".labelled")
     with ColumnWriter(scratch, piece=0) as writer:

@@ -45,7 +45,7 @@ class Settings:
 
 def losses(run: FinishedRun, paths: dict[str, Path], settings: Settings) -> tuple[Measure, int]:
     """The summed loss of each sequence over its labels, in nats; where rows have weights, each label's times its weight."""
-    from dsrecipes.data.collate import Sequences
+    from dsrecipes.data.sequences import Sequences
 
     parts = {name: Sequences(path) for name, path in paths.items()}
     every = ((name, part[index][0]) for name, part in parts.items() for index in range(len(part)))

@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Robe
 from dsrecipes import UserError, load_recipe
 from dsrecipes.cli import main
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.collate import PADDING_ROW, TOKEN_COUNTS, PaddingCollator, Sequences
+from dsrecipes.data.collate import TOKEN_COUNTS, PaddingCollator
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
 from dsrecipes.evaluation.evaluate import evaluate
 from dsrecipes.evaluation.rows import EvaluationRows
 from dsrecipes.inference.chat import chat
