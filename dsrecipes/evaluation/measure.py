@@ -94,8 +94,8 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
 
     from dsrecipes.data.collate import TOKEN_COUNTS, PaddingCollator
     from dsrecipes.data.records import bad_row
-    from dsrecipes.model.load import check_ids
     from dsrecipes.model.task import pad_id
+    from dsrecipes.model.tokenizer import check_ids
 
     encoded = run.recipe.encode([item.record for item in items], run.tokenizer, run.options)
     for item, texts in zip(items, encoded["input_ids"], strict=True):

@@ -29,7 +29,7 @@ from dsrecipes.data.files import FileRows
 from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.stream import Stream, StreamSampler
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import check_ids
+from dsrecipes.model.tokenizer import check_ids
 from dsrecipes.run import main
 
 UNIT = 400
