@@ -261,15 +261,15 @@ def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
 def shares(recipe: str, values: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Run a recipe; (held, whole) bytes of each part that the first step's audit counted on this rank."""
     found: list[Shards] = []
-    count = first_step.shards
+    count = first_step.measure_shards
 
     def keep(*given: Any) -> Shards:
         found.append(count(*given))
         return found[-1]
 
-    first_step.shards = keep
+    first_step.measure_shards = keep
     try:
         train(recipe, values)
     finally:
-        first_step.shards = count
+        first_step.measure_shards = count
     return {part: found[0].share(part) for part in ("weights", "gradients", "states")}
