@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
@@ -28,16 +27,14 @@ def test_named_targets_and_paths_exist():
 def test_three_templates_of_tests_import_what_exists():
     assert len(TEMPLATES) == 3
     for block in TEMPLATES:
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, name.name) for name in node.names), block
+        imports = [node for node in ast.parse(block).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), "CONTRIBUTING.md", "exec"), {})
 
 
 def test_ids_of_messages_lie_in_the_range_of_their_layer():
     rows = re.findall(r"([a-z]+)[a-z, /]* \| (\d{3})-(\d{3})", TEXT)
     ranges = {layer: range(int(first), int(last) + 1) for layer, first, last in rows}
-    assert len(ranges) == 13
+    assert len(ranges) == 14
     for path in (ROOT / "dsrecipes" / "messages").glob("*.yaml"):
         for identifier in yaml.safe_load(path.read_text("utf-8")):
             assert int(identifier.removeprefix("DSR")) in ranges[path.stem], f"{identifier} in {path.name}"
