@@ -18,10 +18,11 @@ import pytest
 import reaper
 from ranks import Ranks
 from small import Runs, Small
+from warm import stop_servers
 
 _INHERITED = re.compile(
     "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"
-    "OMP_NUM_THREADS|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
+    "OMP_.*|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
     "MAKEFLAGS|MAKELEVEL|MAKEOVERRIDES|PYTHONOPTIMIZE|PYTHONUNBUFFERED|PYTHONWARNINGS|(HF|TRANSFORMERS|HUGGING_FACE|DSRECIPES)_.*"
 )
 """Variables of the shell, the job or the `make` that the session runs in, which would reach what the tests start."""
@@ -38,6 +39,8 @@ os.environ |= {
     "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
     "HF_HOME": str(_CACHE / "hf"),
     "LC_ALL": "C.UTF-8",
+    # OpenMP threads that wait for each other awake starve beside a busy process: six times the CPU time
+    "OMP_WAIT_POLICY": "PASSIVE",
     reaper.TAG: _TAG,
 }
 
@@ -65,7 +68,8 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove the session's caches."""
+    """End what the session started, and remove its caches."""
+    stop_servers()
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 

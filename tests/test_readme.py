@@ -17,7 +17,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,11 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm(folder: Path) -> Iterator[Warm]:
+def warm(folder: Path) -> Warm:
     """Runs commands in the README's folder."""
-    server = Warm(folder)
-    yield server
-    server.stop()
+    return Warm(folder)
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
@@ -113,14 +110,13 @@ def test_a_training_line(line: str, warm: Warm):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Warm:
     """Runs commands in a folder with a finished run and the README's files."""
     server = Warm(tmp_path_factory.mktemp("finished"))
     write_files(server.folder)
     done = server.dsrecipes("train", "alpaca_llama_sft", "--max_steps", "1")
     assert done.code == 0 and "verified" in done.out, done.err
-    yield server
-    server.stop()
+    return server
 
 
 @pytest.mark.ranks
