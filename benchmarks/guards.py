@@ -65,10 +65,10 @@ def rank(out: Path, flags: dict[str, Any]) -> None:
     from transformers import TrainerCallback
 
     from dsrecipes import load_recipe
-    from dsrecipes.runs.watch import Watch
+    from dsrecipes.launch.watchdog import Watchdog
 
     record, end = Meter(), Meter()
-    Watch.at = record.of(Watch.at)  # type: ignore[method-assign]
+    Watchdog.enter = record.of(Watchdog.enter)  # type: ignore[method-assign]
     trainer = load_recipe("alpaca_llama_sft", **flags).build_trainer()
     trainer.at_step_end = end.of(trainer.at_step_end)
     rows: list[dict[str, float]] = []

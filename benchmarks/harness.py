@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from dsrecipes.data.questions import LETTERS
-from dsrecipes.use.log_likelihood import FORMS, context, log_likelihoods, options, score
-from dsrecipes.use.rows import QuestionRows
+from dsrecipes.evaluation.log_likelihood import FORMS, context, log_likelihoods, options, score
+from dsrecipes.evaluation.rows import QuestionRows
 
 Json = dict[str, Any]
 _TEMPLATES = {

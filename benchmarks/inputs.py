@@ -34,7 +34,7 @@ def make_model(folder: Path, vocabulary: int = 49152) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from dsrecipes.model.hub import CARRIED, local_model
+    from dsrecipes.model.bundled import CARRIED, local_model
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -68,7 +68,7 @@ def make_rows(files: list[Path], model: Path, root: Path, *, all_rows: bool = Fa
     from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft, _segments
     from transformers import AutoTokenizer
 
-    from dsrecipes.data.encode import EncodeOptions
+    from dsrecipes.config.encoding import EncodeOptions
 
     key = hashlib.sha256(b"\0".join([*(file.read_bytes() for file in files), str(all_rows).encode(), _VERSION.encode()]))
     folder = root / key.hexdigest()[:12]

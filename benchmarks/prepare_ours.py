@@ -11,11 +11,11 @@ from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from meter import LENGTH, arguments, write_prepared
 from transformers import AutoTokenizer
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.collate import Sequences
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
-from dsrecipes.runs.console import Console
+from dsrecipes.io.console import Console
 
 
 def main() -> None:

@@ -77,11 +77,11 @@ def prepare_once(path: Path, model: Path, length: int) -> None:
     from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
     from transformers import AutoTokenizer
 
+    from dsrecipes.config.encoding import EncodeOptions
     from dsrecipes.data.collate import Sequences
-    from dsrecipes.data.encode import EncodeOptions
     from dsrecipes.data.load import load_splits
     from dsrecipes.data.prepare import prepare
-    from dsrecipes.runs.console import Console
+    from dsrecipes.io.console import Console
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     began = time.perf_counter()

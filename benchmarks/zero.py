@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from dsrecipes import load_recipe
-from dsrecipes.zero.held import held, storages
+from dsrecipes.zero.shards import held_bytes, storages
 
 SMALL = 1 << 14
 """Bytes; smaller tensors are not counted among the buffers."""
@@ -30,7 +30,7 @@ def counted(engine: Any) -> dict[str, int]:
 
     Buffers are all other live tensors: communication buckets, batches, rotary tables.
     """
-    parts = held(engine.module, engine.optimizer)
+    parts = held_bytes(engine.module, engine.optimizer)
     known = {key: size for part in parts.values() for key, size in part.items()}
     everything = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
     buffers = {key: size for key, size in storages(everything, known).items() if size >= SMALL}

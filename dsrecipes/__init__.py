@@ -20,9 +20,18 @@ if not (_HERE / "recipes").is_dir():
 # see dsrecipes.model.load.disable_cpu_packing. transformers may import it before dsrecipes.model is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-_EXPORTS = {"load_recipe": "dsrecipes.base", "RecipeBase": "dsrecipes.base", "UserError": "dsrecipes.errors"} | {
-    name: f"dsrecipes.use.{name}"
-    for name in ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report")
+_EXPORTS = {
+    "load_recipe": "base",
+    "RecipeBase": "base",
+    "UserError": "errors",
+    "chat": "inference.chat",
+    "generate": "inference.generate",
+    "evaluate": "evaluation.evaluate",
+    "compare": "evaluation.compare",
+    "judge": "evaluation.judge",
+    "verify": "publish.verify",
+    "export": "publish.export",
+    "report": "reporting.report",
 }
 __all__ = list(_EXPORTS)
 
@@ -30,5 +39,5 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str) -> Any:
     """Import the public names on first use: `dsrecipes list` and `show` must not wait for torch."""
     if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
+        return getattr(import_module(f"dsrecipes.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'dsrecipes' has no attribute {name!r}")

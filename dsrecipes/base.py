@@ -32,10 +32,19 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from dsrecipes.config import Config, TrainConfig, best_metric, build_config
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.config.find import RecipeFiles, is_shipped
+from dsrecipes.config.flags import JUDGED_SCHEDULES, without_effect
+from dsrecipes.config.layers import Layers, layer, seconds_of
+from dsrecipes.config.parse import best_metric, build_config
+from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.sources import Source
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
-from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.data.collate import (
+    CausalCollator,
+    PaddingCollator,
+    Sequences,
+)
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.mixture import (
@@ -51,15 +60,19 @@ from dsrecipes.data.mixture import (
     source_rows,
     style_notes,
 )
-from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, cache_root
+from dsrecipes.data.origin import describe_places
+from dsrecipes.data.prepare import Split
 from dsrecipes.data.renamed import renamed
 from dsrecipes.data.stream import Stream, check_streaming, stream_files
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest, plural
-from dsrecipes.find import RecipeFiles, is_shipped
-from dsrecipes.flags import JUDGED_SCHEDULES, without_effect
-from dsrecipes.layers import Layers, layer, seconds_of
+from dsrecipes.io.caches import check_docstrings, redirect_caches
+from dsrecipes.io.console import Console
+from dsrecipes.io.disk import is_disk_full, is_write_error, put_in_place, sync
+from dsrecipes.io.paths import cache_root
+from dsrecipes.launch.environment import DEVICE_KEYS, RANK_KEYS
+from dsrecipes.launch.signals import StopSignals
+from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.model.attention import keep_apart, takes_segments
 from dsrecipes.model.load import (
     check_attention,
@@ -72,32 +85,27 @@ from dsrecipes.model.load import (
     load_config,
     load_model,
     load_tokenizer,
-    pad_id,
     random_weights,
 )
+from dsrecipes.model.memory import is_out_of_memory
 from dsrecipes.model.modalities import unreached_note
-from dsrecipes.parts import check_parts
-from dsrecipes.place import Place, find_place
-from dsrecipes.process import check_docstrings, redirect_caches
-from dsrecipes.runs import report
-from dsrecipes.runs.checkpoint import choose, damage
-from dsrecipes.runs.console import Console
-from dsrecipes.runs.contract import check_contract, contract
+from dsrecipes.model.task import is_causal_lm, pad_id
 from dsrecipes.runs.curve import draw_curve
-from dsrecipes.runs.disk import is_disk_full, is_write_error, put_in_place, sync
-from dsrecipes.runs.expected import record
-from dsrecipes.runs.faults import check_step, is_out_of_memory, load_of, out_of_memory
-from dsrecipes.runs.first_step import FirstStep
-from dsrecipes.runs.opening import choose_folder, delete_replaced, leave_folder, take_folder
-from dsrecipes.runs.orders import Orders
-from dsrecipes.runs.record import Recorder
-from dsrecipes.runs.watch import Watch
-from dsrecipes.saving import Keeping, read_progress, step_of
-from dsrecipes.sources import Source
-from dsrecipes.trainer import Metrics, RecipeTrainer, is_causal_lm
-from dsrecipes.use.verify import verify_apart
+from dsrecipes.runs.manifest import choose, damage
+from dsrecipes.runs.reference import save_reference
+from dsrecipes.train import artifacts, summary
+from dsrecipes.train.diagnosis import check_step, load_of, out_of_memory
+from dsrecipes.train.first_step import FirstStep
+from dsrecipes.train.identity import check_identity, run_identity
+from dsrecipes.train.precheck import check_parts
+from dsrecipes.train.recorder import Recorder
+from dsrecipes.train.run_folder import choose_folder, delete_replaced, leave_folder, take_folder
+from dsrecipes.train.saving import CheckpointContext, read_progress, step_of
+from dsrecipes.train.setup import RunSetup, resolve_setup
+from dsrecipes.train.trainer import RecipeTrainer
+from dsrecipes.train.training import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
-from dsrecipes.zero.runtime import DEVICE_KEYS, RANK_KEYS, check_started, keep_gradient_norm
+from dsrecipes.zero.process import check_started, keep_gradient_norm
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ class RecipeBase(ABC):
         train, data = self.config.train, self.config.data
         check_docstrings()
         cache_note = redirect_caches()  # for use from Python; dsrecipes.run has already done it
-        self.place: Place = find_place(self.config)
+        self.place: RunSetup = resolve_setup(self.config)
         values = {**vars(self.config.model), **vars(data), **train}
         self.place.notes += without_effect(values, self.config.own, self.place.zero is not None)
         self.place.notes += self._unused_settings()
@@ -236,7 +244,7 @@ class RecipeBase(ABC):
         if not train["verbose"]:
             disable_progress_bar()  # transformers' own: of reading and writing shards
         named, candidates = choose_folder(self.config, self.place, self.console.say)
-        self.console.say(report.loading(self.config.model))
+        self.console.say(summary.loading(self.config.model))
         self.model_config: PretrainedConfig = load_config(self.config.model, self.auto_class)
         stage = self.place.zero.stage if self.place.zero else None
         check_model(self.model_config, self.config.model, data.max_length, stage)
@@ -271,15 +279,15 @@ class RecipeBase(ABC):
                 "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
             )
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
-        self.orders = Orders(limit, self.args.ddp_timeout_delta)
+        self.orders = StopSignals(limit, self.args.ddp_timeout_delta)
         self.folder, self._lock, self._made_folder = take_folder(
             named, candidates, self.config, self.orders, self.console.main
         )
         self.args.output_dir = str(self.folder.path)
-        candidates = self.orders.gathered(candidates)[0]
+        candidates = self.orders.all_gather(candidates)[0]
         self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
-        terms = contract(self)
-        changed = check_contract(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
+        terms = run_identity(self)
+        changed = check_identity(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
         if self.stream:
             self._begin_stream(self.stream, changed)
         read = self.stream.window.end.read if self.stream else self.splits["train"].stats
@@ -296,7 +304,7 @@ class RecipeBase(ABC):
             model=self.model, args=self.args, data_collator=self.collator(), train_dataset=train_data,
             eval_dataset=self.sequences.get("validation"),
             processing_class=self.tokenizer, watch=self.watch, weighted=any(each.weighted for each in (train_data, *self.sequences.values())),
-            keeping=Keeping(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
+            keeping=CheckpointContext(self.folder, self.place.made_by(), terms, self.orders, self.console.say, changed),
             compute_metrics=self.metrics(self.splits["validation"]) if "validation" in self.splits else None,
         )  # fmt: skip
         self.trainer = trainer
@@ -371,7 +379,7 @@ class RecipeBase(ABC):
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's bytes; each rank looks at a part of them, and all know."""
         part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
-        return next((each for each in self.orders.gathered(part) if each), None)
+        return next((each for each in self.orders.all_gather(part) if each), None)
 
     @property
     def _has_prompts(self) -> bool:
@@ -520,7 +528,7 @@ class RecipeBase(ABC):
         Raises:
             UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
         """
-        if len(set(self.orders.gathered(stream.fingerprint))) > 1:
+        if len(set(self.orders.all_gather(stream.fingerprint))) > 1:
             raise UserError(f"--dataset {self.config.data.dataset}: the ranks see different files, so they would skip rows")
         if "data" in changed:
             raise UserError("--allow_changed data: a stream resumes by position, which other data do not have")
@@ -544,19 +552,19 @@ class RecipeBase(ABC):
             return
         self.console.log_to(self.folder.console)
         if self.console.main:
-            report.write_start(self.folder, self.config, self.place)
+            artifacts.write_start(self.folder, self.config, self.place)
             self._write_data(self._resumes_at()[0])
 
     def _write_data(self, step: int) -> dict[str, Any] | None:
         """Write data.json; returns what became of the rows of a stream up to a step."""
         streamed = self.stream.facts(step) if self.stream else None
-        report.write_data(self.folder, self.splits, self.sequences, streamed)
+        artifacts.write_data(self.folder, self.splits, self.sequences, streamed)
         return streamed
 
-    def _watch(self) -> Watch:
+    def _watch(self) -> Watchdog:
         ranks = self.place.ranks
         first = ranks.rank - ranks.local_rank
-        return Watch(
+        return Watchdog(
             self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
             patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
         )  # fmt: skip
@@ -566,7 +574,7 @@ class RecipeBase(ABC):
         if self.stream:
             return self.stream.places(rows)
         block = self.config.data.max_length if self.cut_into_blocks else None
-        return "; ".join(places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
+        return "; ".join(describe_places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
 
     def _stood_at(self) -> str:
         trainer = getattr(self, "trainer", None)
@@ -577,10 +585,10 @@ class RecipeBase(ABC):
         return step_of(self.checkpoint) if self.checkpoint else (0, False)
 
     def _finish(self, trainer: RecipeTrainer, began: float) -> RunResult:
-        self.watch.at("finishing")
+        self.watch.enter("finishing")
         self.console.say("saving the model")
         self._save_model(trainer)
-        record(self, trainer)
+        save_reference(self, trainer)
         metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": trainer.last_loss()}
         for name, prefix in (("validation", "eval"), ("test", "test")):
             if name not in self.splits:
@@ -591,13 +599,13 @@ class RecipeBase(ABC):
             if stale or (wanted and not trainer.details):
                 trainer.compute_metrics = wanted
                 last = trainer.evaluate(self.sequences[name], metric_key_prefix=prefix)
-                self.watch.at("finishing")
+                self.watch.enter("finishing")
             metrics |= {key: value for key, value in last.items() if key.startswith(f"{prefix}_")}
             metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
         result = RunResult(self.folder.path, trainer.state.global_step, metrics)
         problem: str | None = None
         if self.console.main:
-            report.write_metrics(self.folder, metrics)
+            artifacts.write_metrics(self.folder, metrics)
             self.write_extras(self.folder.path)
             draw_curve(
                 self.folder.log,
@@ -609,7 +617,7 @@ class RecipeBase(ABC):
                 problem = verify_apart(self.folder)
             self._write_page()
             streamed = self._write_data(result.step)
-            self.console.say(report.footer(self.config, result, self.folder, time.monotonic() - began, streamed))
+            self.console.say(summary.footer(self.config, result, self.folder, time.monotonic() - began, streamed))
         trainer.accelerator.wait_for_everyone()
         if problem:
             raise UserError(problem)
@@ -639,7 +647,7 @@ class RecipeBase(ABC):
 
     def _write_page(self) -> None:
         """report.html; the run is whole without it, so whatever fails there is told and no more."""
-        from dsrecipes.use.report import report as write_page
+        from dsrecipes.reporting.report import report as write_page
 
         try:
             write_page(self.folder.path)
@@ -683,7 +691,7 @@ class _FirstAndLastStep(TrainerCallback):
         if engine is not None:
             recipe.place.check_engine(engine)
             keep_gradient_norm(engine)
-        recipe.console.say(report.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
+        recipe.console.say(summary.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
         data = trainer.train_dataset.sample
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
             check_ends(data, recipe.tokenizer, trainer.model)
@@ -695,11 +703,11 @@ class _FirstAndLastStep(TrainerCallback):
         if sample is not None:
             keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
-            recipe.console.say(report.first_example(trainer, recipe.tokenizer))
+            recipe.console.say(summary.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)
             raise _DryRunEnds
         if engine is not None and recipe.console.main:
-            report.write_ds_config(recipe.folder, trainer)
+            artifacts.write_ds_config(recipe.folder, trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the last step whatever logging_steps is: it is the run's result. A stream says which epoch it is in."""
@@ -752,3 +760,6 @@ def load_recipe(recipe: str, **values: Any) -> RecipeBase:
     """
     layers = layer({"recipe": recipe, **values}, origin="python")
     return recipe_class(layers.recipe)(layers)
+
+
+Metrics = Callable[[EvalPrediction], dict[str, float]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -16,15 +17,17 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from dsrecipes import find
-from dsrecipes.batch import batch_of, ranks_of
+from dsrecipes.completion import main as completion
+from dsrecipes.config import find
+from dsrecipes.config.batch import batch_of, ranks_of
+from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
+from dsrecipes.config.help import asks_for_help, help_text, known_flags
+from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
-from dsrecipes.flags import refuse_unknown, refuse_unsuited
-from dsrecipes.launch import launch
-from dsrecipes.layers import layer, parse_flags
-from dsrecipes.process import check_docstrings, redirect_caches
-from dsrecipes.tasks import refuse_tasks
-from dsrecipes.usage import asks_for_help, help_text, known_flags
+from dsrecipes.io import text
+from dsrecipes.io.caches import check_docstrings, redirect_caches
+from dsrecipes.launch.launcher import launch
+from dsrecipes.launch.task_ranks import refuse_tasks
 
 _USAGE = """\
 usage: dsrecipes COMMAND ...
@@ -33,6 +36,8 @@ usage: dsrecipes COMMAND ...
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
+  --version                          the version
 
 with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
   chat RUN                           talk to the model
@@ -47,6 +52,13 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
 """
 _HELP = {
     "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
+    "completion": """\
+usage: dsrecipes completion bash|zsh
+
+Print a script that completes commands, flags and recipes.
+  bash   source <(dsrecipes completion bash)
+  zsh    dsrecipes completion zsh > a folder of $fpath/_dsrecipes
+""",
     "show": """\
 usage: dsrecipes show RECIPE [--flag value ...] [--all]
 
@@ -104,13 +116,13 @@ def list_recipes(argv: list[str]) -> int:
     for name in find.recipe_names():
         recipe = find.find_recipe(name)
         assert recipe.yaml is not None
-        values = find.read_yaml(recipe.yaml)
+        values = text.read_yaml(recipe.yaml)
         told = (values.get(key, "") for key in ("about", "model_name_or_path", "dataset", "machine"))
         print(f"{name:<18}{' · '.join(map(str, told))}")
     print("\nwithout a GPU each runs a small offline profile")
     print("\nvariants (dsrecipes train --config NAME)")
     for name in find.variant_names():
-        values = find.read_yaml(find.find_config(name))
+        values = text.read_yaml(find.find_config(name))
         print(f"{name:<30}{values.get('recipe')}: {values.get('about', '')}")
     return 0
 
@@ -127,7 +139,7 @@ def show(argv: list[str]) -> int:
     origins = {key: origin for key, (_, origin) in merged.items()}
     values = {key: value for key, (value, _) in merged.items()}
     if everything:
-        from dsrecipes.config import build_config
+        from dsrecipes.config.parse import build_config
 
         config = build_config(layers)
         values = {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
@@ -148,14 +160,31 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dsrecipes")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 _READER_ENDED = 141
 """A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
-_USES: tuple[str, ...] = ("chat", "generate", "evaluate", "compare", "judge", "verify", "export", "report", "reshape")
-"""The commands on finished runs: each is a module of dsrecipes.use with a `main`."""
+_COMMANDS = {
+    "chat": "inference.chat",
+    "generate": "inference.generate",
+    "evaluate": "evaluation.evaluate",
+    "compare": "evaluation.compare",
+    "judge": "evaluation.judge",
+    "verify": "publish.verify",
+    "export": "publish.export",
+    "report": "reporting.report",
+    "reshape": "publish.reshape",
+}
+"""The commands on finished runs, and the module of each, which has a `main`."""
 
 
 def _use(command: str, argv: list[str]) -> int:
-    """A command of dsrecipes.use, imported when it is called; stderr has our messages alone, not those of libraries."""
+    """A command on a finished run, imported when it is called; stderr has our messages alone, not those of libraries."""
     warnings.filterwarnings("ignore")
     if logging.lastResort:  # prints the warnings of loggers without a handler
         logging.lastResort.setLevel(logging.ERROR)
@@ -165,7 +194,7 @@ def _use(command: str, argv: list[str]) -> int:
     if cache_note:
         print(cache_note, file=sys.stderr)
     try:
-        return importlib.import_module(f"dsrecipes.use.{command}").main(argv)
+        return importlib.import_module(f"dsrecipes.{_COMMANDS[command]}").main(argv)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -177,11 +206,15 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stdout is None:  # closed, as by `>&-`
         sys.stdout = open(os.devnull, "w")
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
-    commands |= {name: partial(_use, name) for name in _USES}
+    commands |= {name: partial(_use, name) for name in _COMMANDS}
+    commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(textwrap.dedent(_USAGE), end="", flush=True)
             return 0 if argv else EXIT_CODE
+        if argv[0] == "--version":
+            print(f"dsrecipes {_version()}", flush=True)
+            return 0
         if argv[0] not in commands:
             raise UserError(
                 f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"

@@ -15,13 +15,35 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 class UserError(Exception):
-    """What is wrong, where it is (file, row, key) and what to do, in a sentence or two."""
+    """A fault that the user can fix: what is wrong, where (file, row, key) and what to do, and the id of its explanation.
 
-    def __init__(self, message: str) -> None:
-        """A quoted value may be of any length and hold anything: its middle is left out, control characters are escaped."""
+    The id (`DSR042`) stands at the end of the printed message; `dsrecipes explain DSR042` prints cause and cure, which
+    dsrecipes/messages/ holds.
+    """
+
+    def __init__(self, code: str, message: str = "") -> None:
+        """Shorten an over-long message in its middle and escape control characters, since quoted values may hold anything.
+
+        Args:
+            code: the id of the fault.
+            message: without the id.
+        """
+        if not message:  # until every message has its id
+            code, message = "", code
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
-        super().__init__(printable(message))
+        self.code = code
+        self.message = printable(message)
+        super().__init__(coded(code, self.message) if code else self.message)
+
+    def at(self, place: str) -> UserError:
+        """The same fault with the place where it was found in front: a file, a row, a flag."""
+        return UserError(self.code, f"{place}: {self.message}")
+
+
+def coded(code: str, message: str) -> str:
+    """A message with the id of its explanation at the end, for warnings and notes that are not raised."""
+    return f"{message} [{code}]"
 
 
 def printable(text: str) -> str:

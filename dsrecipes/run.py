@@ -6,8 +6,6 @@ Also under a launcher: torchrun --nproc_per_node 2 -m dsrecipes.run --recipe gpt
 from __future__ import annotations
 
 import atexit
-import contextlib
-import gc
 import os
 import signal
 import sys
@@ -15,16 +13,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
+from dsrecipes.config.help import asks_for_help, help_text
+from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
-from dsrecipes.layers import Layers, layer, parse_flags
-from dsrecipes.process import check_docstrings, redirect_caches
-from dsrecipes.runs.console import Console
-from dsrecipes.runs.watch import follow_launcher, restore_child_signal
-from dsrecipes.tasks import adopt_ranks
-from dsrecipes.usage import asks_for_help, help_text
+from dsrecipes.io.caches import check_docstrings, redirect_caches
+from dsrecipes.io.console import Console
+from dsrecipes.launch.imports import quick_imports, unneeded_packages
+from dsrecipes.launch.task_ranks import adopt_ranks
+from dsrecipes.launch.watchdog import follow_launcher, restore_child_signal
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -42,59 +40,6 @@ def _others_are_busy() -> bool:
     busy = [int(new) - int(old) for old, new in zip(before[1:], after[1:], strict=True)]
     idle, total = busy[3] + busy[4], sum(busy[:8])  # proc(5): user nice system idle iowait irq softirq steal
     return total > 0 and (total - idle) / total * (os.cpu_count() or 1) > 0.2
-
-
-def _unneeded(layers: Layers) -> list[str]:
-    """Packages that transformers imports wherever it finds them, and that this process has no use for."""
-    if Path(sys.argv[0]).name not in ("dsrecipes", "run.py"):
-        return []  # not our own command: what follows in this process may need them
-    values = {key: str(value) for key, (value, _) in layers.merged().items()}
-    if not str(layers.recipe.module).startswith("dsrecipes.recipes."):
-        return ["scipy"]  # a recipe of the user's own may give Trainer a Dataset, or a model an adapter
-    if values.get("lora_r", "0") == "0" and not any(word in values.get("optim", "") for word in ("8bit", "bnb", "paged")):
-        return ["scipy", "datasets", "peft", "bitsandbytes"]
-    return ["scipy", "datasets"]
-
-
-def _read_models_once() -> None:
-    """Let transformers keep the names in its model files, which it reads twice when it is imported: half a second."""
-    from transformers.utils import import_utils
-
-    read = getattr(import_utils, "create_import_structure_from_path", None)
-    if hasattr(read, "cache_info"):  # 5.23: cached by path; first models/, then models/__init__.py, with equal results
-
-        def read_once(path: str | Path) -> object:
-            return read(Path(path).parent if Path(path).name == "__init__.py" else Path(path))
-
-        import_utils.create_import_structure_from_path = read_once
-
-
-@contextlib.contextmanager
-def hidden(packages: list[str]) -> Iterator[None]:
-    """Let packages seem not installed for a while."""
-    names = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(names))
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _quick_imports(unneeded: list[str]) -> Iterator[None]:
-    """Import without what is not needed, and without garbage collection: it finds nothing to free.
-
-    Both took a third of the time to the first step.
-    """
-    gc.disable()
-    try:
-        with hidden(unneeded):
-            _read_models_once()
-            yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _tell(message: str, rank: int) -> None:
@@ -141,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         console.say(layers.first_line())  # before the imports, which take ten seconds
         if cache_note:
             console.say(f"{'cache':<10}{cache_note}")
-        with _quick_imports(_unneeded(layers)):
+        with quick_imports(unneeded_packages(layers)):
             from dsrecipes.base import recipe_class
 
         story = recipe_class(layers.recipe)(layers, console)
@@ -168,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         raise
     finally:
         if "torch" in sys.modules:
-            from dsrecipes.zero.runtime import end_process_group
+            from dsrecipes.zero.process import end_process_group
 
             # not here: DeepSpeed keeps its groups for good, and a later run in this process needs them
             atexit.register(end_process_group)

@@ -3,8 +3,9 @@
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, unanswered, weight_of
-from dsrecipes.data.encode import EncodeOptions, Segments, encode_segments, weigh
+from dsrecipes.data.encode import Segments, encode_segments, weigh
 from dsrecipes.data.files import Row
 from dsrecipes.data.formats import as_turns, instruction_record
 

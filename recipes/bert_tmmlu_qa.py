@@ -13,13 +13,12 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from dsrecipes.base import RecipeBase
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.base import Metrics, RecipeBase
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row, located
 from dsrecipes.data.prepare import Split
 from dsrecipes.data.questions import LETTERS, SHARES, SUBJECTS, UNGROUPED, pool, question_record, sources
 from dsrecipes.data.weights import WEIGHTS, row_weights
-from dsrecipes.trainer import Metrics
 
 
 class BertTmmluQa(RecipeBase):

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.encode import EncodeOptions, encode_texts
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.data.encode import encode_texts
 from dsrecipes.data.files import FileRows, LineRows, Row
 from dsrecipes.data.formats import text_record
 

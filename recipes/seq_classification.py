@@ -20,18 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from dsrecipes.base import RecipeBase
+from dsrecipes.base import Metrics, RecipeBase
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row
-from dsrecipes.data.origin import places
+from dsrecipes.data.origin import describe_places
 from dsrecipes.data.prepare import Split
 from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.seen import LowerNames, name_form
 from dsrecipes.data.turns import as_text
 from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
-from dsrecipes.trainer import Metrics
 
 ONE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 """Kinds of label, by transformers' name (config.problem_type)."""
@@ -395,7 +394,7 @@ def _replace_labels(path: Path, texts: list[str], kind: str, names: list[str]) -
             targets.append(target(json.loads(text), kind, names))
         except ValueError as error:
             row = pc.index(column, pa.scalar(text, column.type)).as_py()
-            raise UserError(f"{places(path, [row])}: {error}. Fix or remove the row") from None
+            raise UserError(f"{describe_places(path, [row])}: {error}. Fix or remove the row") from None
     numbers = pa.array(targets, {ONE: pa.int32(), SEVERAL: pa.list_(pa.float32()), NUMBER: pa.float32()}[kind])
     known, scratch = pa.array(texts, column.type), path.with_suffix(".labelled")
     with ColumnWriter(scratch, piece=0) as writer:

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import reaper
-from ranks import Ranks
-from small import Runs, Small
-from warm import stop_servers
+from support import reaper
+from support.fork_server import stop_servers
+from support.models import Runs, Small
+from support.rank_pool import Ranks
 
 _INHERITED = re.compile(
     "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"
@@ -71,6 +71,18 @@ def pytest_unconfigure() -> None:
     """End what the session started, and remove its caches."""
     stop_servers()
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2`: the long tests first, and in one process what shares fixtures: a module, or runs of a recipe."""
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if {"runs", "two_ranks"} <= set(getattr(item, "fixturenames", ())):
+            values = item.callspec.params if hasattr(item, "callspec") else {}
+            group = f"runs of {values.get('name', 'gpt2')}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _ranks(world: int, folder: Path) -> Iterator[Ranks]:

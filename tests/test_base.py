@@ -4,14 +4,14 @@ import json
 import math
 
 import pytest
-from tiny import refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from dsrecipes import load_recipe
 from dsrecipes.errors import UserError
+from dsrecipes.publish.verify import verify
 from dsrecipes.run import main
-from dsrecipes.runs.curve import read_log
-from dsrecipes.use.verify import verify
+from dsrecipes.runs.log import read_log
 
 MINE = """
 from dsrecipes.base import RecipeBase

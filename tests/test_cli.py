@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from dsrecipes import cli
-from dsrecipes.find import recipe_names, variant_names
+from dsrecipes.config.find import recipe_names, variant_names
 
-from tiny import ROOT, refusal  # isort: skip
+from support.tiny import ROOT, refusal  # isort: skip
 
 COMMAND = Path(sys.executable).with_name("dsrecipes")
 
@@ -108,10 +108,10 @@ def test_help_shows_the_values_that_would_run(tmp_path, capfd):
 def test_help_all_lists_every_flag_that_is_not_refused(capfd):
     import dataclasses
 
-    from dsrecipes.config import CONFIG_CLASSES
-    from dsrecipes.flags import FIXED
-    from dsrecipes.layers import ALIASES
-    from dsrecipes.usage import known_flags
+    from dsrecipes.config.flags import FIXED
+    from dsrecipes.config.help import known_flags
+    from dsrecipes.config.layers import ALIASES
+    from dsrecipes.config.schema import CONFIG_CLASSES
 
     fields = {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config) if field.init}
     assert known_flags().keys() == fields.keys()

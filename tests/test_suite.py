@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import reaper
-from tiny import ROOT
+from support import reaper
+from support.tiny import ROOT
 
 pytestmark = pytest.mark.ranks
 
@@ -33,8 +33,8 @@ def test_next():
 
 def run_pytest(folder: Path, hang: str, *flags: str) -> tuple[int, str, int]:
     """Exit code, output and the child's process id of a session with our conftest and one test that hangs."""
-    (folder / "tests").mkdir()
-    for name in ("conftest.py", "reaper.py", "ranks.py", "small.py"):
+    (folder / "tests" / "support").mkdir(parents=True)
+    for name in ("conftest.py", "support/reaper.py", "support/rank_pool.py", "support/models.py"):
         (folder / "tests" / name).write_text((ROOT / "tests" / name).read_text("utf-8"), "utf-8")
     (folder / "tests" / "test_hung.py").write_text(HUNG.format(hang=hang))
     (folder / "setup.cfg").write_text(

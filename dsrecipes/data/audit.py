@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import FILLER, Features, Sequences, labelled
+from dsrecipes.data.collate import PADDING_ROW, Features, Sequences, labelled
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
@@ -212,7 +212,7 @@ def check_ranks(found: list[RankRows]) -> None:
         raise UserError(f"the ranks have different numbers of micro batches ({told}): the others would wait for ever")
     owner: dict[int, int] = {}
     for rank, each in enumerate(found):
-        for index in set(each.sequences) - {FILLER}:
+        for index in set(each.sequences) - {PADDING_ROW}:
             if owner.setdefault(index, rank) != rank:
                 raise UserError(
                     f"ranks {owner[index]} and {rank} have the same rows in the first step (sequence {index}): the sampler "

@@ -28,10 +28,11 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.encode import IGNORE, EncodeOptions, eos_of
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.config.values import as_weight
+from dsrecipes.data.encode import IGNORE, eos_of
 from dsrecipes.data.template import render
 from dsrecipes.data.turns import Turn
-from dsrecipes.data.weights import as_weight
 from dsrecipes.errors import UserError
 
 Shape = tuple[tuple[str, bool, bool, int], ...]

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import record_batch
-from dsrecipes.data.encode import IGNORE, EncodeOptions
+from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.origin import origins
-from dsrecipes.data.records import Records, content_of, encode_group
+from dsrecipes.data.records import Records, encode_group, record_hash
 from dsrecipes.data.seen import Seen
 from dsrecipes.data.weights import WEIGHTS, normalize_weights
 from dsrecipes.errors import UserError
@@ -112,7 +113,7 @@ class Encoding:
         formatted = list(records)
         chunk = Chunk(records.dropped.get("bad row", 0), len(formatted), seen=records.seen)
         if self.keyed:
-            chunk.keys = np.fromiter((content_of(record) for _, record in formatted), np.uint64)
+            chunk.keys = np.fromiter((record_hash(record) for _, record in formatted), np.uint64)
         if formatted:
             columns, good = encode_group(self.recipe, formatted, self.tokenizer, self.options, self.skip_bad_rows)
             self._fill(chunk, columns, good, [where for where, _ in formatted])

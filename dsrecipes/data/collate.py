@@ -17,11 +17,11 @@ from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.pack import Bins, pack, packed
 from dsrecipes.data.weights import WEIGHTS
 
-FILLER = -1
+PADDING_ROW = -1
 """Index of a row whose labels are all ignored; it fills a short step, where a repeated row would count twice."""
 _DEALT = 16
 """Steps whose rows are dealt together by length."""
-COUNTS = "counts"
+TOKEN_COUNTS = "counts"
 """Key of a batch's [useful tokens, rows]; the trainer takes it out before the model sees the batch."""
 Features = dict[str, Any]
 
@@ -29,7 +29,7 @@ Features = dict[str, Any]
 class Sequences(TorchDataset):
     """Rows as they are, or several whole ones to a sequence.
 
-    An item is [row, ...] with row a dict of input_ids, labels and what other numbers encode gave; item FILLER has one
+    An item is [row, ...] with row a dict of input_ids, labels and what other numbers encode gave; item PADDING_ROW has one
     row with nothing to learn from.
     """
 
@@ -105,7 +105,7 @@ class Sequences(TorchDataset):
 
     def rows(self, index: int) -> list[int]:
         """Numbers of the prepared rows in a sequence; a filler has none."""
-        return [] if index == FILLER else [index] if self.bins is None else self.bins[index].tolist()
+        return [] if index == PADDING_ROW else [index] if self.bins is None else self.bins[index].tolist()
 
     def examples(self, rows: list[int]) -> list[Features]:
         """Prepared rows by number."""
@@ -120,7 +120,7 @@ class Sequences(TorchDataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> list[Features]:
-        if index == FILLER:
+        if index == PADDING_ROW:
             row = self._row(0)
             if np.issubdtype(np.asarray(row["labels"]).dtype, np.floating):
                 return [{**row, "labels": np.full_like(row["labels"], np.nan)}]
@@ -139,7 +139,7 @@ class StepSampler:
     long, the shuffled rows of 16 steps are sorted by length and cut into quarters of a step: each step gets one drawn
     from the longest, one from the next, and so on. So each step is as likely as any other to get a row, and has long and
     short ones. Inside a step rows are sorted by length. Without shuffling the whole data are sorted. The last step of
-    an epoch is filled with FILLER.
+    an epoch is filled with PADDING_ROW.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class StepSampler:
     def order(self) -> np.ndarray:
         """Row numbers of the epoch, all ranks': (steps, accumulation x world x micro)."""
         rows = len(self.lengths) - 1
-        order = np.full(self.steps * int(np.prod(self.shape)), FILLER)
+        order = np.full(self.steps * int(np.prod(self.shape)), PADDING_ROW)
         if self.shuffle:
             draw = np.random.default_rng((self.seed, self.epoch))
             order[:rows] = draw.permutation(rows)
@@ -182,10 +182,10 @@ class StepSampler:
         steps = order.reshape(self.steps, -1)
         steps = np.take_along_axis(steps, np.argsort(-self.lengths[steps], axis=1, kind="stable"), axis=1)
         first = self.data.first_of(self.epoch) if self.data is not None else 0
-        return np.where(steps == FILLER, FILLER, steps + first)
+        return np.where(steps == PADDING_ROW, PADDING_ROW, steps + first)
 
     def _longest_first(self, rows: np.ndarray) -> np.ndarray:
-        return rows[np.argsort(-self.lengths[rows], kind="stable")]  # lengths[FILLER] is the 0 at the end
+        return rows[np.argsort(-self.lengths[rows], kind="stable")]  # lengths[PADDING_ROW] is the 0 at the end
 
     def _deal(self, order: np.ndarray, step: int, draw: np.random.Generator) -> None:
         """Deal rows of near lengths together to whole steps of `step` rows, in place."""
@@ -256,7 +256,7 @@ class CausalCollator:
             "position_ids": torch.from_numpy(positions),
             "labels": shift_labels,
             "shift_labels": shift_labels,
-            COUNTS: torch.tensor([tokens, rows]),
+            TOKEN_COUNTS: torch.tensor([tokens, rows]),
         }
         if self.select_logits:
             batch["logits_to_keep"] = keep
@@ -314,7 +314,7 @@ class PaddingCollator:
         is_number = np.issubdtype(labels.dtype, np.floating)
         batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))
         real = labelled(batch["labels"])
-        batch[COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
+        batch[TOKEN_COUNTS] = torch.stack([batch["attention_mask"][real].sum(), real.sum()])
         if WEIGHTS in rows[0]:
             batch[WEIGHTS] = torch.tensor([float(row[WEIGHTS]) for row in rows]) * real
         return batch

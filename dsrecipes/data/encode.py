@@ -5,8 +5,6 @@ Prompt and response are encoded apart and concatenated, so the mask boundary is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.errors import UserError
@@ -15,16 +13,6 @@ IGNORE = -100
 """Label of a position that is not trained on (torch's cross_entropy default)."""
 Segments = list[tuple[str, bool]]
 """A sequence in pieces: (text, is it trained on)."""
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """All that changes tokens, and so the cache key."""
-
-    max_length: int
-    prompt_style: str
-    problem_type: str = "auto"
-    reasoning: str = "keep"
 
 
 def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,7 +22,7 @@ from dsrecipes.data.json_stream import JsonStream
 from dsrecipes.data.shapes import SPLITS, kind, row_of, rows_in, splits_in
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
-from dsrecipes.find import parse_json
+from dsrecipes.io.text import parse_json
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")

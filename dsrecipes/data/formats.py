@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dsrecipes.config.values import as_weight
 from dsrecipes.data.files import Row
 from dsrecipes.data.seen import ReadRow, name_form
 from dsrecipes.data.turns import EMPTY, Turn, as_text, chat_turns, check_answers, raw_turns, tool_schemas
-from dsrecipes.data.weights import as_weight
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsrecipes.data.files import SUFFIXES, FileRows, Row, json_splits, suffix
 from dsrecipes.data.shapes import SPLITS
 from dsrecipes.errors import UserError
-from dsrecipes.find import starter_path, user_path
+from dsrecipes.io.paths import starter_path, user_path
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside the data."""
@@ -86,7 +86,7 @@ def fetch_csv(dataset: str) -> Path:
 def _explained(error: Exception, dataset: str) -> Exception:
     from datasets.exceptions import DatasetGenerationError
 
-    from dsrecipes.model.hub import hub_error
+    from dsrecipes.io.hub import hub_error
 
     message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .tsv .parquet .txt) or FOLDER")
     if message is None and isinstance(error, (ValueError, DatasetGenerationError)):

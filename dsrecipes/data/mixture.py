@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsrecipes.data.collate import FILLER, Features, Sequences
+from dsrecipes.config.sources import Source
+from dsrecipes.data.collate import PADDING_ROW, Features, Sequences
 from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
 from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
@@ -23,15 +24,14 @@ from dsrecipes.data.records import hold_out, hold_out_alone
 from dsrecipes.data.renamed import renamed
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
-from dsrecipes.sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from dsrecipes.base import RecipeBase
-    from dsrecipes.config import DataConfig
-    from dsrecipes.runs.console import Console
+    from dsrecipes.config.schema import DataConfig
+    from dsrecipes.io.console import Console
 
 
 # ---- rows ----
@@ -286,7 +286,7 @@ class JoinedSequences(Sequences):
 
     def rows(self, index: int) -> list[int]:
         """Numbers of the prepared rows in a sequence; a filler has none."""
-        if index == FILLER:
+        if index == PADDING_ROW:
             return []
         place = int(np.searchsorted(self._first, index, side="right")) - 1
         part, number = self._located(index, self._first)
@@ -358,7 +358,7 @@ class Mixture(JoinedSequences):
 
     def rows(self, index: int) -> list[int]:
         """Numbers of the prepared rows in a sequence; a filler has none."""
-        if index == FILLER:
+        if index == PADDING_ROW:
             return []
         epoch, place = divmod(index, self._per_epoch)
         rows, ends = self._layout(epoch)

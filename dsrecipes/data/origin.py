@@ -38,7 +38,7 @@ def origins(places: Iterable[str], tokens: Iterable[int]) -> pa.RecordBatch:
     return pa.record_batch([names, pa.array(numbers, pa.int64()), pa.array(tokens, pa.int32())], schema=ORIGIN)
 
 
-def places(path: Path, rows: Iterable[int], block: int | None = None) -> str:
+def describe_places(path: Path, rows: Iterable[int], block: int | None = None) -> str:
     """Prepared rows as places of the user's files: `a.json, rows 3, 17; b.json, row 2`.
 
     Args:

@@ -21,9 +21,9 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.chunk import Chunk, Encoding, groups
 from dsrecipes.data.columns import ColumnWriter, read_batches, view
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.data.origin import origins, origins_path
 from dsrecipes.data.pack import BlockCutter
@@ -32,7 +32,8 @@ from dsrecipes.data.seen import Seen
 from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.errors import UserError, plural
-from dsrecipes.runs.console import Console
+from dsrecipes.io.console import Console
+from dsrecipes.io.paths import cache_root
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,12 +112,6 @@ class Split:
 
 HoldOut = Callable[[np.ndarray, float, int], np.ndarray]
 """(keys, share, seed) -> which records are held out."""
-
-
-def cache_root() -> Path:
-    """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("DSRECIPES_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsrecipes"
 
 
 def prepare(

@@ -17,7 +17,7 @@ from dsrecipes.data.seen import LowerNames, name_form
 from dsrecipes.data.shapes import SPLITS
 from dsrecipes.data.weights import row_weight
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import starter_path, user_path
+from dsrecipes.io.paths import starter_path, user_path
 
 LETTERS = "ABCD"
 SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}

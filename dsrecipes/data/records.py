@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.files import Row, located
 from dsrecipes.data.seen import Seen
 from dsrecipes.errors import UserError
@@ -59,7 +59,7 @@ def bad_row(where: str, error: Exception) -> UserError:
     return UserError(f"{where}: {fault_of(error)}. Mend the row, or give --skip_bad_rows to drop such rows")
 
 
-def content_of(record: dict) -> int:
+def record_hash(record: dict) -> int:
     """64 bits of a hash of the record without its weights: equal ones must not be on both sides of a split."""
     text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])

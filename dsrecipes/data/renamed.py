@@ -9,7 +9,6 @@ from typing import Any
 
 from dsrecipes.data.files import Row, fingerprint, located
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.find import parse_json
 
 _LOOKED_AT = 1000
 """Rows of which one must have a column: in JSON a row may lack what it has nothing for."""
@@ -23,29 +22,6 @@ class MappedRow(dict):
 
 class OptionalColumns(dict):
     """Names of --columns for rows that need not have any of the columns."""
-
-
-def parse_columns(value: Any) -> dict[str, str]:
-    """`prompt=question,output=answer` (also several such words, a mapping, or JSON) as {recipe's name: file's column}.
-
-    Raises:
-        ValueError: none of these, or a name twice.
-    """
-    if isinstance(value, Mapping):
-        pairs = [(str(name), str(column) if isinstance(column, str | int) else "") for name, column in value.items()]
-    else:
-        words = [value] if isinstance(value, str) else list(value or ())
-        if len(words) == 1 and words[0].lstrip().startswith("{"):
-            return parse_columns(parse_json(words[0], f"columns {words[0]}"))
-        parts = [part for word in words for part in str(word).split(",") if part.strip()]
-        pairs = [(name, column) for name, _, column in (part.partition("=") for part in parts)]
-    pairs = [(name.strip(), column.strip()) for name, column in pairs]
-    names = [name for name, _ in pairs]
-    if not all(name and column for name, column in pairs) or len(set(names)) < len(names):
-        raise ValueError(
-            f"columns {value}: give each of the recipe's names once with a column of the file, such as prompt=question,output=answer"
-        )
-    return dict(pairs)
 
 
 def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dict[str, Iterable[Row]]:

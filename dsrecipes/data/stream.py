@@ -14,10 +14,10 @@ import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.chunk import Chunk, Encoding, groups
-from dsrecipes.data.collate import FILLER, Features, Sequences, StepSampler
+from dsrecipes.data.collate import PADDING_ROW, Features, Sequences, StepSampler
 from dsrecipes.data.columns import record_batch, view
-from dsrecipes.data.encode import EncodeOptions
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.origin import place_words
 from dsrecipes.data.pack import BlockCutter
@@ -26,11 +26,11 @@ from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.units import UNIT, Position, Rows, Units, digest_bytes, readable_place
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError, plural
-from dsrecipes.find import starter_path, user_path
+from dsrecipes.io.paths import starter_path, user_path
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
-    from dsrecipes.config import Config
+    from dsrecipes.config.schema import Config
 
 _WINDOW_TOKENS = 1 << 19
 """Tokens that are shuffled and packed together, at least; large steps take twice a step's."""
@@ -121,7 +121,7 @@ class Window:
     end: State
     data: Sequences
     order: np.ndarray
-    """(steps, sequences of a step): numbers of sequences, or FILLER."""
+    """(steps, sequences of a step): numbers of sequences, or PADDING_ROW."""
     places: list[str]
     """Of the rows."""
 
@@ -332,9 +332,9 @@ class Stream(TorchDataset):
         sampler = StepSampler(data.lengths, self.per_step, seed=self.seed, shuffle=self.shuffle)
         sampler.set_epoch(step)  # another draw for each window
         order = sampler.order()
-        if ended or FILLER not in order[-1]:
+        if ended or PADDING_ROW not in order[-1]:
             return order, []
-        left = [row for sequence in order[-1] if sequence != FILLER for row in data.rows(int(sequence))]
+        left = [row for sequence in order[-1] if sequence != PADDING_ROW for row in data.rows(int(sequence))]
         return order[:-1], sorted(left)
 
     # ---- what the trainer asks for ----
@@ -430,7 +430,7 @@ def _place(origin: dict[str, Any]) -> str:
 def _used(window: Window, step: int) -> tuple[int, int]:
     """Rows and tokens of the steps before `step`, which lies in the window or at its end."""
     order = window.order[: step - window.begin.step]
-    sequences = order[order != FILLER]
+    sequences = order[order != PADDING_ROW]
     rows = sum(len(window.data.rows(int(sequence))) for sequence in sequences)
     return window.begin.used_rows + rows, window.begin.used_tokens + int(window.data.lengths[sequences].sum())
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dsrecipes.data.weights import as_weight
+from dsrecipes.config.values import as_weight
 
 Turn = dict[str, Any]
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")

@@ -16,7 +16,7 @@ from dsrecipes.data.files import _MARKS, Row, _read, _without_nulls, parquet_rea
 from dsrecipes.data.shapes import row_of
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
-from dsrecipes.find import parse_json
+from dsrecipes.io.text import parse_json
 
 UNIT = 1 << 17
 """Bytes of a piece."""

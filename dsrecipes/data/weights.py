@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dsrecipes.config.values import as_weight, parse_class_weights
 from dsrecipes.data.columns import view
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError, nearest
 
 WEIGHTS = "weights"
 """Column of a prepared split and key of a batch. Causal: one number a label, or none where all are 1; else one a row."""
-BALANCED = "balanced"
-_FORMS = "numbers by class (1 5), NAME=NUMBER or INDEX=NUMBER (0=1,1=5), or balanced"
 
 
 # ---- rows ----
-
-
-def as_weight(value: Any, name: str = "field 'weight'") -> float:
-    """A weight as a number; true is 1, false is 0, and None or empty text, which tables have for a missing cell, is 1.
-
-    Raises:
-        ValueError: not a finite number of 0 or more.
-    """
-    text = value.strip().lower() if isinstance(value, str) else value
-    if text in (None, "", "true"):
-        return 1.0
-    try:
-        weight = 0.0 if text == "false" else float(text)
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not 0 <= weight <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be a weight (a number of 0 or more, true or false), found {value!r}")
-    return weight
 
 
 def row_weight(row: Mapping[str, Any]) -> dict[str, float]:
@@ -84,52 +63,6 @@ def other_weights(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- classes ----
-
-
-def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float]:
-    """The value of --class_weights: BALANCED, weights in label order, or weights by class name or index.
-
-    Raises:
-        ValueError: neither of these; a weight that is negative or not finite; no weight above 0.
-    """
-    text = " ".join(words).strip()
-    if text.lower() == BALANCED:
-        return BALANCED
-    pairs = _pairs(words)
-    weights = [_class_weight(text, weight) for _, weight in pairs]
-    names = [name for name, _ in pairs if name is not None]
-    if not any(weights) and not names:  # a class that is not named weighs 1
-        raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
-    if not names:
-        return weights
-    if len(set(names)) < len(pairs):
-        raise ValueError(f"--class_weights {text}: give each class one weight, all by name or all in order")
-    return dict(zip(names, weights, strict=True))
-
-
-def _pairs(words: list[str]) -> list[tuple[str | None, Any]]:
-    """(class, weight) of each entry; the class is None where weights come in order."""
-    text = " ".join(words).strip()
-    if text[:1] in ("{", "["):
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"--class_weights {text}: not JSON ({error}); give {_FORMS}") from None
-        return list(value.items()) if isinstance(value, dict) else [(None, weight) for weight in value]
-    parts = [part.strip() for word in words for part in word.split(",")]
-    # a name may hold spaces: only several entries in one word are cut at them
-    entries = [entry for part in parts for entry in ([part] if part.count("=") == 1 else part.split())]
-    triples = [entry.rpartition("=") for entry in entries]
-    return [(name.strip() if equals else None, weight) for name, equals, weight in triples]
-
-
-def _class_weight(text: str, value: Any) -> float:
-    if value in (None, ""):
-        raise ValueError(f"--class_weights {text}: give {_FORMS}")
-    try:
-        return as_weight(value, "a weight")
-    except ValueError as error:
-        raise ValueError(f"--class_weights {text}: {error}; give {_FORMS}") from None
 
 
 def class_weights(words: list[str], labels: np.ndarray, names: list[str]) -> np.ndarray:

@@ -18,15 +18,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
-from dsrecipes.adapter import CONFIG as ADAPTER_CONFIG
-from dsrecipes.adapter import adapter_folder, base_model, read_head
-from dsrecipes.config import ModelConfig
+from dsrecipes.config.adapter import CONFIG as ADAPTER_CONFIG
+from dsrecipes.config.adapter import adapter_folder, base_model, read_head
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.columns import first_beyond
-from dsrecipes.data.origin import places
-from dsrecipes.data.prepare import Split, cache_root
+from dsrecipes.data.origin import describe_places
+from dsrecipes.data.prepare import Split
 from dsrecipes.errors import UserError, nearest, plural
-from dsrecipes.find import starter_path
-from dsrecipes.model.hub import carrier_hint, damaged, first_line, hub_error, local_model, read_tokenizer, save_here
+from dsrecipes.io.hub import damaged, first_line, hub_error
+from dsrecipes.io.paths import cache_root, starter_path
+from dsrecipes.model.bundled import carrier_hint, local_model, read_tokenizer, save_here
 from dsrecipes.model.modalities import parameters_below, unreached_by_text
 from dsrecipes.model.task import class_names, loading_class, takes_text
 from dsrecipes.runs.weights import check_readable, indexed_files, loaded_files
@@ -282,15 +283,9 @@ def check_splits(
         if beyond is not None:
             row, number = beyond
             raise UserError(
-                f"{beyond_embedding(tokenizer, number, rows)}, and the {name} rows hold it ({places(split.path, [row], block)}): "
+                f"{beyond_embedding(tokenizer, number, rows)}, and the {name} rows hold it ({describe_places(split.path, [row], block)}): "
                 f"{_OTHER_TOKENIZER}"
             )
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding. It may equal eos: labels are masked by length, never by id."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(each for each in candidates if each is not None)
 
 
 def random_weights(options: ModelConfig, config: PretrainedConfig, auto_class: str, seed: int) -> str:
@@ -460,18 +455,3 @@ def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model to a device and into evaluation mode, where it computes as in training."""
     disable_cpu_packing(model)
     return model.to(device).eval()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
-    trained = frozen = 0
-    for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
-        if hasattr(parameter, "quant_state"):
-            shape = getattr(parameter.quant_state, "shape", None)
-            count = int(torch.Size(shape).numel()) if shape is not None else count * 2
-        if parameter.requires_grad:
-            trained += count
-        else:
-            frozen += count
-    return trained, frozen

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from dsrecipes.adapter import CONFIG, adapter_folder, base_model, lora_targets
-from dsrecipes.config import ModelConfig
+from dsrecipes.config.adapter import CONFIG, adapter_folder, base_model, lora_targets
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.errors import UserError, nearest, plural
 from dsrecipes.model.load import empty_model
 from dsrecipes.model.modalities import unreached_by_text
@@ -70,7 +70,7 @@ def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_d
     """
     from peft import LoraConfig, PeftModel
 
-    from dsrecipes.model.hub import damaged, first_line
+    from dsrecipes.io.hub import damaged, first_line
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
@@ -157,7 +157,7 @@ def _check_tensors(model: PreTrainedModel, options: ModelConfig, folder: Path) -
     """Refuse an adapter's file that lacks tensors, has others, or other shapes; peft would start from zeros (UserError)."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    from dsrecipes.model.hub import damaged, first_line
+    from dsrecipes.io.hub import damaged, first_line
 
     misfit = _misfit(options, folder)
     path = folder / "adapter_model.safetensors"

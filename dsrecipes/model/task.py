@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
@@ -57,3 +58,24 @@ def loading_class(auto_class: str, config: PretrainedConfig) -> Any:
     if auto_class == "AutoModelForCausalLM" and not made_for & class_names(CAUSAL) and takes_text(config):
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, auto_class)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding. It may equal eos: labels are masked by length, never by id."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(each for each in candidates if each is not None)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
+    trained = frozen = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if hasattr(parameter, "quant_state"):
+            shape = getattr(parameter.quant_state, "shape", None)
+            count = int(torch.Size(shape).numel()) if shape is not None else count * 2
+        if parameter.requires_grad:
+            trained += count
+        else:
+            frozen += count
+    return trained, frozen

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.jsonl; one that is damaged, as by a death in the middle of it, is passed over."""
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except (ValueError, RecursionError):
-            continue
-    return lines
+from dsrecipes.runs.log import read_log
 
 
 def draw_curve(log: Path, picture: Path, title: str) -> None:

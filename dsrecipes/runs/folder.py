@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsrecipes.errors import UserError
-from dsrecipes.find import flag_path
-from dsrecipes.runs.checkpoint import MANIFEST, fault, is_whole
-from dsrecipes.runs.disk import SPARE_BYTES, existing_parent
+from dsrecipes.io.disk import SPARE_BYTES, existing_parent
+from dsrecipes.io.paths import flag_path, user_path
+from dsrecipes.runs.manifest import MANIFEST, fault, is_whole
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,33 @@ def _newest_first(folder: RunFolder, told: Callable[[str], None]) -> list[Path]:
             "Start anew in another --output_dir"
         )
     return whole
+
+
+def find_run(name: str, *, ended: bool = True) -> RunFolder:
+    """A run folder by its path, or `last`: the newest under runs/ that ended with a model.
+
+    Args:
+        ended: refuse a run without model/; False for what an unfinished one is enough for.
+
+    Raises:
+        UserError: there is none, or it holds no trained model.
+    """
+    if name == "last":
+        found = [each for path in Path("runs").glob("*/*/model") if (each := RunFolder(path.parent)).config.is_file()]
+        if not found:
+            raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
+        return max(found, key=lambda each: each.model.stat().st_mtime)
+    folder = RunFolder(user_path(name))
+    if not folder.path.is_dir():
+        raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
+    if not folder.config.is_file():
+        run = next((path for path in list(folder.path.absolute().parents)[:2] if (path / "config.yaml").is_file()), None)
+        if run is not None:
+            raise UserError(f"{name}: this lies inside a run folder; give the run folder itself, {run}")
+        raise UserError(f"{name}: no run folder (no config.yaml in it); give the path of one, or `last`")
+    if ended and not folder.model.is_dir():
+        raise UserError(
+            f"{name}: this run has no model yet; `dsrecipes train --config {folder.config} --output_dir {name} "
+            "--resume_from_checkpoint auto` goes on with it"
+        )
+    return folder

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsrecipes.errors import UserError, plural
-from dsrecipes.runs.disk import checksum
+from dsrecipes.io.disk import checksum
 
 GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
 """Why there may be nothing."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from dsrecipes.config.flags import is_true
 from dsrecipes.errors import UserError, nearest
-from dsrecipes.flags import is_true
 
 Json = dict[str, Any]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from dsrecipes.data.prepare import cache_root
+from dsrecipes.config.zero_values import read_zero_json
 from dsrecipes.errors import UserError
+from dsrecipes.io.paths import cache_root
 from dsrecipes.zero.blocks import fill_optimizer, fill_scheduler, fixed_steps
 from dsrecipes.zero.lint import lint
-from dsrecipes.zero_values import read_zero_json
 
 Json = dict[str, Any]
 
@@ -131,7 +131,7 @@ def _without_auto(section: Json) -> Json:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class TrainerValues:
     """What Trainer knows and a ZeRO JSON may repeat."""
 
     micro: int
@@ -142,7 +142,7 @@ class Numbers:
     """The run's training values, which already hold what the JSON fixes."""
 
 
-def resolve(zero: Zero, model: PretrainedConfig, numbers: Numbers, notes: list[str]) -> Json:
+def resolve(zero: Zero, model: PretrainedConfig, numbers: TrainerValues, notes: list[str]) -> Json:
     """The JSON with the run's values in it; Trainer fills in the step counts of a scheduler that it leaves open.
 
     `notes` gets what had to be changed so that the run leaves a model, and the length of a fixed schedule.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import arrow_file, sample_of, sequences, tiny_gpt2
+from support.tiny import arrow_file, sample_of, sequences, tiny_gpt2
 from transformers import (
     AutoTokenizer,
     BloomConfig,

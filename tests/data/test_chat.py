@@ -11,12 +11,13 @@ from itertools import groupby, product
 
 import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
-from tiny import SHARED, STARTER, llama_tokenizer, needs_shared
+from support.tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, UNANSWERED, encode_chats, end_ids
 from dsrecipes.data.chunk import Encoding
-from dsrecipes.data.encode import IGNORE, EncodeOptions
+from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
 
 CHATML = (

@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
-from tiny import arrow_file, tiny_gpt2, tiny_llama
+from support.tiny import arrow_file, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
-from dsrecipes.data.collate import COUNTS, FILLER, CausalCollator, PaddingCollator, Sequences, StepLoader, StepSampler
+from dsrecipes.data.collate import (
+    PADDING_ROW,
+    TOKEN_COUNTS,
+    CausalCollator,
+    PaddingCollator,
+    Sequences,
+    StepLoader,
+    StepSampler,
+)
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model import attention
 
@@ -32,8 +40,8 @@ def test_the_rows_of_a_step_do_not_depend_on_how_they_are_divided(rows):
     reference = rows_of_steps(rows, 8, 1, 1)
     for micro, accumulation, world in ((4, 1, 2), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)):
         assert rows_of_steps(rows, micro, accumulation, world) == reference
-    assert sorted(index for step in reference for index in step if index != FILLER) == list(range(rows))
-    assert all(FILLER not in step for step in reference[:-1]) and reference[-1].count(FILLER) == -rows % 8
+    assert sorted(index for step in reference for index in step if index != PADDING_ROW) == list(range(rows))
+    assert all(PADDING_ROW not in step for step in reference[:-1]) and reference[-1].count(PADDING_ROW) == -rows % 8
 
 
 def test_an_epoch_has_its_own_order():
@@ -51,13 +59,13 @@ def test_rows_of_a_micro_batch_are_about_as_long():
         [[6, 7], [1, 2]],
     ]
     # an evaluation sorts all rows, and fillers come last
-    assert StepSampler(lengths[:7], 2, world=2, shuffle=False).order().tolist() == [[0, 2, 4, 6], [5, 3, 1, FILLER]]
+    assert StepSampler(lengths[:7], 2, world=2, shuffle=False).order().tolist() == [[0, 2, 4, 6], [5, 3, 1, PADDING_ROW]]
 
 
 def test_little_padding_and_no_step_for_the_long_ones():
     lengths = np.random.default_rng(0).lognormal(4, 0.8, size=1800).astype(int) + 1
     sampler, means = StepSampler(lengths, 8, accumulation=4, seed=1), []
-    padded = sum(len(batch) * lengths[batch].max() for batch in sampler if FILLER not in batch)
+    padded = sum(len(batch) * lengths[batch].max() for batch in sampler if PADDING_ROW not in batch)
     at_random = sum(8 * lengths[at : at + 8].max() for at in range(0, len(lengths), 8))
     assert padded < 1.15 * lengths.sum() < 0.6 * at_random
     for epoch in range(300):
@@ -96,7 +104,7 @@ def test_shapes_labels_and_selected_logits():
     data = dataset([5, 3, 7], masked=2)
     single, packed = Sequences(data), Sequences(data, 8)
     assert len(single) == 3 and [len(packed[i]) for i in range(len(packed))] == [2, 1]
-    batch = CausalCollator(pad_id=9, select_logits=True)([packed[0], packed[1], packed[FILLER]])
+    batch = CausalCollator(pad_id=9, select_logits=True)([packed[0], packed[1], packed[PADDING_ROW]])
     assert "attention_mask" not in batch
     for name in ("input_ids", "position_ids", "logits_to_keep"):
         assert batch[name].shape == (3, 8), name
@@ -107,7 +115,7 @@ def test_shapes_labels_and_selected_logits():
     assert batch["logits_to_keep"].int().tolist() == [[0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 0, 0], [0] * 8]
     rows = [single[i][0]["input_ids"].tolist() for i in range(3)]
     assert batch["shift_labels"].tolist() == rows[0][2:] + rows[1][2:] + rows[2][2:]
-    assert batch[COUNTS].tolist() == [15, 3]
+    assert batch[TOKEN_COUNTS].tolist() == [15, 3]
     plain = CausalCollator(pad_id=9, select_logits=False)([packed[0]])
     assert "logits_to_keep" not in plain and (plain["shift_labels"] != IGNORE).sum() == 4
 
@@ -125,7 +133,7 @@ def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
             [sequences[i] for i in range(start, min(start + 4, len(sequences)))] for start in range(0, len(sequences), 4)
         ):
             batch = collate(items)
-            batch.pop(COUNTS)
+            batch.pop(TOKEN_COUNTS)
             with torch.no_grad():
                 out = model(**batch, use_cache=False)
             each = torch.nn.functional.cross_entropy(
@@ -148,8 +156,8 @@ def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
 def test_a_step_of_fillers_alone_has_no_gradient(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny())
     sequences = Sequences(dataset([5, 9]), 16)
-    batch = CausalCollator(0, True)([sequences[FILLER], sequences[FILLER]])
-    assert batch.pop(COUNTS).tolist() == [0, 0]
+    batch = CausalCollator(0, True)([sequences[PADDING_ROW], sequences[PADDING_ROW]])
+    assert batch.pop(TOKEN_COUNTS).tolist() == [0, 0]
     loss = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(4)).loss
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -161,18 +169,18 @@ def test_padding_of_questions_and_of_texts():
          "labels": [1, 0], "subject": ["a", "b"]}
     )  # fmt: skip
     sequences = Sequences(questions)
-    batch = PaddingCollator(pad_id=9)([sequences[0], sequences[1], sequences[FILLER]])
+    batch = PaddingCollator(pad_id=9)([sequences[0], sequences[1], sequences[PADDING_ROW]])
     assert batch["input_ids"].tolist() == [[[1, 2, 9], [3, 9, 9]], [[4, 5, 6], [7, 8, 9]], [[1, 2, 9], [3, 9, 9]]]
     assert batch["attention_mask"].tolist()[:2] == [[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]]
     assert batch["token_type_ids"].shape == (3, 2, 3) and "subject" not in batch
-    assert batch["labels"].tolist() == [1, 0, IGNORE] and batch[COUNTS].tolist() == [8, 2]
+    assert batch["labels"].tolist() == [1, 0, IGNORE] and batch[TOKEN_COUNTS].tolist() == [8, 2]
     texts = Sequences(arrow_file({"input_ids": [[1, 2], [3]], "labels": [1, 0]}))
-    batch = PaddingCollator(pad_id=0)([texts[0], texts[1], texts[FILLER]])
+    batch = PaddingCollator(pad_id=0)([texts[0], texts[1], texts[PADDING_ROW]])
     assert batch["input_ids"].tolist() == [[1, 2], [3, 0], [1, 2]] and batch["labels"].tolist() == [1, 0, IGNORE]
 
 
 def test_padding_does_not_change_the_scores():
-    from tiny import tiny_bert
+    from support.tiny import tiny_bert
 
     model = AutoModelForMultipleChoice.from_pretrained(tiny_bert()).eval()
     draw = np.random.default_rng(0)
@@ -182,7 +190,7 @@ def test_padding_does_not_change_the_scores():
     scores = []
     for items in ([data[0]], [data[1]], [data[0], data[1]]):
         batch = collate(items)
-        batch.pop(COUNTS)
+        batch.pop(TOKEN_COUNTS)
         with torch.no_grad():
             scores.append(model(**batch).logits)
     assert torch.allclose(torch.cat(scores[:2]), scores[2], atol=1e-5)

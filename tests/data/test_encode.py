@@ -1,7 +1,7 @@
 """Which tokens a record becomes and which of them are trained on."""
 
 import pytest
-from tiny import STARTER, llama_tokenizer
+from support.tiny import STARTER, llama_tokenizer
 from transformers import AutoTokenizer
 
 from dsrecipes.data.encode import IGNORE, encode_segments, encode_texts

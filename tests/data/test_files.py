@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
-from tiny import SHARED, needs_shared
+from support.tiny import SHARED, needs_shared
 
 from dsrecipes.data.files import FileRows, fingerprint, located
 from dsrecipes.data.load import load_splits

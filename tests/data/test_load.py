@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import STARTER
+from support.tiny import STARTER
 
 from dsrecipes.data.load import load_splits, split_of
 from dsrecipes.errors import UserError

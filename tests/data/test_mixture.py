@@ -5,13 +5,13 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from tiny import arrow_file
+from support.tiny import arrow_file
 
 from dsrecipes import UserError
-from dsrecipes.data.collate import FILLER, PaddingCollator, Sequences, StepSampler
+from dsrecipes.config.sources import read_sources
+from dsrecipes.data.collate import PADDING_ROW, PaddingCollator, Sequences, StepSampler
 from dsrecipes.data.mixture import JoinedSequences, Mixture, cut_to, draws, rows_by_epoch
 from dsrecipes.data.records import hold_out_alone
-from dsrecipes.sources import read_sources
 
 AVAILABLE = {"a": 100, "b": 50, "c": 7}
 
@@ -125,7 +125,7 @@ def test_the_rows_of_a_step_are_the_same_on_any_shape_and_in_a_data_worker():
                 sampler.set_epoch(epoch)
                 ranks.append(np.array(list(sampler)).reshape(-1, accumulation * micro))
             steps += [sorted(step) for step in np.concatenate(ranks, axis=1).tolist()]
-        assert all(FILLER not in step for step in steps)
+        assert all(PADDING_ROW not in step for step in steps)
         orders.append([[data.rows(index) for index in step] for step in steps])
         assert [[row["input_ids"][0] for row in data[index]] for index in steps[-1]] == [
             [row if row < 40 else row - 40 for row in rows] for rows in orders[-1][-1]
@@ -142,7 +142,7 @@ def test_sources_one_after_another_know_their_files():
     assert joined.by_file([0, 41, 39]) == [(files["a"].path, [0, 39]), (files["b"].path, [1])]
     assert [sorted(row) for row in joined.examples([39, 40])] == [["input_ids", "labels"], ["input_ids", "kind", "labels"]]
     assert joined.lengths.tolist() == [*files["a"].lengths, *files["b"].lengths]
-    assert joined[FILLER][0]["labels"].tolist() == [-100]
+    assert joined[PADDING_ROW][0]["labels"].tolist() == [-100]
 
 
 def test_a_source_without_weights_beside_one_that_has_some():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dsrecipes.data.columns import ColumnWriter
-from dsrecipes.data.origin import origins, origins_path, places
+from dsrecipes.data.origin import describe_places, origins, origins_path
 
 
 def written(folder: Path, wheres: list[str], tokens: list[int]) -> Path:
@@ -15,19 +15,19 @@ def written(folder: Path, wheres: list[str], tokens: list[int]) -> Path:
 
 def test_rows_are_named_by_file(tmp_path):
     path = written(tmp_path, [f"a.jsonl, line {n}" for n in (1, 3, 4)] + ["b c.json, row 9", "row 2", "somewhere"], [1] * 6)
-    assert places(path, [2, 0, 3, 0]) == "a.jsonl, lines 1, 4; b c.json, row 9"
-    assert places(path, [4]) == "row 2"
-    assert places(tmp_path / "other.arrow", [4, 1]) == "prepared rows 1, 4"
+    assert describe_places(path, [2, 0, 3, 0]) == "a.jsonl, lines 1, 4; b c.json, row 9"
+    assert describe_places(path, [4]) == "row 2"
+    assert describe_places(tmp_path / "other.arrow", [4, 1]) == "prepared rows 1, 4"
 
 
 def test_many_rows_are_counted(tmp_path):
     path = written(tmp_path, [f"a.csv, line {n}" for n in range(2, 102)], [5] * 100)
-    assert places(path, range(100)).endswith(", 24, 25 and 76 more")
+    assert describe_places(path, range(100)).endswith(", 24, 25 and 76 more")
 
 
 def test_a_block_is_named_by_the_rows_at_its_ends(tmp_path):
     # tokens 0-9 are of line 1, 10-13 of line 2, 14-39 of line 3, 40 of line 4
     path = written(tmp_path, [f"a.txt, line {n}" for n in (1, 2, 3, 4)], [10, 4, 26, 1])
-    assert [places(path, [block], 8) for block in range(6)] == [
+    assert [describe_places(path, [block], 8) for block in range(6)] == [
         "a.txt, line 1", "a.txt, lines 1, 3", "a.txt, line 3", "a.txt, line 3", "a.txt, line 3", "a.txt, line 4",
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny import SHARED, needs_shared
+from support.tiny import SHARED, needs_shared
 
 from dsrecipes.data.pack import BlockCutter, pack, packed
 

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from dsrecipes.recipes.gpt2_clm import Gpt2Clm
-from tiny import STARTER, llama_tokenizer, write_rows
+from support.tiny import STARTER, llama_tokenizer, write_rows
 from transformers import AutoTokenizer
 
 from dsrecipes.base import RecipeBase
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, record_batch
-from dsrecipes.data.encode import EncodeOptions, encode_texts
+from dsrecipes.data.encode import encode_texts
 from dsrecipes.data.formats import text_field
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.origin import places
+from dsrecipes.data.origin import describe_places
 from dsrecipes.data.prepare import prepare
-from dsrecipes.data.records import content_of, hold_out
+from dsrecipes.data.records import hold_out, record_hash
 from dsrecipes.errors import UserError
-from dsrecipes.runs.console import Console
+from dsrecipes.io.console import Console
 
 ENCODED = []
 """Batches that Lines.encode was called with: how much was really tokenized."""
@@ -163,7 +164,7 @@ def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
 
 
 def test_hold_out_keeps_equal_rows_on_one_side():
-    keys = np.array([content_of({"n": n % 37}) for n in range(400)], np.uint64)
+    keys = np.array([record_hash({"n": n % 37}) for n in range(400)], np.uint64)
     out = hold_out(keys, 0.1, 3)
     assert 40 <= out.sum() <= 51 and (out == hold_out(keys, 0.1, 3)).all() and (out != hold_out(keys, 0.1, 4)).any()
     assert not set(keys[out]) & set(keys[~out])
@@ -184,7 +185,7 @@ def test_the_choice_of_held_out_rows_is_that_of_earlier_versions():
     for name in names[:-1]:
         if len(chosen) < 130:
             chosen.update(groups[name])
-    keys = np.array([content_of(record) for record in records], np.uint64)
+    keys = np.array([record_hash(record) for record in records], np.uint64)
     assert set(np.flatnonzero(hold_out(keys, 0.13, 5)).tolist()) == chosen
 
 
@@ -263,7 +264,7 @@ def test_a_row_may_become_several_sequences(tokenizer):
     assert split.stats.dropped == {
         "nothing to learn from": 1, "longer than 8 tokens": 1, "in part longer than 8 tokens": 1,
     }  # fmt: skip
-    assert places(split.path, [1, 3, 4]) == "rows 1, 3, 5"
+    assert describe_places(split.path, [1, 3, 4]) == "rows 1, 3, 5"
     splits = prepared(Turns, {"train": [{"text": text} for text in texts] * 4}, tokenizer, 8, validation_split=0.4)
     found = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
     assert not found["train"] & found["validation"] and sum(split.stats.rows for split in splits.values()) == 20

@@ -8,14 +8,15 @@ import pyarrow.parquet
 import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from dsrecipes.recipes.gpt2_clm import Gpt2Clm
-from tiny import SHARED, needs_shared, write_rows
+from support.tiny import SHARED, needs_shared, write_rows
 
-from dsrecipes.config import DataConfig
+from dsrecipes.config.schema import DataConfig
+from dsrecipes.config.values import parse_columns
 from dsrecipes.data.files import located
 from dsrecipes.data.formats import instruction_record, with_answer
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.records import Records
-from dsrecipes.data.renamed import parse_columns, renamed
+from dsrecipes.data.renamed import renamed
 from dsrecipes.data.seen import Seen
 from dsrecipes.errors import UserError
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hostile import EVIL, LIMIT, SECRETS, snapshot
-from tiny import ROOT, tiny_gpt2
+from support.fuzzing import EVIL, LIMIT, SECRETS, snapshot
+from support.tiny import ROOT, tiny_gpt2
 
-from made import made_run  # isort: skip
+from support.finished_runs import made_run  # isort: skip
 
 pytestmark = pytest.mark.ranks  # fifty processes
 CORPUS = Path(__file__).with_name("corpus")

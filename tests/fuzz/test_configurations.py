@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import Ranks
-from small import Small
+from support.models import Small
+from support.rank_pool import Ranks
 from transformers import get_scheduler
 
 from dsrecipes import cli

@@ -13,24 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import EVIL, Bomb, holds
-from tiny import llama_tokenizer, refusal, tiny_gpt2
+from support.fuzzing import EVIL, Bomb, holds
+from support.tiny import llama_tokenizer, refusal, tiny_gpt2
 
 from dsrecipes import UserError, cli
-from dsrecipes.config import ModelConfig, build_config
+from dsrecipes.config.find import find_config
+from dsrecipes.config.layers import layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.template import render
-from dsrecipes.find import find_config
-from dsrecipes.layers import layer
+from dsrecipes.inference.finished import FinishedRun
 from dsrecipes.model.load import load_config, load_model, load_tokenizer
+from dsrecipes.reporting.recorded import RecordedRun, is_number
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.weights import weight_files
-from dsrecipes.use.finished import FinishedRun
-from dsrecipes.use.recorded import RecordedRun, is_number
 from dsrecipes.zero.blocks import check_blocks
-from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, read_zero, resolve
+from dsrecipes.zero.resolve import TrainerValues, check_with_deepspeed, read_zero, resolve
 
-from made import made_run  # isort: skip
+from support.finished_runs import made_run  # isort: skip
 
 pytestmark = pytest.mark.ranks  # ten seconds, which the fast half has no room for
 
@@ -103,7 +104,7 @@ def test_zero_json(name: str) -> None:
     def read() -> None:
         config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
         zero = read_zero(path)
-        engine = resolve(zero, model, Numbers(4, 2, 1, "fp32", config.train), [])
+        engine = resolve(zero, model, TrainerValues(4, 2, 1, "fp32", config.train), [])
         check_with_deepspeed(engine, path)
         check_blocks(engine, path, False)
 
@@ -118,9 +119,9 @@ def test_data(name: str) -> None:
 def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
     from dsrecipes.recipes.gpt2_clm import Gpt2Clm
 
-    from dsrecipes.data.encode import EncodeOptions
+    from dsrecipes.config.encoding import EncodeOptions
     from dsrecipes.data.prepare import prepare
-    from dsrecipes.runs.console import Console
+    from dsrecipes.io.console import Console
 
     message = told(lambda: prepare(
         Gpt2Clm, load_splits(str(CORPUS / "surrogate.jsonl")), llama_tokenizer(), EncodeOptions(8, "alpaca"),

@@ -12,37 +12,38 @@ from typing import Any
 
 import pytest
 import yaml
-from hostile import SECRETS, TEXTS, changed, fuzz, holds, json_file, snapshot, spoiled, text_of, values, write
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import STARTER, instructions, llama_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
+from support.fuzzing import SECRETS, TEXTS, changed, fuzz, holds, json_file, snapshot, spoiled, text_of, values, write
+from support.tiny import STARTER, instructions, llama_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
 
-from dsrecipes.config import ModelConfig, build_config
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.config.find import find_config, find_recipe, find_zero
+from dsrecipes.config.layers import layer, parse_flags
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.files import SUFFIXES
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.data.questions import sources
-from dsrecipes.find import find_config, find_recipe, find_zero
-from dsrecipes.layers import layer, parse_flags
+from dsrecipes.evaluation.judge_file import JudgeFile
+from dsrecipes.evaluation.rows import EvaluationRows
+from dsrecipes.evaluation.verdict import read_rubric
+from dsrecipes.inference.finished import open_run
+from dsrecipes.inference.partial import PartialAnswers
+from dsrecipes.io.console import Console
 from dsrecipes.model.load import check_model, check_vocabulary, load_config, load_model, load_tokenizer
-from dsrecipes.runs.checkpoint import facts_of, seal
-from dsrecipes.runs.console import Console
-from dsrecipes.runs.folder import RunFolder, find_checkpoints
+from dsrecipes.publish.verify import verify
+from dsrecipes.reporting import charts, tables
+from dsrecipes.reporting.recorded import RecordedRun, read_json
+from dsrecipes.reporting.report import report
+from dsrecipes.runs.folder import RunFolder, find_checkpoints, find_run
+from dsrecipes.runs.manifest import facts_of, seal
 from dsrecipes.runs.weights import tensors, weight_files
-from dsrecipes.use import charts, tables
-from dsrecipes.use.finished import find_run, open_run
-from dsrecipes.use.judge_file import JudgeFile
-from dsrecipes.use.partial import Partial
-from dsrecipes.use.recorded import RecordedRun, read_json
-from dsrecipes.use.report import report
-from dsrecipes.use.rows import Rows
-from dsrecipes.use.verdict import read_rubric
-from dsrecipes.use.verify import verify
 from dsrecipes.zero.blocks import check_blocks
-from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, read_zero, resolve
+from dsrecipes.zero.resolve import TrainerValues, check_with_deepspeed, read_zero, resolve
 
-from made import made_run  # isort: skip
+from support.finished_runs import made_run  # isort: skip
 
 pytestmark = pytest.mark.ranks  # a minute
 RECIPES = ("gpt2_clm", "alpaca_llama_sft", "bert_tmmlu_qa", "seq_classification")
@@ -154,7 +155,7 @@ def test_zero(folder: Path, raw: bytes) -> None:
         config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "deepspeed": str(path)}))
         zero = read_zero(path)
         _ = zero.stage, zero.uses_nvme, zero.uses_muon, zero.offloads_optimizer
-        engine = resolve(zero, _gpt2_config(), Numbers(4, 2, 1, "fp32", config.train), [])
+        engine = resolve(zero, _gpt2_config(), TrainerValues(4, 2, 1, "fp32", config.train), [])
         check_with_deepspeed(engine, path)
         check_blocks(engine, path, False)
 
@@ -176,7 +177,7 @@ ROWS = {
 
 
 def files_of(rows: list[dict]) -> dict[str, bytes]:
-    """Rows as each kind of file."""
+    """EvaluationRows as each kind of file."""
     import pandas
 
     flat = [{key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows]
@@ -368,7 +369,7 @@ def test_run_folder(run_folder: Path, data: st.DataObject) -> None:
     try:
         raw = yaml.safe_dump(data.draw(changed(config, ("trust_remote_code", "lora_r")))).encode()
         write(run_folder / "config.yaml", raw if data.draw(st.booleans()) else data.draw(spoiled(whole)))
-        holds(lambda: Rows(open_run(str(run_folder))).items("train"))
+        holds(lambda: EvaluationRows(open_run(str(run_folder))).items("train"))
     finally:
         write(run_folder / "config.yaml", whole)
 
@@ -417,7 +418,7 @@ def test_job_files(folder: Path, data: st.DataObject) -> None:
             "".join(file.answers.values())
 
     def read_partial() -> None:
-        with Partial(folder / "answers.jsonl", JOB) as file:
+        with PartialAnswers(folder / "answers.jsonl", JOB) as file:
             "".join(file.done[index] for index in (0, 1) if index in file.done)
 
     holds(read_judged)
@@ -431,10 +432,10 @@ def verifiable(folder: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dsrecipes.runs.expected import _saved_tensors, drawn, logits_of, tokenizer_facts
+    from dsrecipes.runs.reference import _saved_tensors, logits_of, random_inputs, tokenizer_facts
 
     run = made_run(folder / "verifiable", "gpt2_clm", tiny_gpt2(), dataset="starter:data/prose.txt", max_length=64)
-    ids = drawn("AutoModelForCausalLM", 2048, 16, 0)
+    ids = random_inputs("AutoModelForCausalLM", 2048, 16, 0)
     logits = logits_of(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32), ids, "AutoModelForCausalLM")
     facts = {
         "step": 1, "auto_class": "AutoModelForCausalLM", "precision": "fp32", "dtype": "float32", "learned": True,

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from flash import flash_attention
-from ranks import Ranks
-from small import Small
-from tiny import sample_of, tiny_gpt2, tiny_llama
+from support.flash import flash_attention
+from support.models import Small
+from support.rank_pool import Ranks
+from support.tiny import sample_of, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsrecipes.data.audit import check_isolation
-from dsrecipes.data.collate import COUNTS, CausalCollator
+from dsrecipes.data.collate import TOKEN_COUNTS, CausalCollator
 from dsrecipes.errors import UserError
 from dsrecipes.model.attention import NAME, attend_by_example, keep_apart, takes_segments
 
@@ -72,7 +72,7 @@ def _items(lengths):
 
 def _logits(model, batch):
     with torch.no_grad():
-        return model(**{name: value for name, value in batch.items() if name != COUNTS}, use_cache=False).logits
+        return model(**{name: value for name, value in batch.items() if name != TOKEN_COUNTS}, use_cache=False).logits
 
 
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])

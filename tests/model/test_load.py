@@ -7,22 +7,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SHARED, STARTER, arrow_file, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
+from support.tiny import SHARED, STARTER, arrow_file, llama_tokenizer, needs_shared, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoTokenizer
 
-from dsrecipes.config import ModelConfig
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.columns import first_beyond
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import (
-    check_ids,
-    check_model,
-    check_vocabulary,
-    count_parameters,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pad_id,
-)
+from dsrecipes.model.load import check_ids, check_model, check_vocabulary, load_config, load_model, load_tokenizer
+from dsrecipes.model.task import count_parameters, pad_id
 
 CAUSAL, CHOICE = "AutoModelForCausalLM", "AutoModelForMultipleChoice"
 

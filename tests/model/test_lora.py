@@ -11,17 +11,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
 from dsrecipes import load_recipe
-from dsrecipes.config import ModelConfig
+from dsrecipes.config.schema import ModelConfig
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import count_parameters, load_config, load_model
+from dsrecipes.inference.finished import open_run
+from dsrecipes.model.load import load_config, load_model
 from dsrecipes.model.lora import check_targets
-from dsrecipes.trainer import is_causal_lm
-from dsrecipes.use.finished import open_run
-from dsrecipes.use.verify import load_saved
+from dsrecipes.model.task import count_parameters
+from dsrecipes.publish.verify import load_saved
+from dsrecipes.train.trainer import is_causal_lm
 
 CAUSAL = "AutoModelForCausalLM"
 

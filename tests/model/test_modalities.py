@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import tiny_bert, tiny_llama
+from support.tiny import tiny_bert, tiny_llama
 from transformers import AutoConfig, AutoModel
 
 from dsrecipes.model.modalities import parameters_below, unreached_by_text, unreached_note

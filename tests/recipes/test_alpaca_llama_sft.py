@@ -6,13 +6,14 @@ import pytest
 import torch
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from peft import PeftModel
-from tiny import SHARED, STARTER, instructions, llama_tokenizer, needs_shared, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import SHARED, STARTER, instructions, llama_tokenizer, needs_shared, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
-from dsrecipes.data.encode import IGNORE, EncodeOptions
-from dsrecipes.runs.curve import read_log
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.data.encode import IGNORE
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.runs.log import read_log
 
 STANFORD = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "

@@ -10,11 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from dsrecipes.recipes.bert_tmmlu_qa import Accuracy, BertTmmluQa
-from tiny import SHARED, STARTER, needs_shared, refusal, tiny_bert
+from support.tiny import SHARED, STARTER, needs_shared, refusal, tiny_bert
 from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPrediction
 
 from dsrecipes import load_recipe
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.files import located
 from dsrecipes.data.questions import GROUPS, SUBJECTS, pool, subject_of, wanted_subjects
 from dsrecipes.data.seen import Seen

@@ -6,19 +6,19 @@ import math
 import pytest
 import yaml
 from dsrecipes.recipes.gpt2_clm import Gpt2Clm
-from tiny import SHARED, STARTER, needs_shared, tiny_gpt2
+from support.tiny import SHARED, STARTER, needs_shared, tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
-from dsrecipes.data.encode import EncodeOptions
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.files import FileRows, LineRows
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.errors import UserError
+from dsrecipes.io.console import Console
 from dsrecipes.run import main
-from dsrecipes.runs.console import Console
-from dsrecipes.runs.curve import read_log
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.runs.log import read_log
 
 
 def values(tmp_path, **changes):

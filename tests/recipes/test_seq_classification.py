@@ -11,33 +11,26 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from dsrecipes.recipes.seq_classification import (
-    NUMBER,
-    ONE,
-    SEVERAL,
-    SeqClassification,
-    kind_and_names,
-    target,
-)
-from made import made_run
+from dsrecipes.recipes.seq_classification import NUMBER, ONE, SEVERAL, SeqClassification, kind_and_names, target
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
-from tiny import STARTER, _saved, arrow_file, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from support.finished_runs import made_run
+from support.tiny import STARTER, _saved, arrow_file, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM, set_seed
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.cli import main
-from dsrecipes.data.collate import COUNTS, FILLER, PaddingCollator, Sequences
-from dsrecipes.data.encode import EncodeOptions
-from dsrecipes.trainer import row_loss
-from dsrecipes.use.chat import chat
-from dsrecipes.use.evaluate import evaluate
-from dsrecipes.use.export import export
-from dsrecipes.use.finished import open_run
-from dsrecipes.use.labels import logits_of_rows
-from dsrecipes.use.rows import Rows
-from dsrecipes.use.verify import verify
+from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.data.collate import PADDING_ROW, TOKEN_COUNTS, PaddingCollator, Sequences
+from dsrecipes.evaluation.evaluate import evaluate
+from dsrecipes.evaluation.rows import EvaluationRows
+from dsrecipes.inference.chat import chat
+from dsrecipes.inference.finished import open_run
+from dsrecipes.inference.labels import logits_of_rows
+from dsrecipes.model.loss import row_loss
+from dsrecipes.publish.export import export
+from dsrecipes.publish.verify import verify
 
 WORDS = "rain sun train ball soup road team rice".split()
 VALUES = {
@@ -309,8 +302,8 @@ def test_the_loss_of_each_kind_leaves_fillers_out(labels, expected):
 @pytest.mark.parametrize("label", [1, 2.5, [1.0, 0.0]])
 def test_a_filler_of_each_kind(label, tmp_path):
     data = Sequences(arrow_file({"input_ids": [[1, 2, 3], [4]], "labels": [label, label]}))
-    batch = PaddingCollator(0)([data[0], data[1], data[FILLER]])
-    assert batch[COUNTS].tolist() == [4, 2] and batch["attention_mask"].tolist()[1] == [1, 0, 0]
+    batch = PaddingCollator(0)([data[0], data[1], data[PADDING_ROW]])
+    assert batch[TOKEN_COUNTS].tolist() == [4, 2] and batch["attention_mask"].tolist()[1] == [1, 0, 0]
     assert batch["labels"].is_floating_point() == (not isinstance(label, int))
     np.testing.assert_allclose(batch["labels"][0], label)
 
@@ -429,10 +422,10 @@ def test_other_rows_under_the_run_s_names_or_the_recipe_s(tmp_path):
     for row in ({"body": "rain", "mood": "bad"}, {"text": "rain", "label": "bad"}):
         path = tmp_path / "other.json"
         path.write_text(json.dumps({"test": [row]}))
-        assert [item.record for item in Rows(run, str(path)).items("test")] == [{"text": "rain", "label": "bad"}]
+        assert [item.record for item in EvaluationRows(run, str(path)).items("test")] == [{"text": "rain", "label": "bad"}]
     path.write_text(json.dumps({"test": [{"text": "rain", "label": None}]}))
     with pytest.raises(UserError, match="other.json: none of its rows has a label"):
-        Rows(run, str(path)).choose(None)
+        EvaluationRows(run, str(path)).choose(None)
 
 
 def test_commands_on_a_finished_run(tmp_path, capfd):

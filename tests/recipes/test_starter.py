@@ -1,13 +1,14 @@
 """The starter profiles as they come: bundled files fit together, and their runs begin."""
 
 import pytest
-from tiny import STARTER
+from support.tiny import STARTER
 from transformers import AutoConfig, AutoTokenizer
 
-from dsrecipes.config import build_config
+from dsrecipes.config.find import recipe_names
+from dsrecipes.config.layers import layer
+from dsrecipes.config.parse import build_config
 from dsrecipes.data.load import load_splits
-from dsrecipes.find import recipe_names, starter_path
-from dsrecipes.layers import layer
+from dsrecipes.io.paths import starter_path
 from dsrecipes.run import main
 
 

@@ -1,7 +1,7 @@
 """The run folder: folders that a run may not use."""
 
 import pytest
-from tiny import small_disk
+from support.tiny import small_disk
 
 from dsrecipes.errors import UserError
 from dsrecipes.runs.folder import check_output, default_path

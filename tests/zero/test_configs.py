@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Ranks
-from small import Small
+from support.models import Small
+from support.rank_pool import Ranks
 
 from dsrecipes import UserError
 

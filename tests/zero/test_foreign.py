@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Ranks
-from small import Small
-from tiny import SHARED, needs_shared, refusal
+from support.models import Small
+from support.rank_pool import Ranks
+from support.tiny import SHARED, needs_shared, refusal
 
 from dsrecipes import UserError, cli
 

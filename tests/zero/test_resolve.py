@@ -5,12 +5,12 @@ import json
 import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
+from dsrecipes.config.find import find_zero, zero_names
+from dsrecipes.config.zero_values import zero_values
 from dsrecipes.errors import UserError
-from dsrecipes.find import find_zero, zero_names
 from dsrecipes.zero.blocks import check_blocks
 from dsrecipes.zero.lint import key_table
-from dsrecipes.zero.resolve import Numbers, check_with_deepspeed, hidden_size, read_zero, resolve
-from dsrecipes.zero_values import zero_values
+from dsrecipes.zero.resolve import TrainerValues, check_with_deepspeed, hidden_size, read_zero, resolve
 
 TRAIN = {
     "max_grad_norm": 1.0, "learning_rate": 2e-5, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0
@@ -18,7 +18,7 @@ TRAIN = {
 
 
 def numbers(precision="fp32", **train):
-    return Numbers(2, 4, 2, precision, TRAIN | train)
+    return TrainerValues(2, 4, 2, precision, TRAIN | train)
 
 
 def zero_of(tmp_path, config):

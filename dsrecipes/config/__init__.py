@@ -1,0 +1,1 @@
+"""What was asked for: recipes, YAML, flags and their layers."""

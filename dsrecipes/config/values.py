@@ -1,0 +1,105 @@
+"""Parse values of flags that are lists or mappings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dsrecipes.io.text import parse_json
+
+
+def parse_columns(value: Any) -> dict[str, str]:
+    """`prompt=question,output=answer` (also several such words, a mapping, or JSON) as {recipe's name: file's column}.
+
+    Raises:
+        ValueError: none of these, or a name twice.
+    """
+    if isinstance(value, Mapping):
+        pairs = [(str(name), str(column) if isinstance(column, str | int) else "") for name, column in value.items()]
+    else:
+        words = [value] if isinstance(value, str) else list(value or ())
+        if len(words) == 1 and words[0].lstrip().startswith("{"):
+            return parse_columns(parse_json(words[0], f"columns {words[0]}"))
+        parts = [part for word in words for part in str(word).split(",") if part.strip()]
+        pairs = [(name, column) for name, _, column in (part.partition("=") for part in parts)]
+    pairs = [(name.strip(), column.strip()) for name, column in pairs]
+    names = [name for name, _ in pairs]
+    if not all(name and column for name, column in pairs) or len(set(names)) < len(names):
+        raise ValueError(
+            f"columns {value}: give each of the recipe's names once with a column of the file, such as prompt=question,output=answer"
+        )
+    return dict(pairs)
+
+
+BALANCED = "balanced"
+
+
+_FORMS = "numbers by class (1 5), NAME=NUMBER or INDEX=NUMBER (0=1,1=5), or balanced"
+
+
+def as_weight(value: Any, name: str = "field 'weight'") -> float:
+    """A weight as a number; true is 1, false is 0, and None or empty text, which tables have for a missing cell, is 1.
+
+    Raises:
+        ValueError: not a finite number of 0 or more.
+    """
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text in (None, "", "true"):
+        return 1.0
+    try:
+        weight = 0.0 if text == "false" else float(text)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} must be a weight (a number of 0 or more, true or false), found {value!r}")
+    return weight
+
+
+def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float]:
+    """The value of --class_weights: BALANCED, weights in label order, or weights by class name or index.
+
+    Raises:
+        ValueError: neither of these; a weight that is negative or not finite; no weight above 0.
+    """
+    text = " ".join(words).strip()
+    if text.lower() == BALANCED:
+        return BALANCED
+    pairs = _pairs(words)
+    weights = [_class_weight(text, weight) for _, weight in pairs]
+    names = [name for name, _ in pairs if name is not None]
+    if not any(weights) and not names:  # a class that is not named weighs 1
+        raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
+    if not names:
+        return weights
+    if len(set(names)) < len(pairs):
+        raise ValueError(f"--class_weights {text}: give each class one weight, all by name or all in order")
+    return dict(zip(names, weights, strict=True))
+
+
+def _pairs(words: list[str]) -> list[tuple[str | None, Any]]:
+    """(class, weight) of each entry; the class is None where weights come in order."""
+    text = " ".join(words).strip()
+    if text[:1] in ("{", "["):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--class_weights {text}: not JSON ({error}); give {_FORMS}") from None
+        return list(value.items()) if isinstance(value, dict) else [(None, weight) for weight in value]
+    parts = [part.strip() for word in words for part in word.split(",")]
+    # a name may hold spaces: only several entries in one word are cut at them
+    entries = [entry for part in parts for entry in ([part] if part.count("=") == 1 else part.split())]
+    triples = [entry.rpartition("=") for entry in entries]
+    return [(name.strip() if equals else None, weight) for name, equals, weight in triples]
+
+
+def _class_weight(text: str, value: Any) -> float:
+    if value in (None, ""):
+        raise ValueError(f"--class_weights {text}: give {_FORMS}")
+    try:
+        return as_weight(value, "a weight")
+    except ValueError as error:
+        raise ValueError(f"--class_weights {text}: {error}; give {_FORMS}") from None

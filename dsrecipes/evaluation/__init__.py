@@ -1,0 +1,1 @@
+"""Measure a finished run: losses, choices, answers, judges."""

@@ -1,0 +1,168 @@
+"""A judge behind a server that speaks OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dsrecipes.errors import UserError
+from dsrecipes.evaluation.judge_models import TEMPERATURE, Reply
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+KEY = "DSRECIPES_JUDGE_KEY"
+"""The environment variable with the server's key. No other key or token of the environment goes to a server."""
+_WAITS = (1, 2, 4, 8, 16)
+"""Seconds before a request that failed is sent again."""
+_LONGEST_WAIT = 300
+
+
+def is_url(judge: str) -> bool:
+    """Whether this names a server."""
+    return judge.startswith(("http://", "https://"))
+
+
+class ServerJudge:
+    """An OpenAI-compatible server, through huggingface_hub's client."""
+
+    def __init__(self, url: str, model: str | None, timeout: float) -> None:
+        """Nothing is sent yet.
+
+        Raises:
+            UserError: an address with a key or a query in it, or a key that no header can hold.
+        """
+        import huggingface_hub
+
+        try:
+            parts = urlsplit(url)
+            usable = parts.hostname and parts.port != 0 and not (parts.username or parts.password or parts.query)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UserError(f"--judge: give http(s)://HOST[:PORT]/v1 without user, password or query; a key goes into {KEY}")
+        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"{KEY}: holds a character that no HTTP header can; set it again")
+        # without a key the client would send the user's Hugging Face token to whatever server this is
+        self._client = huggingface_hub.InferenceClient(base_url=url, api_key=self._key or "none", timeout=timeout)
+
+    def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
+        """A reply; what may pass (no connection, no answer in time, 429, 5xx) is tried again after a while.
+
+        Raises:
+            UserError: the server refuses, or still fails.
+        """
+        for pause in (*_WAITS, None):
+            try:
+                return self._send(prompt, attempt, max_new_tokens)
+            except _Passing as fault:
+                wait = fault.retry_after if fault.retry_after is not None else pause
+                if pause is None or wait is None or wait > _LONGEST_WAIT:
+                    told = f"; it asks to wait {wait:.0f} s" if wait is not None and wait > _LONGEST_WAIT else ""
+                    raise UserError(
+                        f"--judge {self.url}: {fault}{told}. What was judged is kept: the same command goes on from there"
+                    ) from None
+                print(f"judge: {fault}; trying again in {wait:.0f} s", file=sys.stderr)
+                time.sleep(wait)
+        raise AssertionError
+
+    def _send(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError
+
+        sampling = {"temperature": TEMPERATURE, "seed": attempt} if attempt else {"temperature": 0.0}
+        try:
+            with _hub_switch_lifted():
+                told = self._client.chat_completion(
+                    [{"role": "user", "content": prompt}], model=self.model, max_tokens=max_new_tokens, **sampling
+                )
+            usage = told.usage
+            text = told.choices[0].message.content or ""
+            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            return Reply(self._without_key(text), *counts)
+        except HfHubHTTPError as error:
+            raise self._explained(error) from None
+        except (httpx2.TransportError, TimeoutError) as error:
+            what = "no answer in time" if isinstance(error, (httpx2.TimeoutException, TimeoutError)) else "no connection"
+            raise _Passing(f"{what} ({self._without_key(str(error)) or type(error).__name__})") from None
+        except (ValueError, TypeError, AttributeError, LookupError):
+            raise UserError(
+                f"--judge {self.url}: its answer is no chat completion; is this the address of an API (.../v1)?"
+            ) from None
+
+    def _explained(self, error: HfHubHTTPError) -> UserError | _Passing:
+        """A status that may pass, or a refusal in the server's words."""
+        status = error.response.status_code
+        what = f"{status} {error.response.reason_phrase}".strip()
+        told = self._without_key(_message(error.response.text))
+        what += f": {told}" if told else ""
+        if status in (408, 429) or status >= 500:
+            return _Passing(what, _retry_after(error.response.headers.get("retry-after")))
+        if status in (401, 403):
+            what += f" (the key is taken from {KEY}, which is {'set' if self._key else 'not set'})"
+        if status in (400, 404, 422):
+            what += " (--judge_model names the model, the address ends in /v1)"
+        return UserError(f"--judge {self.url}: {what}")
+
+    def _without_key(self, text: str) -> str:
+        """A server may send back what it was sent."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _Passing(Exception):
+    """A fault that may pass."""
+
+    def __init__(self, what: str, retry_after: float | None = None) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after
+
+
+def _message(body: str) -> str:
+    """The message in an error's body, in one line of at most 300 characters."""
+    try:
+        told = json.loads(body)
+        told = told.get("error", told.get("detail", told.get("message", told)))
+        told = told.get("message", told) if isinstance(told, dict) else told
+    except (ValueError, AttributeError):
+        told = "" if "<html" in body.lower() else body
+    return " ".join(str(told).split())[:300]
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds to wait, of a number or an HTTP date."""
+    if not header:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def _hub_switch_lifted() -> Iterator[None]:
+    """HF_HUB_OFFLINE keeps requests from the hub; the hub's client would hold back those to a judge as well."""
+    from huggingface_hub import constants, get_session
+
+    if not constants.is_offline_mode():
+        yield
+        return
+    session = get_session()
+    before = session.event_hooks
+    session.event_hooks = {**before, "request": []}
+    try:
+        yield
+    finally:
+        session.event_hooks = before

@@ -1,0 +1,211 @@
+"""The rows that a finished run is measured on: its own splits as it made them, or another data set's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsrecipes.config.sources import paths_of
+from dsrecipes.data.files import LocatedRows, Row
+from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
+from dsrecipes.data.questions import plain, question_record, sources
+from dsrecipes.data.records import Records, record_hash
+from dsrecipes.data.renamed import OptionalColumns
+from dsrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from dsrecipes.inference.finished import FinishedRun
+    from dsrecipes.io.console import Console
+
+SPLITS = ("test", "validation", "train")
+"""In the order in which an evaluation looks for rows."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a split: its place in the files, as it stands there, and through the recipe's format_row."""
+
+    where: str
+    row: Row
+    record: dict[str, Any]
+    source: str = ""
+    """Its data set's name, where a run has several."""
+
+
+@dataclass
+class EvaluationRows:
+    """The rows of a run, or of another data set read by the run's recipe, by split."""
+
+    run: FinishedRun
+    dataset: str | None = None
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Read the files' rows; nothing is tokenized yet."""
+        layers = self.run.config.layers
+        if self.dataset:
+            # all rows of a file, in the file's own splits: what the run kept aside concerns its own data alone
+            changed = {"dataset": self.dataset, "dataset_config": None, "eval_dataset": None, "subjects": None}
+            changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
+            layers = self.run.layers(**changed)
+        self.story = self.run.recipe(layers)
+        data = self.story.config.data
+        if self.dataset:
+            # --columns is about the run's own data: other rows need not have them
+            data.columns = OptionalColumns(self.run.config.data.columns)
+        self.by_source: list[SourceRows] = [
+            replace(
+                part,
+                splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
+            )
+            for part in source_rows(self.story)
+        ]
+
+    @property
+    def name(self) -> str:
+        """The data set's name, or the names of several."""
+        return paths_of(self.story.config.data.sources)
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that there are, in the order in which an evaluation looks for rows."""
+        return [name for name in SPLITS if self._with(name)]
+
+    def _with(self, split: str) -> list[SourceRows]:
+        """The sources that have rows of a split."""
+        return [part for part in self.by_source if split in part.splits or (split == "validation" and part.held_out)]
+
+    def choose(self, asked: str | None) -> str:
+        """The split that is asked for; else test, validation or, of a data set given by hand, its only one.
+
+        Raises:
+            UserError: the data have no such split, or the run kept nothing aside.
+        """
+        known = self.splits
+        if not known:
+            raise UserError(f"{self.name}: none of its rows has a label")
+        if asked:
+            return _known(asked, known, self.name)
+        if known[0] == "train" and not self.dataset:
+            raise UserError(
+                f"{self.run.folder.path}: this run kept no rows aside; name some with --dataset, or give --split train"
+            )
+        return known[0]
+
+    def items(self, split: str) -> list[Item]:
+        """A split's rows, those that the run held out of its training rows among them.
+
+        Raises:
+            UserError: a row at fault, where the run did not skip such rows.
+        """
+        several = self.story.config.data.is_mixture
+        return [
+            replace(item, source=part.source.name if several else "")
+            for part in self._with(split)
+            for item in self._items_of(part, split)
+        ]
+
+    def _items_of(self, part: SourceRows, split: str) -> list[Item]:
+        options, held = part.story.config.data, part.held_out if split != "test" else 0.0
+
+        def both(row: Row) -> dict[str, Any]:
+            return {"row": getattr(row, "original", row), "record": self.run.recipe.format_row(row)}
+
+        records = Records(both, part.splits["train" if held else split], options.skip_bad_rows)
+        if not held:
+            return [Item(where, **pair) for where, pair in records]
+        # twice over the rows, so that only those of the split are kept in memory
+        keys = np.fromiter((record_hash(pair["record"]) for _, pair in records), np.uint64)
+        chosen = part.hold_out(keys, held, part.story.config.train["seed"]) == (split == "validation")
+        return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
+
+    def sequences(self, split: str, console: Console) -> dict[str, Path]:
+        """Files of a split's token ids and labels by source, exactly as a training run on these rows evaluates them."""
+        return {part.source.name: self._sequences_of(part, split, console) for part in self._with(split)}
+
+    def _sequences_of(self, part: SourceRows, split: str, console: Console) -> Path:
+        from dsrecipes.model.load import check_splits
+
+        name = split
+        if self.dataset and split == "train":  # under another name no last block is left out
+            part, name = replace(part, splits={"test": part.splits[split]}), "test"
+        prepared = prepare_source(part, self.run.tokenizer, console)
+        if name not in prepared:
+            raise UserError(f"{part.source.path}: no row of {split} is left; --split names another")
+        check_splits({split: prepared[name]}, self.run.tokenizer, self.run.embedding_rows)
+        return prepared[name].path
+
+
+@dataclass
+class QuestionRows:
+    """Files of four-way questions for a model that writes, by the splits that the files' names tell."""
+
+    name: str
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Read all files."""
+        self.raw: dict[str, list[tuple[str, Row]]] = {}
+        for split, rows in sources(self.name, []):
+            self.raw.setdefault(split, []).extend(rows)
+
+    def choose(self, asked: str | None) -> str:
+        """The split that is asked for; else test, validation or what there is (UserError: no such split)."""
+        known = [name for name in SPLITS if name in self.raw]
+        return _known(asked, known, self.name) if asked else known[0]
+
+    def items(self, split: str) -> list[Item]:
+        """A split's questions (UserError: a row at fault)."""
+        records = Records(question_record, LocatedRows(self.raw[split]), self.skip_bad_rows)
+        return [Item(where, {}, record) for where, record in records]
+
+    def shots(self, items: list[Item], split: str, count: int) -> dict[str, list[dict[str, Any]]]:
+        """The first `count` training questions (TMMLU+ and MMLU call them dev) of each subject that is asked.
+
+        Raises:
+            UserError: there are not so many, or they are the questions asked.
+        """
+        if not count:
+            return {}
+        if "train" not in self.raw or split == "train":
+            raise UserError(f"--num_fewshot {count}: {self.name} has no dev questions beside those that are asked")
+        by_subject: dict[str, list[dict[str, Any]]] = {}
+        for item in self.items("train"):
+            by_subject.setdefault(item.record["subject"], []).append(item.record)
+        for subject in sorted({item.record["subject"] for item in items}):
+            if len(by_subject.get(subject, [])) < count:
+                raise UserError(f"--num_fewshot {count}: {subject} has {len(by_subject.get(subject, []))} dev questions")
+        return {subject: records[:count] for subject, records in by_subject.items()}
+
+
+def _known(asked: str, known: list[str], name: str) -> str:
+    if asked not in known:
+        raise UserError(f"--split {asked}: {name} has no such rows; it has {', '.join(known)}")
+    return asked
+
+
+_LINE = 40
+"""Characters that a line of text must have to be one that two documents do not share by chance."""
+
+
+def contents(record: dict[str, Any]) -> list[str]:
+    """What makes a record the same as another, letter case and spacing aside.
+
+    The question without its options; an instruction or a chat without its answers; a text without its label; the longer
+    lines of a plain text.
+    """
+    if "question" in record:
+        return [plain(record["question"])]
+    if "messages" in record:
+        return [plain("".join(turn["content"] for turn in record["messages"] if turn["role"] != "assistant"))]
+    if "instruction" in record:
+        return [plain(record["instruction"] + record.get("input", ""))]
+    if "label" in record and "text" in record:
+        return [plain("\n".join(record[name] for name in ("text", "text_pair") if name in record))]
+    if isinstance(record.get("text"), str):
+        return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
+    return [str(record_hash(record))]

@@ -1,0 +1,1 @@
+"""Answers of a finished run: prompts, generation, chat."""

@@ -1,0 +1,95 @@
+"""Where a finished run's model is loaded (--device), and what to try when memory runs out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dsrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_FORM = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
+    """The device to load a model on.
+
+    Args:
+        name: cpu, cuda, cuda:N, or auto: the first GPU that torch can use, else the CPU.
+        use_cpu: what the run was trained with; auto follows it, an explicit device does not.
+
+    Raises:
+        UserError: no such device, or not the name of a device.
+    """
+    if not _FORM.fullmatch(name):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda, or cuda:N for GPU number N")
+    import torch
+
+    count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count and not use_cpu else "cpu"
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
+        known = "cpu" + "".join(f", cuda:{index}" for index in range(count))
+        raise UserError(f"--device {name}: torch finds no such GPU on this machine; the devices are {known}")
+    return torch.device(name)
+
+
+def add_device(parser: argparse.ArgumentParser, default: str = "auto", why: str = "a GPU if there is one") -> None:
+    """Add --device to a command that loads the model of a finished run."""
+    parser.add_argument(
+        "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute (default: {default}, {why})"
+    )
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out in a command on a finished run."""
+
+
+@contextlib.contextmanager
+def memory_errors(*remedies: str) -> Iterator[None]:
+    """Turn running out of memory into a UserError; a context manager and a decorator.
+
+    Args:
+        remedies: what lowers the need on any device, such as "a smaller --batch_size"; --device cpu is added where a
+            GPU's memory ran out.
+    """
+    try:
+        yield
+    except OutOfMemoryError:
+        raise  # the innermost knows the remedies best
+    except (MemoryError, RuntimeError, OSError, UserError) as error:
+        # the exception raised may hide the cause, such as "cannot be loaded" of a file that could not be mapped
+        cause = next((link for link in _chain(error) if _is_out_of_memory(link)), None)
+        if cause is None:
+            raise
+        raise OutOfMemoryError(_message(cause, remedies)) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """As runs.faults decides it, which imports torch; before torch is loaded, only Python itself can run out."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from dsrecipes.model.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _message(error: BaseException, remedies: tuple[str, ...]) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    on_gpu = type(error).__name__ == "OutOfMemoryError" or "cuda" in reason.lower()
+    choices = [*(["--device cpu"] if on_gpu else []), *remedies]
+    choices += [] if on_gpu else ["a machine with more memory"]
+    advice = ", or ".join(choices)
+    return f"ran out of {'GPU' if on_gpu else 'host'} memory: {reason.rstrip('.')}. Try {advice}"

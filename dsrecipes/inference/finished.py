@@ -1,0 +1,202 @@
+"""A finished run, opened: its configuration, recipe, tokenizer and model, tuned or as it was before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.config.layers import Layers, layer
+from dsrecipes.errors import UserError
+from dsrecipes.inference.device import find_device
+from dsrecipes.runs.folder import RunFolder, find_run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from dsrecipes.base import RecipeBase
+    from dsrecipes.config.encoding import EncodeOptions
+    from dsrecipes.config.schema import Config
+
+
+@dataclass
+class FinishedRun:
+    """One run folder; what is heavy is loaded at first use."""
+
+    folder: RunFolder
+    checkpoint: Path | None = None
+    """Take weights and tokenizer from here instead of model/."""
+    device_name: str = "auto"
+    """As --device takes it."""
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible device before anything is read."""
+        if self.device_name != "auto":
+            find_device(self.device_name)
+
+    @property
+    def source(self) -> Path:
+        """Where the weights and the tokenizer lie."""
+        return self.checkpoint or self.folder.model
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration that the run recorded, checked again."""
+        from dsrecipes.config.parse import build_config
+
+        return build_config(self.layers())
+
+    def layers(self, **changed: Any) -> Layers:
+        """The run's values in layers, some of them changed; without its ZeRO JSON, which matters only in training and may be gone."""
+        return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
+
+    @cached_property
+    def recipe(self) -> type[RecipeBase]:
+        """The recipe's class, for its row hooks."""
+        from dsrecipes.base import recipe_class
+
+        return recipe_class(self.config.layers.recipe)
+
+    @cached_property
+    def options(self) -> EncodeOptions:
+        """What the rows were encoded with."""
+        return self.config.data.encoding
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether the run trained on reasoning before answers."""
+        from dsrecipes.data.chat import REASONING
+
+        try:
+            splits = json.loads(self.folder.data.read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return REASONING in splits.get("train", {}).get("notes", {})
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved beside the model."""
+        from dsrecipes.io.hub import first_line
+        from dsrecipes.model.bundled import read_tokenizer
+
+        trusted = self.config.model.trust_remote_code
+        try:
+            return read_tokenizer(self.source, trust_remote_code=trusted)
+        except Exception as error:  # tokenizers raises no narrower one
+            raise UserError(f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
+
+    @cached_property
+    def device(self) -> torch.device:
+        """What --device asks for; auto is a GPU where there is one, unless the run was trained with --use_cpu."""
+        return find_device(self.device_name, self.config.train["use_cpu"])
+
+    def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model in evaluation mode: base and adapter for LoRA, in 4 bits where the run was.
+
+        Args:
+            base: the model as it was before the run.
+            dtype: of the weights; best_dtype where it is not given.
+
+        Raises:
+            UserError: the base cannot be had, or files of model/ are missing or damaged.
+        """
+        from transformers import AutoConfig
+        from transformers.utils.logging import disable_progress_bar
+
+        from dsrecipes.config.adapter import adapter_folder
+        from dsrecipes.io.hub import damaged, first_line
+        from dsrecipes.model.load import ready
+        from dsrecipes.model.task import loading_class
+        from dsrecipes.runs.weights import check_readable, weight_files
+
+        disable_progress_bar()
+        if dtype is None:
+            dtype = best_dtype(self.device)
+        options, auto = self.config.model, self.recipe.auto_class
+        adapter = (self.source / "adapter_config.json").is_file()
+        if not base:
+            check_readable(weight_files(self.source))
+        if adapter and not base and not (self.source / "adapter_model.safetensors").is_file():
+            raise UserError(
+                f"{self.source}: adapter_model.safetensors is missing"
+            )  # peft would take a pickle, or ask the hub
+        folder = adapter_folder(options.model_name_or_path) if base else self.source
+        try:
+            if base or adapter:
+                model = self.load_base(dtype)
+            if adapter and folder is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, str(folder), torch_device=str(self.device))
+            elif not base:
+                config = AutoConfig.from_pretrained(self.source, trust_remote_code=options.trust_remote_code)
+                model = loading_class(auto, config).from_pretrained(
+                    self.source, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
+                )
+        except damaged() as error:
+            raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
+        return ready(model, self.device)
+
+    def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model without any adapter, in 4 bits where the run was."""
+        from dsrecipes.model.load import load_model, ready
+
+        options, auto = self.config.model, self.recipe.auto_class
+        config = self._base_config()
+        seed = self.config.train["seed"]
+        model = load_model(options, config, auto, dtype, seed, False, adapter=False, device=self.device)
+        return ready(model, self.device)
+
+    def _base_config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        from dsrecipes.config.adapter import head_settings, read_head, set_head
+        from dsrecipes.model.load import load_config
+
+        name = self.config.model.model_name_or_path
+        try:
+            config = load_config(self.config.model, self.recipe.auto_class)
+        except UserError as error:
+            reason = str(error).removeprefix("--model_name_or_path ")
+            raise UserError(
+                f"{self.folder.path}: the base model of this run, {name}, cannot be had ({reason}); if it was moved, correct "
+                f"model_name_or_path in {self.folder.config}"
+            ) from error
+        if self.recipe.auto_class.endswith("ForSequenceClassification"):
+            read_head(self.source, config)
+            if (self.source / "config.json").is_file():
+                set_head(config, head_settings(AutoConfig.from_pretrained(self.source)))
+        return config
+
+    @cached_property
+    def embedding_rows(self) -> int | None:
+        """Rows of the model's input embedding, known without its weights."""
+        from transformers import AutoConfig
+
+        from dsrecipes.model.load import embedding_rows
+
+        if (self.source / "config.json").is_file():
+            trusted = self.config.model.trust_remote_code
+            return embedding_rows(AutoConfig.from_pretrained(self.source, trust_remote_code=trusted))
+        return embedding_rows(self._base_config())
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """What a model is asked in: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def open_run(name: str, device: str = "auto") -> FinishedRun:
+    """A run folder by path or `last`, to be loaded on `device` (as --device takes it).
+
+    Raises:
+        UserError: there is none, it holds no trained model, or there is no such device.
+    """
+    return FinishedRun(find_run(name), device_name=device)

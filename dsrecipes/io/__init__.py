@@ -1,0 +1,1 @@
+"""Files, paths, text and the console: nothing here knows what a run is."""

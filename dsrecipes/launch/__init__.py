@@ -1,0 +1,1 @@
+"""Processes: ranks, signals, heartbeats and the watchdog."""

@@ -1,0 +1,1 @@
+"""Hand a finished run on: verify, export, reshape, model card."""

@@ -1,0 +1,191 @@
+"""dsrecipes export RUN --to DIR: one folder to hand on, which plain transformers loads; adapters are merged."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.errors import UserError
+from dsrecipes.inference.device import add_device, memory_errors
+from dsrecipes.inference.finished import FinishedRun
+from dsrecipes.io.arguments import CommandParser
+from dsrecipes.io.disk import is_disk_full
+from dsrecipes.io.paths import user_path
+from dsrecipes.runs.folder import RunFolder, find_run
+from dsrecipes.runs.manifest import fault
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@memory_errors()
+def export(
+    run: str,
+    to: str | Path,
+    *,
+    dtype: str | None = None,
+    checkpoint: str | None = None,
+    max_shard_size: str = "5GB",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Write model, tokenizer, generation settings and a model card into a new folder, and compare its logits.
+
+    Args:
+        run: a run folder, or `last`.
+        to: a folder that does not exist or is empty.
+        dtype: float32, bfloat16 or float16; as the run saved its weights where it is not given (float32 after a merge).
+        checkpoint: `step100` takes that checkpoint's weights instead of the finished model's.
+        max_shard_size: of a weights file, as 500MB; a larger model is written as several.
+        device: cpu, cuda, cuda:N or auto. The model is loaded in float32, up to twice (a QLoRA base is dequantised into
+            a second copy), which few cards have room for: 2 x 4 bytes a parameter.
+
+    Returns:
+        path, dtype, merged (LoRA, QLoRA or none), largest_difference of the logits and what is allowed.
+
+    Raises:
+        UserError: the folder is not empty, the run or checkpoint cannot be had, or the exported logits are too far off.
+    """
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
+        raise UserError(f"--max_shard_size {max_shard_size}: give a whole number of KB, MB or GB, as 500MB")
+    folder = find_run(run, ended=checkpoint is None)
+    target = _free(user_path(to))
+    finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None, device)
+    beside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        result = _write(finished, beside, dtype, max_shard_size)
+        if target.is_dir():
+            target.rmdir()
+        beside.rename(target)
+    except OSError as error:
+        full = beside.is_dir() and is_disk_full(error, beside)
+        raise UserError(f"--to {target}: {'no space left on the disk' if full else error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {"path": str(target), **result}
+
+
+def _free(target: Path) -> Path:
+    """The folder to write, which holds nothing yet."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--to {target}: there is a file of this name; choose another folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--to {target}: the folder is not empty; choose another, or empty it yourself")
+    return target.absolute()
+
+
+def _checkpoint(folder: RunFolder, asked: str) -> Path:
+    """A whole checkpoint by its step."""
+    path = folder.checkpoints / f"checkpoint-{asked.removeprefix('step')}"
+    problem = fault(path)
+    if problem:
+        known = ", ".join(f"step{each.name[11:]}" for each in folder.whole_checkpoints()) or "none"
+        raise UserError(f"--checkpoint {asked}: {path} {problem}; whole ones of this run: {known}")
+    return path
+
+
+def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: str) -> dict[str, Any]:
+    import torch
+
+    from dsrecipes.launch.imports import hidden
+    from dsrecipes.model.load import ready
+    from dsrecipes.model.task import loading_class
+    from dsrecipes.publish.card import model_card
+    from dsrecipes.runs.reference import allowed_difference
+
+    adapter = (run.source / "adapter_config.json").is_file()
+    model = run.load(dtype=torch.float32)
+    wanted = _logits(model, run)
+    four_bit = bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
+    merged = ("QLoRA" if four_bit else "LoRA") if adapter else "none"
+    if adapter:
+        model = _merge(run, model, four_bit)
+    kept = dtype or ("float32" if adapter else _dtype(run.source))
+    config = model.config.get_text_config()
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # training turned it off
+    with hidden(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+        model.to(getattr(torch, kept)).save_pretrained(folder, max_shard_size=max_shard_size)
+    kind = loading_class(run.recipe.auto_class, model.config)
+    del model
+    run.tokenizer.save_pretrained(folder)
+    exported = kind.from_pretrained(folder, dtype=torch.float32)
+    found = _logits(ready(exported, run.device), run)
+    difference = (found - wanted).abs().max().item()
+    allowed = allowed_difference(wanted, "fp32" if kept == "float32" else kept, four_bit)
+    if not difference <= allowed:
+        raise UserError(
+            f"the exported model's logits differ from the run's by up to {difference:.2g} (allowed {allowed:.2g}); nothing was "
+            f"written. {'--dtype bfloat16 or float32 has more range' if kept == 'float16' else 'The weights do not fit the run'}"
+        )
+    result = {"dtype": kept, "merged": merged, "largest_difference": difference, "allowed": allowed}
+    (folder / "README.md").write_text(model_card(run, result), encoding="utf-8")
+    return result
+
+
+def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrainedModel:
+    """The adapter in the base's weights; a 4-bit base is made whole first, for merged into 4 bits it would be rounded again."""
+    if not four_bit:
+        return model.merge_and_unload()
+    from peft import PeftModel
+
+    try:
+        base = run.load_base(model.dtype).dequantize()
+    except NotImplementedError as error:
+        raise UserError(f"the base {run.config.model.model_name_or_path} cannot be dequantised: {error}") from error
+    return PeftModel.from_pretrained(base, str(run.source), torch_device=str(run.device)).merge_and_unload()
+
+
+def _dtype(source: Path) -> str:
+    """The dtype of saved weights."""
+    from dsrecipes.runs.weights import tensors, weight_files
+
+    _, tensor = next(tensors(weight_files(source)[0]))
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _logits(model: PreTrainedModel, run: FinishedRun) -> torch.Tensor:
+    from dsrecipes.runs.reference import logits_of, random_inputs
+
+    auto, length = run.recipe.auto_class, min(16, run.config.data.max_length)
+    batch = random_inputs(auto, model.config.get_text_config().vocab_size, length, run.config.train["seed"])
+    return logits_of(model, {key: value.to(run.device) for key, value in batch.items()}, auto)
+
+
+def rounding(dtype: str) -> str:
+    """How far a weight may move when it is stored, in words."""
+    import torch
+
+    return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size"
+
+
+def main(argv: list[str]) -> int:
+    """`dsrecipes export RUN --to DIR`."""
+    parser = CommandParser("export", "Write a run's model as one folder that plain transformers loads.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
+    parser.add_argument("--to", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the weights; default: as they were saved, float32 after a merge"
+    )
+    parser.add_argument("--checkpoint", metavar="stepN", help="the weights of this checkpoint instead of the finished model")
+    parser.add_argument("--max_shard_size", metavar="SIZE", default="5GB", help="largest weights file (default 5GB)")
+    add_device(parser, "cpu", "a float32 copy of a 7B model takes 27 GB")
+    asked = parser.parse_args(argv)
+    result = export(
+        asked.run, asked.to, dtype=asked.dtype, checkpoint=asked.checkpoint, max_shard_size=asked.max_shard_size,
+        device=asked.device,
+    )  # fmt: skip
+    words = {"LoRA": "adapter merged", "QLoRA": "4-bit base dequantised, adapter merged", "none": "all weights"}
+    print(f"exported  {result['path']} · {words[result['merged']]}")
+    print(
+        f"logits    largest difference from the run's {result['largest_difference']:.2g} (allowed {result['allowed']:.2g}); "
+        f"{rounding(result['dtype'])}"
+    )
+    print(f"card      {result['path']}/README.md: add a licence before you hand it on")
+    return 0

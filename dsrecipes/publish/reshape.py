@@ -1,0 +1,132 @@
+"""dsrecipes reshape RUN: a checkpoint as one folder that goes on on any number of ranks, under any ZeRO stage.
+
+A run does so by itself from any checkpoint. The folder is for taking elsewhere: one copy of everything, no pickle of
+DeepSpeed's, and no shard that only its own rank reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsrecipes.errors import UserError
+from dsrecipes.io.arguments import CommandParser
+from dsrecipes.io.disk import checksum, is_disk_full, put_in_place
+from dsrecipes.runs.folder import find_checkpoints, find_run
+from dsrecipes.runs.manifest import MANIFEST, choose, damage, facts_of, files_of, is_whole, read_manifest, seal
+
+if TYPE_CHECKING:
+    from dsrecipes.zero.states import CheckpointStates
+
+_SHARD = 2 << 30
+"""Bytes of a file, about: what is in memory at once."""
+
+
+def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
+    """Write checkpoints/universal-N beside checkpoint-N; one that is there already is kept.
+
+    Args:
+        run: a run folder, or `last`.
+        checkpoint: `step100` or a path; the newest whole one where it is not given.
+
+    Returns:
+        path, step, and bytes written: 0 where what is there fits anywhere as it is.
+
+    Raises:
+        UserError: no such checkpoint, or too little space.
+    """
+    from dsrecipes.zero.states import UNIVERSAL, made_by, read
+
+    folder = find_run(run, ended=False)
+    found = find_checkpoints(checkpoint or "auto", folder, print)
+    if not found:
+        raise UserError(f"{folder.path} has no checkpoint")
+    source = choose(found, damage, print)
+    made = made_by(source)
+    step = int(source.name.rsplit("-", 1)[-1])
+    if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # undivided as it is
+        return {"path": str(source), "step": step, "bytes": 0}
+    target = source.with_name(f"universal-{step}")
+    origin = checksum(source / MANIFEST)
+    if is_whole(target) and made_by(target).get("from") == origin:
+        return {"path": str(target), "step": step, "bytes": 0}
+    beside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
+    saved = read(source, [])
+    wanted = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
+    free = shutil.disk_usage(source).free
+    if wanted > free:
+        raise UserError(
+            f"{target} needs {wanted / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, or resume as it is"
+        )
+    try:
+        beside.mkdir()
+        _write(saved, source, beside)
+        origins = {"ranks": None, "sequences": made.get("sequences"), "from": origin}
+        seal(beside, facts_of(beside, files_of(beside)), origins, read_manifest(source)["contract"])
+        put_in_place(beside, target)
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error, beside):
+            raise UserError(f"{target}: no space left on the disk") from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {"path": str(target), "step": step, "bytes": wanted}
+
+
+def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
+    """One safetensors file for some gigabytes of each key, and JSON for what is no tensor."""
+    from safetensors.torch import save_file
+
+    from dsrecipes.zero.states import UNIVERSAL, rest
+
+    keys = sorted({key for name in saved.fragments for key in saved.keys(name)})
+    for key in keys:
+        for number, names in enumerate(_parts(saved, key)):
+            whole = {name: saved.piece(name, key, 0, saved.numel(name)) for name in names}
+            save_file(whole, folder / f"{key}-{number:05}.safetensors")
+    if saved.buffers:
+        save_file({name: tensor.contiguous() for name, tensor in saved.buffers.items()}, folder / "buffers.safetensors")
+    for path in rest(source):
+        shutil.copy(path, folder)
+    engine = saved.engine
+    if (source / "scheduler.pt").is_file():
+        engine = {key: value for key, value in engine.items() if key != "lr_scheduler"}
+    told = {"keys": keys, "steps": saved.steps, "groups": saved.groups, "rates": saved.rates, "engine": engine}
+    (folder / UNIVERSAL).write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def _parts(saved: CheckpointStates, key: str) -> Iterator[list[str]]:
+    """Names of parameters that make up a file each."""
+    names: list[str] = []
+    size = 0
+    for name in saved.fragments:
+        if key in saved.keys(name):
+            names.append(name)
+            size += 4 * saved.numel(name)
+        if size >= _SHARD:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
+
+
+def main(argv: list[str]) -> int:
+    """`dsrecipes reshape RUN`."""
+    parser = CommandParser("reshape", "Write a checkpoint as one folder for any number of ranks and any ZeRO stage.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
+    parser.add_argument("--checkpoint", metavar="stepN|PATH", help="default: the newest whole one")
+    asked = parser.parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, whose objects are read, looks for a GPU and says so
+    result = reshape(asked.run, checkpoint=asked.checkpoint)
+    written = f"{result['bytes'] / 1e6:,.1f} MB written" if result["bytes"] else "nothing to write: it is there"
+    print(f"step {result['step']:<5}{result['path']} · {written}")
+    print(
+        f"go on     dsrecipes train --config {find_run(asked.run, ended=False).config} --resume_from_checkpoint {result['path']} "
+        "[--procs N] [--deepspeed zeroN]"
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""Show run folders as one HTML page; imports no torch."""

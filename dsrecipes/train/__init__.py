@@ -1,0 +1,1 @@
+"""Training, the one active thing: sets up, runs, saves and resumes."""

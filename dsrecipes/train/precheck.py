@@ -1,0 +1,236 @@
+"""Build optimizer, schedule, trackers, data loader and compiler for a tiny layer, before any weights are loaded.
+
+transformers' own code builds them, so that what would fail minutes later (a missing package, an unknown argument) is
+one message now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from dsrecipes.config.schema import TrainConfig
+from dsrecipes.errors import UserError, nearest
+
+_SIDE = 64
+"""A 64 x 64 weight is the smallest whose states bitsandbytes keeps in 8 bits."""
+_WHOLE = (_SIDE, _SIDE)
+
+
+class _Parts(Trainer):
+    """Trainer's own construction of optimizer and scheduler, without its data, callbacks and accelerator."""
+
+    def __init__(self, args: TrainConfig, model: nn.Module) -> None:
+        self.args, self.model = args, model
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = None
+
+
+@contextlib.contextmanager
+def _refusing(flag: str) -> Iterator[None]:
+    """Turn any exception into a UserError that names the flag."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{flag}: {f'no key {text}' if isinstance(error, KeyError) else text}") from error
+
+
+def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, own: dict[str, str]) -> list[str]:
+    """Build every part once; returns notes for the header on values with an unexpected effect.
+
+    Args:
+        args: the run's arguments.
+        steps: optimizer steps of the run.
+        engine: the resolved ZeRO JSON, whose optimizer and scheduler blocks replace Trainer's; None without DeepSpeed.
+        own: key -> origin of the values that the user gave.
+
+    Raises:
+        UserError: a part cannot be built; names the flag.
+    """
+    notes: list[str] = []
+    engine = engine or {}
+    stage = int(engine.get("zero_optimization", {}).get("stage", 0))
+    if "optimizer" not in engine:
+        notes += _check_optimizer(args, stage, own)
+    if "scheduler" not in engine:
+        notes += _check_schedule(args, steps)
+    _check_trackers(args.report_to)
+    _check_helpers(args)
+    return notes
+
+
+# ---- optimizer ----
+
+
+def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list[str]:
+    name = args.optim.value
+    if args.optim_target_modules:
+        args = copy.copy(args)
+        args.optim_target_modules = "all-linear"  # names can be checked only against the model's own layers
+    assignments = [part.strip() for part in args.optim_args.split(",")] if args.optim_args else []
+    malformed = next((part for part in assignments if part.count("=") != 1), None)
+    if malformed is not None:
+        raise UserError(f"--optim_args {args.optim_args}: {malformed!r} is not NAME=VALUE; separate several with commas")
+    with _refusing(f"--optim {name}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")):
+        optimizer = _updated(args, [_WHOLE])[0]
+    for key in (part.partition("=")[0].strip() for part in assignments):
+        if not _is_read(args, key):
+            raise UserError(f"--optim_args {args.optim_args}: {name} does not read {key!r}")
+    if stage and isinstance(optimizer, torch.optim.Adagrad):
+        raise UserError(
+            f"--optim {name} under ZeRO-{stage}: DeepSpeed rebuilds torch's Adagrad without its groups and its schedule; "
+            "give another --optim, or --deepspeed zero0 or none"
+        )
+    adam_keys = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
+    notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in adam_keys if not _matters(args, key)]
+    if stage and not _is_torchs(optimizer) and not _is_elementwise(args):
+        notes.append(
+            f"optim {name} updates matrices or blocks, not single numbers, and ZeRO-{stage} gives it flat shards: memory and "
+            "results depend on stage and ranks; --deepspeed zero0 or none keeps the matrices whole"
+        )
+    return notes
+
+
+def _updated(args: TrainConfig, shapes: list[tuple[int, ...]]) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+    """The optimizer of parameters of these shapes after two steps, and all their values as one flat tensor."""
+    model = nn.Module()
+    if shapes == [_WHOLE]:
+        model.layer = nn.Linear(_SIDE, _SIDE, bias=False, device=args.device)
+    else:
+        model.parts = nn.ParameterList(torch.empty(shape, device=args.device) for shape in shapes)
+    values = torch.linspace(-1, 1, _SIDE * _SIDE, device=args.device)
+    parameters = list(model.parameters())
+    torch.nn.utils.vector_to_parameters(values.clone(), parameters)
+    optimizer = _Parts(args, model).create_optimizer()
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()  # schedule-free optimizers demand it
+    # torch's own need no trial; LOMO and the layerwise ones update in the backward pass
+    if not _is_torchs(optimizer) and not args.optim.value.endswith(("lomo", "layerwise")):
+        for scale in (1.0, 0.1):
+            gradients = iter((values.flip(0) * scale + 0.01).split([p.numel() for p in parameters]))
+            for parameter in parameters:
+                parameter.grad = next(gradients).view_as(parameter).clone()
+            optimizer.step()
+    return optimizer, torch.nn.utils.parameters_to_vector(parameters).detach()
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's own; those that Trainer offers all update each number by itself."""
+    return type(optimizer).__module__.startswith("torch.optim")
+
+
+def _is_elementwise(args: TrainConfig) -> bool:
+    """Whether a number's update depends on its own gradients alone, so that it is the same in any shard."""
+    half = _SIDE * _SIDE // 2
+    whole, parts = _updated(args, [_WHOLE])[1], _updated(args, [(half,), (half,)])[1]
+    return torch.allclose(whole, parts, rtol=1e-5, atol=args.learning_rate * 1e-3)
+
+
+def _settings(args: TrainConfig, **changes: Any) -> Any:
+    """The optimizer's arguments with a change, or what goes wrong with it."""
+    changed = copy.copy(args)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    try:
+        return {
+            key: value
+            for key, value in Trainer.get_optimizer_cls_and_kwargs(changed, nn.Linear(1, 1))[1].items()
+            if key != "params"
+        }
+    except Exception as error:
+        return type(error)
+
+
+def _is_read(args: TrainConfig, key: str) -> bool:
+    """Whether the optimizer reads a key of --optim_args: then a nonsensical value makes a difference."""
+    return _settings(args, optim_args=f"{key}=nonsense") != _settings(args, optim_args=None)
+
+
+def _matters(args: TrainConfig, key: str) -> bool:
+    """Whether the optimizer's arguments change with a field of TrainConfig."""
+    return _settings(args, **{key: getattr(args, key) / 2}) != _settings(args)
+
+
+# ---- schedule ----
+
+
+def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
+    kind = args.lr_scheduler_type.value
+    given = args.lr_scheduler_kwargs or {}
+    options = f" --lr_scheduler_kwargs {given}" if given else ""
+    if "last_epoch" in given:
+        raise UserError(
+            "--lr_scheduler_kwargs: leave out last_epoch; --resume_from_checkpoint sets where a schedule resumes"
+        )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(steps)
+    with _refusing(f"--lr_scheduler_type {kind}{options}, {steps} steps, {warmup} of them warm-up"):
+        scheduler = _Parts(args, nn.Module()).create_scheduler(steps, optimizer)
+        for factor in getattr(scheduler, "lr_lambdas", ()):
+            for step in sorted({0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}):
+                if not math.isfinite(factor(step)):
+                    raise ValueError(f"the learning rate of step {step} is not finite")
+    decay = given.get("num_decay_steps", 0)
+    stable = given.get("num_stable_steps") or 0
+    if kind == "warmup_stable_decay" and steps < warmup + stable + decay:
+        return [
+            f"{kind}: {warmup} steps of warm-up, {stable} stable and {decay} of decay are more than the run's {steps}, so the "
+            "learning rate does not decay to its end"
+        ]
+    if warmup >= steps and hasattr(scheduler, "lr_lambdas") and kind != "constant":
+        return [
+            f"the warm-up takes {warmup} steps and the run {steps}, so the learning rate never reaches {args.learning_rate:g}"
+        ]
+    return []
+
+
+# ---- trackers, loader, compiler ----
+
+
+def _check_trackers(names: list[str]) -> None:
+    if not names:
+        return
+    # imports pandas, which few runs need
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--report_to {name}: unknown tracker{nearest(name, known)}; choose from {', '.join(known)}, all, none"
+            )
+        # without its package, a callback that has a __del__ would print a traceback when it is deleted
+        if hasattr(known[name], "__del__") and not getattr(integration_utils, f"is_{name}_available")():
+            packages = "dagshub mlflow" if name == "dagshub" else name
+            raise UserError(f"--report_to {name}: its package is not installed. Run `pip install {packages}`")
+        with _refusing(f"--report_to {name}"):
+            known[name]()
+
+
+def _check_helpers(args: TrainConfig) -> None:
+    """The data loader, activation checkpointing and the compiler."""
+    with _refusing("--dataloader_*"):
+        DataLoader(
+            [0], num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )  # fmt: skip
+    if args.activation_checkpointing:
+        with _refusing(f"--activation_checkpointing_kwargs {args.activation_checkpointing_kwargs}"):
+            options = {"use_reentrant": False} | (args.activation_checkpointing_kwargs or {})
+            checkpoint(nn.Identity(), torch.ones(1, requires_grad=True), **options).backward()
+    if args.torch_compile:
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        with _refusing(f"--torch_compile true (backend {backend}, mode {mode or 'default'})"):
+            torch.compile(torch.square, backend=backend, mode=mode)(torch.ones(2, device=args.device))

@@ -1,0 +1,100 @@
+"""What a run records: log.jsonl, the progress bar, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import rewrite_logs
+
+from dsrecipes.io.console import Console
+from dsrecipes.runs.folder import RunFolder
+from dsrecipes.runs.log import keep_until
+
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "eval {:.3f}",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "norm {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "samples_per_second": "{:.3g} rows/s",
+    "peak_memory_gb": "{:.1f} GB",
+}
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
+"""A short bar, so that all figures fit beside it in 110 columns."""
+
+
+class Recorder(TrainerCallback):
+    """Rank 0's log.jsonl, TensorBoard curves and progress bar."""
+
+    def __init__(self, folder: RunFolder, console: Console, step: int, evaluates: bool) -> None:
+        """`step` is where the run goes on, `evaluates` whether with the evaluation there; what comes again is forgotten."""
+        keep_until(folder.log, step, evaluates)
+        self.log, self.console = folder.log, console
+        self.unwritten: list[str] = []
+        """Lines that the disk did not take; each further line tries again."""
+        self.board: SummaryWriter | None = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        self.bar: Any = None
+        self.shown: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar at the step a resumed run stands at."""
+        self.bar = self.console.progress("step", total=state.max_steps, initial=state.global_step, bar_format=_BAR)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Write one line; non-finite numbers become text, which JSON has no number for."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "epoch": state.epoch, "time": time.time()} | logs
+        line = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._write(json.dumps(line) + "\n")
+        self._draw(rewrite_logs(logs), state.global_step)
+        self.shown |= {key: value for key, value in logs.items() if key in _SHOWN and value is not None}
+        if self.bar is not None:
+            self.bar.set_postfix_str(" ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
+
+    def _write(self, line: str) -> None:
+        """Append to log.jsonl; a disk that is full or gone costs no training."""
+        self.unwritten.append(line)
+        try:
+            kept = self.log.stat().st_size if self.log.exists() else 0
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write("".join(self.unwritten))
+            except OSError:
+                os.truncate(self.log, kept)  # what a full disk took of a line
+                raise
+        except OSError as error:
+            if len(self.unwritten) == 1:
+                self.console.say(f"warning   {self.log} cannot be written ({error.strerror}); training goes on")
+        else:
+            self.unwritten.clear()
+
+    def _draw(self, figures: dict[str, Any], step: int) -> None:
+        """Add points to TensorBoard's curves; where it cannot write they end, and log.jsonl has them."""
+        if self.board is None:
+            return
+        try:
+            for key, value in figures.items():
+                if isinstance(value, (int, float)) and not key.endswith("/epoch"):
+                    self.board.add_scalar(key, value, step)
+            self.board.flush()
+        except OSError as error:
+            self.console.say(f"warning   TensorBoard cannot write ({error.strerror}): its curves end at step {step}")
+            self.board = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+        self.bar = None

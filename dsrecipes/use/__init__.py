@@ -1,1 +1,0 @@
-"""What a person does with a finished run; none of it needs DeepSpeed or the machine that trained."""

@@ -1,0 +1,110 @@
+"""What a run is told from outside: signals and a time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsrecipes.config.layers import seconds_of
+from dsrecipes.launch.environment import BEGAN
+from dsrecipes.launch.signals import StopSignals
+
+
+def tell(number: int) -> None:
+    """Send this process a signal, and let its handler run."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "the terminal was closed")]
+)
+def test_a_signal_asks_the_run_to_leave(number, words):
+    before = signal.getsignal(number)
+    with StopSignals(None) as orders:
+        orders.agree()
+        assert not orders.leaving
+        tell(number)
+        assert not orders.leaving, "only once all ranks agreed"
+        orders.agree()
+        assert orders.leaving and words in orders.reason
+    assert signal.getsignal(number) is before
+
+
+def test_sigusr1_asks_for_one_save():
+    with StopSignals(None) as orders:
+        tell(signal.SIGUSR1)
+        orders.agree()
+        assert orders.saving and not orders.leaving
+        orders.saving = False
+        orders.agree()
+        assert not orders.saving
+
+
+def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not():
+    with StopSignals(None) as orders:
+        tell(signal.SIGINT), tell(signal.SIGINT)
+        orders.agree()
+        assert orders.leaving
+        time.sleep(0.6)
+        with pytest.raises(KeyboardInterrupt):
+            tell(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "leaving"), [("HUP", 0), ("INT", 0), ("TERM", 3), ("", 4)], ids=["nohup", "&", "batch script", "none"]
+)
+def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
+    program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.agree(); print(o.leaving)"
+    shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
+    words = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == f"{leaving}\n", done.stderr
+
+
+@pytest.mark.ranks
+def test_an_ignored_sigchld_does_not_hide_how_a_rank_ended(tmp_path):
+    """A shell's `trap '' CHLD` is inherited: waiting for a child would find none, and take it for a success."""
+    words = [sys.executable, "-m", "dsrecipes.cli", "train", "gpt2_clm", "--procs", "2", "--dataset", "gone.txt"]
+    done = subprocess.run(
+        ["bash", "-c", 'trap "" CHLD; exec "$@"', "bash", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: --dataset gone.txt" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+
+
+def test_the_time_limit_counts_from_the_first_start_and_leaves_time_for_two_steps(monkeypatch):
+    monkeypatch.setenv(BEGAN, str(time.time() - 50))
+    orders = StopSignals(60)
+    orders.agree()
+    assert not orders.leaving
+    orders._longest = 6.0
+    orders.agree()
+    assert orders.leaving and orders.reason == "the time limit"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3h50m", 13800),
+        ("90m", 5400),
+        ("45s", 45),
+        ("45", 45),
+        ("3h50", 10850),
+        ("1d2h", 93600),
+        ("3:50:00", 13800),
+        (" 2h ", 7200),
+    ],
+)
+def test_durations(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "h", "x", "-5m", "1:2:3", "50m3h", "1e9"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="3h50m"):
+        seconds_of(text)

@@ -1,0 +1,161 @@
+"""Checkpoints: what is not byte for byte as it was saved, or would run code, is named and not taken."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dsrecipes.errors import UserError
+from dsrecipes.runs.folder import RunFolder, find_checkpoints
+from dsrecipes.runs.manifest import MANIFEST, choose, damage, facts_of, fault, files_of, is_whole, seal
+
+MADE_BY, CONTRACT = {"ranks": 1, "zero": 2}, {"seed": 42}
+
+
+def checkpoint(run: Path, step: int, whole: bool = True) -> Path:
+    """A checkpoint with one file of each kind that a real one has."""
+    path = run / "checkpoints" / f"checkpoint-{step}"
+    (path / f"global_step{step}").mkdir(parents=True)
+    save_file({"weight": torch.arange(64.0)}, path / "model.safetensors")
+    torch.save({"exp_avg": torch.ones(64)}, path / f"global_step{step}" / "bf16_optim_states.pt")
+    torch.save({"numpy": np.random.default_rng(0).bit_generator.state, "cpu": torch.get_rng_state()}, path / "rng_state.pth")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (path / "latest").write_text(f"global_step{step}")
+    if whole:
+        seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
+    return path
+
+
+def flip(path: Path, place: int) -> None:
+    """Turn one bit over."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+KINDS = ("model.safetensors", "global_step5/bf16_optim_states.pt", "rng_state.pth", "trainer_state.json", "latest", MANIFEST)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_bit_of_any_file_is_found_and_the_file_named(tmp_path, name):
+    path = checkpoint(tmp_path, 5)
+    assert is_whole(path) and damage(path) is None
+    middle = (path / name).stat().st_size // 2
+    flip(path / name, middle)
+    problem = fault(path) or damage(path)
+    assert problem is not None and name in problem
+    flip(path / name, middle)
+    assert is_whole(path) and damage(path) is None
+
+
+def test_each_rank_looks_at_a_part_and_together_at_all(tmp_path):
+    path = checkpoint(tmp_path, 5)
+    for name in files_of(path):
+        flip(path / name, 3)
+        found = [damage(path, part, 2) for part in range(2)]
+        assert sum(each is not None for each in found) == 1 and name in "".join(filter(None, found))
+        flip(path / name, 3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_missing_shorter_or_further_file_is_found_by_its_name_and_size(tmp_path, name):
+    path = checkpoint(tmp_path, 5)
+    with (path / name).open("rb+") as file:
+        file.truncate((path / name).stat().st_size // 2)
+    assert name in fault(path)
+    (path / name).unlink()
+    assert f"{name} is missing" in fault(path)
+
+
+def test_a_file_that_was_not_saved_is_found(tmp_path):
+    path = checkpoint(tmp_path, 5)
+    torch.save({}, path / "scaler.pt")
+    assert fault(path) == f"scaler.pt is not in its {MANIFEST.split('.')[0]}"
+    (path / "scaler.pt").unlink()
+    (path / "scheduler.pt").symlink_to(path / "latest")
+    assert "scheduler.pt" in fault(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": [1]}', '{"files"', '{"checksum": 1}', "[" * 5000, '{"checksum": "x"}']
+)
+def test_a_manifest_that_is_none(tmp_path, text):
+    path = checkpoint(tmp_path, 5)
+    (path / MANIFEST).write_text(text)
+    assert MANIFEST in fault(path)
+
+
+class Canary:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "training_args.bin", "global_step5/x_optim_states.pt"])
+def test_a_pickle_that_runs_code_is_refused_though_its_manifest_matches(tmp_path, name):
+    path = checkpoint(tmp_path, 5)
+    torch.save({"state": Canary(tmp_path / "canary")}, path / name)
+    seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
+    assert is_whole(path)
+    assert damage(path) == f"{name} would run posix.mkdir when it is loaded"
+    (path / name).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
+    assert "is no file of torch.save" in damage(path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path):
+    run, told = RunFolder(tmp_path), []
+    assert find_checkpoints("auto", run, told.append) == [] == find_checkpoints("auto", None, told.append)
+    five, hundred, newest = checkpoint(tmp_path, 5), checkpoint(tmp_path, 100), checkpoint(tmp_path, 150)
+    checkpoint(tmp_path, 200, whole=False)
+    (tmp_path / "checkpoints" / "writing" / "checkpoint-250").mkdir(parents=True)
+    assert run.whole_checkpoints() == [five, hundred, newest]
+    for asked in ("auto", "true", str(tmp_path)):
+        assert find_checkpoints(asked, run, told.append) == [newest, hundred, five]
+    assert len(told) == 3 and "checkpoint-200: manifest.json is missing" in told[0] and "left alone" in told[0]
+    assert find_checkpoints("step5", run, told.append) == [five] == find_checkpoints(str(five), None, told.append)
+    flip(newest / "model.safetensors", 100)
+    told.clear()
+    assert choose([newest, hundred, five], damage, told.append) == hundred
+    assert len(told) == 1 and "checkpoint-150: model.safetensors is damaged" in told[0]
+    with pytest.raises(UserError, match=r"checkpoint-150: model.safetensors is damaged.*No other"):
+        choose([newest], damage, told.append)
+    assert newest.is_dir() and (tmp_path / "checkpoints" / "checkpoint-200").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ("step7", ["checkpoint-7", "does not exist", "step5"]),
+        ("step200", ["checkpoint-200", "manifest.json is missing: a save was cut off", "step5"]),
+        ("no/such", ["--resume_from_checkpoint no/such: does not exist", "step5"]),
+        ("/usr", ["--resume_from_checkpoint /usr: neither a checkpoint nor a run folder", "step5"]),
+        ("x" * 300, ["--resume_from_checkpoint xxx", "File name too long"]),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_taken(tmp_path, asked, parts):
+    checkpoint(tmp_path, 5), checkpoint(tmp_path, 200, whole=False)
+    with pytest.raises(UserError) as error:
+        find_checkpoints(asked, RunFolder(tmp_path), print)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
+    checkpoint(tmp_path, 5, whole=False)
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(checkpoint-5: manifest.json is missing"):
+        find_checkpoints("auto", RunFolder(tmp_path), print)
+
+
+def test_a_step_needs_a_run():
+    with pytest.raises(UserError, match="--output_dir"):
+        find_checkpoints("step5", None, print)
