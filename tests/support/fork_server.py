@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,9 +133,9 @@ class Done:
 class Warm:
     """Runs commands one after the other in a folder, each in a forked process."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is where commands run."""
-        self.folder = folder
+    def __init__(self, folder: Path, timeout: float | None = None, **variables: str) -> None:
+        """`folder` is where commands run, for at most `timeout` seconds each; `variables` are added to the environment."""
+        self.folder, self.timeout, self.variables = folder, timeout, variables
 
     def dsrecipes(self, *argv: str) -> Done:
         """The `dsrecipes` command."""
@@ -145,15 +146,15 @@ class Warm:
         return self._ask({"code": code})
 
     def _ask(self, order: dict[str, Any]) -> Done:
-        paths = [self.folder / name for name in (".out", ".err")]
-        with paths[0].open("wb") as out, paths[1].open("wb") as err:
-            process = fork_server().start(order, self.folder, os.environ, out.fileno(), err.fileno())
-        try:
-            code = process.wait()
-        except BaseException:  # the test's time is up
-            process.kill()
-            raise
-        return Done(code, *(path.read_text(encoding="utf-8", errors="replace") for path in paths))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = fork_server().start(order, self.folder, os.environ | self.variables, out.fileno(), err.fileno())
+            try:
+                code = process.wait(self.timeout)
+            except BaseException:  # the test's time is up
+                process.kill()
+                raise
+            said = [file.seek(0) or file.read().decode("utf-8", "replace") for file in (out, err)]
+        return Done(code, *said)
 
 
 def _serve(orders: socket.socket) -> None:
