@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dsrecipes
+from dsrecipes.messages import load_all
 
 from support.readme_blocks import LANGUAGES, Block, blocks, blocks_of, pages, toctree  # isort: skip
 from support.tiny import ROOT  # isort: skip
@@ -136,3 +137,8 @@ def test_the_readme_shows_a_part_of_the_whole_recipe() -> None:
     recipe = next(block.text for block in blocks() if block.file == "mine.py")
     part = next(block.text for block in blocks_of(pages()[0]) if block.language == "python")
     assert part in recipe
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_the_ids_of_messages_that_a_page_names_exist(page: Path) -> None:
+    assert set(re.findall(r"DSR\d{3}", page.read_text(encoding="utf-8"))) <= set(load_all())
