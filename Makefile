@@ -99,6 +99,7 @@ docs: install
 	$(BIN)/python docs/build.py
 
 schema: install
+	@mkdir -p build
 	$(BIN)/python -m dsrecipes.config.json_schema > build/schema.json && mv build/schema.json recipes/schema.json
 
 bench: install

@@ -24,6 +24,7 @@ from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
 from dsrecipes.config.help import asks_for_help, help_text, known_flags
 from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
+from dsrecipes.explain import main as explain
 from dsrecipes.io import text
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.launcher import launch
@@ -36,6 +37,7 @@ usage: dsrecipes COMMAND ...
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  explain [ID ...]                   cause and cure of messages by the ids at their ends, such as DSR042
   completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
   --version                          the version
 
@@ -100,7 +102,9 @@ def train(argv: list[str]) -> int:
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if not (restarts.isdecimal() and len(restarts) < 6):
-        raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
+        raise UserError(
+            "DSR642", f"--max_restarts {restarts}: expected the number of restarts after a failure, a whole number from 0"
+        )
     layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
     ranks = ranks_of(procs, layers)
     batch_of(layers, ranks)  # refuses a batch that these ranks cannot share
@@ -205,7 +209,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed, as by `>&-`
         sys.stdout = open(os.devnull, "w")
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "list": list_recipes,
+        "show": show,
+        "explain": explain,
+    }
     commands |= {name: partial(_use, name) for name in _COMMANDS}
     commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
@@ -217,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if argv[0] not in commands:
             raise UserError(
-                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
+                "DSR641",
+                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}",
             )
         if argv[0] in _HELP and asks_for_help(argv[1:]):
             print(_HELP[argv[0]], end="", flush=True)
