@@ -43,30 +43,26 @@ from dsrecipes.config.sources import Source
 from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
-from dsrecipes.data.collate import (
-    CausalCollator,
-    PaddingCollator,
-    Sequences,
-)
+from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.mixture import (
-    JoinedSequences,
+from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.renamed import renamed
+from dsrecipes.data.sequences import Sequences
+from dsrecipes.data.sources import (
     MixedSplit,
-    Mixture,
     SourceRows,
     by_split,
     named,
     prepare_source,
     require_split,
-    rows_by_epoch,
     source_rows,
     style_notes,
 )
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
-from dsrecipes.data.renamed import renamed
-from dsrecipes.data.stream import Stream, check_streaming, stream_files
+from dsrecipes.data.split import Split
+from dsrecipes.data.stream import Stream
+from dsrecipes.data.streamable import check_streaming, stream_files
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.io.caches import check_docstrings, redirect_caches
@@ -76,25 +72,18 @@ from dsrecipes.io.paths import cache_root
 from dsrecipes.launch.environment import DEVICE_KEYS, RANK_KEYS
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
-from dsrecipes.model.attention import keep_apart, takes_segments
-from dsrecipes.model.load import (
-    check_attention,
-    check_ids,
-    check_model,
-    check_splits,
-    check_vocabulary,
-    disable_cpu_packing,
-    embedding_rows,
-    load_config,
-    load_model,
-    load_tokenizer,
-    random_weights,
-)
+from dsrecipes.model.attention import accepts_segments, isolate_examples
+from dsrecipes.model.cached_models import random_weights
+from dsrecipes.model.checks import check_attention, check_model, check_splits
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
 from dsrecipes.model.memory import is_out_of_memory
 from dsrecipes.model.modalities import unreached_note
+from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
+from dsrecipes.model.tokenizer import check_ids, check_vocabulary, embedding_rows, load_tokenizer
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.curve import draw_curve
-from dsrecipes.runs.manifest import choose, damage
 from dsrecipes.runs.reference import save_reference
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.diagnosis import check_step, load_of, out_of_memory
@@ -108,7 +97,8 @@ from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.train.training import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
-from dsrecipes.zero.process import check_started, keep_gradient_norm
+from dsrecipes.zero.process import check_started, report_gradient_norm
+from dsrecipes.zero.rank_group import rank_group
 
 
 @dataclass(frozen=True)
@@ -163,6 +153,10 @@ class RecipeBase(ABC):
         story.config = replace(self.config, data=self.config.data.of_source(source))
         return story
 
+    def load_source(self, source: Source) -> dict[str, Iterable[Row]]:
+        """Load the rows of one source with its own settings."""
+        return (self.of_source(source) if self.config.data.is_mixture else self).load_rows()
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return load_tokenizer(self.config.model)
@@ -201,7 +195,7 @@ class RecipeBase(ABC):
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(self.tokenizer))
-        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), takes_segments(self.model))
+        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), accepts_segments(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
         """Figures beside the loss for a split: a function of all logits and labels, in row order.
@@ -257,7 +251,7 @@ class RecipeBase(ABC):
         self.place.notes += [*self.config.notes, *([padding] if padding else [])]
         check_attention(self.config.model, self.model_config, self.auto_class)
         if self.config.model.lora_target_modules:
-            from dsrecipes.model.lora import check_targets
+            from dsrecipes.model.lora_targets import check_targets
 
             check_targets(self.config.model, self.model_config, self.auto_class)
         self.stream: Stream | None = None
@@ -271,7 +265,7 @@ class RecipeBase(ABC):
         }
         train_data = self.stream or self.sequences["train"]
         if self.config.model.from_scratch:
-            random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
+            random_weights(self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
         self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
         if engine is not None and not is_shipped(self.place.zero.path) and not self.place.zero.uses_nvme:
@@ -282,13 +276,13 @@ class RecipeBase(ABC):
                 "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
             )
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
-        self.orders = StopSignals(limit, self.args.ddp_timeout_delta)
+        self.orders = StopSignals(limit, rank_group(self.args.ddp_timeout_delta))
         self.folder, self._lock, self._made_folder = take_folder(
             named, candidates, self.config, self.orders, self.console.main
         )
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.all_gather(candidates)[0]
-        self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
+        self.checkpoint = first_intact(candidates, self._damage, self.console.say) if candidates else None
         terms = run_identity(self)
         changed = check_identity(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
         if self.stream:
@@ -349,7 +343,7 @@ class RecipeBase(ABC):
             return self._finish(trainer, began)
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
-                self.watch.leave_if_lost(error)
+                self.watch.exit_if_peer_left(error)
             if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
                 raise UserError(
                     f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). Set DSRECIPES_CACHE "
@@ -381,7 +375,7 @@ class RecipeBase(ABC):
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's bytes; each rank looks at a part of them, and all know."""
-        part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
+        part = find_damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.all_gather(part) if each), None)
 
     @property
@@ -420,7 +414,7 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
-        self.by_source = source_rows(self)
+        self.by_source = source_rows(self.config.data, self.load_source)
         if self._has_prompts:
             self.place.notes += style_notes(self.config.data)
         origin = self.config.own.get("validation_split")
@@ -431,7 +425,7 @@ class RecipeBase(ABC):
             with named(part.source) if mixed else nullcontext():
                 if not mixed:
                     require_split(part.source, "train", part.splits)
-                options = part.story.config.data
+                options = part.data
                 if options.streaming:
                     self.stream = self._stream(part.splits.pop("train"))
                 splits = self._prepare_source(part) if part.splits else {}
@@ -442,10 +436,11 @@ class RecipeBase(ABC):
 
     def _prepare_source(self, part: SourceRows) -> dict[str, Split]:
         """Prepare one source; a recipe that numbers its labels over the training rows sees some beside validation rows."""
+        seed = self.config.train["seed"]
         if "train" in part.splits or type(self).finish is RecipeBase.finish:
-            return prepare_source(part, self.tokenizer, self.console)
+            return prepare_source(type(self), part, self.tokenizer, seed, self.console)
         part = replace(part, splits={"train": self.by_source[0].splits["train"]} | part.splits)
-        splits = prepare_source(part, self.tokenizer, self.console)
+        splits = prepare_source(type(self), part, self.tokenizer, seed, self.console)
         return {name: split for name, split in splits.items() if name != "train"}
 
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
@@ -577,7 +572,9 @@ class RecipeBase(ABC):
         if self.stream:
             return self.stream.places(rows)
         block = self.config.data.max_length if self.cut_into_blocks else None
-        return "; ".join(describe_places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
+        return "; ".join(
+            RowSources(path).describe(numbers, block) for path, numbers in self.sequences["train"].by_file(rows)
+        )
 
     def _stood_at(self) -> str:
         trainer = getattr(self, "trainer", None)
@@ -693,7 +690,7 @@ class _FirstAndLastStep(TrainerCallback):
         engine = trainer.deepspeed if recipe.place.zero else None
         if engine is not None:
             recipe.place.check_engine(engine)
-            keep_gradient_norm(engine)
+            report_gradient_norm(engine)
         recipe.console.say(summary.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
         data = trainer.train_dataset.sample
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
@@ -704,7 +701,7 @@ class _FirstAndLastStep(TrainerCallback):
             collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32",
         )  # fmt: skip
         if sample is not None:
-            keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
+            isolate_examples(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
             recipe.console.say(summary.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)

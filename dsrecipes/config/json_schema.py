@@ -120,23 +120,24 @@ def _of_type(name: str, hint: Any) -> Json:
 def _source() -> Json:
     """A mapping in `dataset` or `eval_dataset`."""
     text, whole = {"type": "string"}, {"type": "integer", "exclusiveMinimum": 0}
+    styles = list(typing.get_args(typing.get_type_hints(DataConfig)["prompt_style"]))
     return {
         "type": "object",
         "required": ["path"],
         "properties": {
             "path": text | {"minLength": 1, "description": "Hub id, file or folder; `starter:NAME` is bundled."},
             "name": text | {"pattern": r"^[\w.-]+$", "description": "Name in the header, the log and the report."},
-            "split": {"enum": list(SPLITS)},
+            "split": {"enum": list(SPLITS), "description": "The rows of this split alone."},
             "rows": whole | {"description": "Rows an epoch."},
             "weight": {
                 "type": "number",
                 "exclusiveMinimum": 0,
                 "description": "Share of the rows, relative to other weights.",
             },
-            "prompt_style": {"enum": list(typing.get_args(typing.get_type_hints(DataConfig)["prompt_style"]))},
-            "columns": {"type": ["string", "array", "object"]},
-            "max_length": whole | {"minimum": 2},
-            "dataset_config": text,
+            "prompt_style": {"enum": styles, "description": "Instead of the run's."},
+            "columns": {"type": ["string", "array", "object"], "description": "Instead of the run's."},
+            "max_length": {"type": "integer", "minimum": 2, "description": "Instead of the run's; not longer."},
+            "dataset_config": text | {"description": "Instead of the run's."},
         },
         "additionalProperties": False,
         "not": {"required": ["rows", "weight"]},

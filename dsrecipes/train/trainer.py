@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dsrecipes.data.collate import PADDING_ROW, TOKEN_COUNTS, Sequences, StepLoader, StepSampler, labelled
+from dsrecipes.data.collate import TOKEN_COUNTS, labelled
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.stream import Stream, StreamSampler
+from dsrecipes.data.sampler import StepLoader, StepSampler, StreamSampler
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
+from dsrecipes.data.stream import Stream
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.model.loss import row_loss, weighted_loss
 from dsrecipes.model.router import router_loss_of, trained_tokens
-from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
+from dsrecipes.model.task import averages_own_loss, is_causal_lm, unwrapped
 from dsrecipes.train.resuming import EvaluationInterrupted, ResumableTrainer
 
 
@@ -45,7 +47,7 @@ class RecipeTrainer(ResumableTrainer):
             kwargs["compute_metrics"] = None
         self.router = router_loss_of(kwargs["model"]) if causal else None
         loss_function = None if causal else self._row_loss
-        if causal and (self.router is not None or weighted or averages_by_itself(kwargs["model"])):
+        if causal and (self.router is not None or weighted or averages_own_loss(kwargs["model"])):
             loss_function = self._own_loss
         super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
@@ -292,7 +294,7 @@ class RecipeTrainer(ResumableTrainer):
 
     def _leave_evaluation(self) -> None:
         if self.is_in_train:
-            self.keeping.orders.agree()
+            self.keeping.orders.sync()
             if self.keeping.orders.leaving:
                 raise EvaluationInterrupted
 

@@ -102,7 +102,7 @@ def test_a_killed_run_resumes_on_two_ranks_and_on_one(
     with pytest.raises(CaseError, match="died"):
         two_ranks.run("disturbed", events={"10": [["signal", None, signal.SIGKILL]]}, **case)
     folder = RunFolder(tmp_path / "run")
-    assert [path.name for path in folder.whole_checkpoints()] == ["checkpoint-4", "checkpoint-8"]
+    assert [path.name for path in folder.complete_checkpoints()] == ["checkpoint-4", "checkpoint-8"]
     shutil.copytree(folder.path, tmp_path / "copy")
     resumed = two_ranks.run("train", **case)[0]
     assert figures(resumed) == figures(whole)
@@ -179,4 +179,4 @@ def test_a_source_has_columns_of_its_own(small: Small, tmp_path: Path, columns: 
     story = load_recipe(values["recipe"], **values["values"])
     story.run()
     assert {name: part.stats.kept for name, part in story.splits["train"].parts.items()} == {"rows": 9, "other": 7}
-    assert "said" in str(story.by_source[1].story.config.data.columns) and not story.config.data.columns
+    assert "said" in str(story.by_source[1].data.columns) and not story.config.data.columns
