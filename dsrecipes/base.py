@@ -32,13 +32,16 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.config.find import RecipeFiles, is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES, without_effect
-from dsrecipes.config.layers import Layers, layer, seconds_of
-from dsrecipes.config.parse import best_metric, build_config
-from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.layers import Layers, layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.files import Row
