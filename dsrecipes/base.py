@@ -97,7 +97,8 @@ from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.train.training import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
-from dsrecipes.zero.process import check_started, report_gradient_norm
+from dsrecipes.zero.internals import report_gradient_norm
+from dsrecipes.zero.process import check_started
 from dsrecipes.zero.rank_group import rank_group
 
 
@@ -563,8 +564,8 @@ class RecipeBase(ABC):
         ranks = self.place.ranks
         first = ranks.rank - ranks.local_rank
         return Watchdog(
-            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
-            patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
+            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang_timeout=self.args.hang_timeout,
+            slow_timeout=self.args.ddp_timeout, error_fd=self.console.error_fd,
         )  # fmt: skip
 
     def places_of(self, rows: list[int]) -> str:
