@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
 from dsrecipes.data.files import Row
+from dsrecipes.data.mixture import MixedSplit
 from dsrecipes.data.origin import describe_places
 from dsrecipes.data.prepare import Split
 from dsrecipes.data.renamed import RenamedRows
@@ -112,13 +113,12 @@ class SeqClassification(RecipeBase):
         for name in ("validation", "test"):
             if name in splits and not _has_labels(splits[name]):
                 del splits[name]
-                if hasattr(self, "place"):
-                    self.place.notes.append(f"the {name} rows have no labels: the split is left out")
+                self.notes.append(f"the {name} rows have no labels: the split is left out")
         return splits
 
-    def configure(self) -> None:
+    def configure(self, model_config: PretrainedConfig, splits: dict[str, Split | MixedSplit]) -> None:
         """Give the model as many outputs as there are labels, and their names."""
-        files = [path for split in self.splits.values() for path in _files(split)]
+        files = [path for split in splits.values() for path in _files(split)]
         texts = {path.with_name("labels.json").read_text(encoding="utf-8") for path in files}
         if len(texts) > 1:
             kinds = [f"{each['problem_type']} of {', '.join(each['names'])}" for each in map(json.loads, sorted(texts))]
@@ -128,31 +128,29 @@ class SeqClassification(RecipeBase):
             )
         facts = json.loads(texts.pop())
         kind, names = facts["problem_type"], facts["names"]
-        self.model_config.id2label = dict(enumerate(names))
-        self.model_config.label2id = {name: index for index, name in enumerate(names)}
-        self.model_config.problem_type = kind
+        model_config.id2label = dict(enumerate(names))
+        model_config.label2id = {name: index for index, name in enumerate(names)}
+        model_config.problem_type = kind
         words = {ONE: "one label a row, of", SEVERAL: "several labels a row, of", NUMBER: "a number a row (regression)"}[
             kind
         ]
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-        self.place.notes.append(words if kind == NUMBER else f"{words} {plural(len(names), 'class')}: {shown}")
+        self.notes.append(words if kind == NUMBER else f"{words} {plural(len(names), 'class')}: {shown}")
         if "-1" in names:
-            self.place.notes.append("-1 is taken as a class; where it means that a row has no label, remove these rows")
-        for name, split in self.splits.items():
+            self.notes.append("-1 is taken as a class; where it means that a row has no label, remove these rows")
+        for name, split in splits.items():
             cut = sum(pc.sum(read_columns(path).column("cut")).as_py() for path in _files(split))
             if cut:
                 limit = self.config.data.max_length
-                self.place.notes.append(
-                    f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)"
-                )
+                self.notes.append(f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)")
 
-    def metrics(self, split: Split) -> Metrics:
+    def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
         """The figures of `scores`; of one label a row also what always giving the commonest class reaches."""
-        kind = str(self.model_config.problem_type)
-        names = [self.model_config.id2label[index] for index in range(self.model_config.num_labels)]
+        kind = str(model_config.problem_type)
+        names = [model_config.id2label[index] for index in range(model_config.num_labels)]
         commonest = None
         if kind == ONE:
-            labels = [read_columns(path).column("labels") for path in _files(self.splits["train"])]
+            labels = [read_columns(path).column("labels") for path in _files(train)]
             commonest = int(
                 np.bincount(np.concatenate([np.asarray(chunk) for each in labels for chunk in each.chunks])).argmax()
             )
@@ -166,7 +164,7 @@ class SeqClassification(RecipeBase):
         return compute
 
 
-def _files(split: Split) -> list[Path]:
+def _files(split: Split | MixedSplit) -> list[Path]:
     """The prepared files of a split: one for each data set."""
     return [part.path for part in getattr(split, "parts", {}).values()] or [split.path]
 
