@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
-    from dsrecipes.data.mixture import MixedSplit, SourceRows
-    from dsrecipes.data.prepare import Split
+    from dsrecipes.data.sources import MixedSplit, SourceRows
+    from dsrecipes.data.split import Split
 
 Metrics = Callable[["EvalPrediction"], dict[str, Any]]
 """All logits and labels of a split, in row order -> figures by name."""
@@ -96,6 +96,10 @@ class RecipeBase(ABC):
         recipe = copy.copy(self)
         recipe.config = replace(self.config, data=self.config.data.of_source(source))
         return recipe
+
+    def load_source(self, source: Source) -> dict[str, Iterable[Row]]:
+        """Load the rows of one source with its own settings."""
+        return (self.of_source(source) if self.config.data.is_mixture else self).load_rows()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer."""

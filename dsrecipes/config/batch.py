@@ -76,8 +76,9 @@ def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], rank
         + [f"ranks {ranks}"]
     )
     raise UserError(
+        "DSR042",
         f"the batch does not divide: {TOTAL} {fixed[TOTAL]} ({given[TOTAL]}) = {equation} has no whole solution. Change one "
-        f"of them, or the number of ranks{_hint(fixed, ranks)}"
+        f"of them, or the number of ranks{_hint(fixed, ranks)}",
     )
 
 

@@ -37,6 +37,11 @@ def zero_names() -> list[str]:
     return sorted(path.stem for path in _room("ds_configs").glob("*.json"))
 
 
+def schema_path() -> Path:
+    """The JSON schema of a recipe's YAML."""
+    return _room("recipes") / "schema.json"
+
+
 @dataclass(frozen=True)
 class RecipeFiles:
     """Where a recipe is: its module (a dotted name or a .py file) and its YAML, if it has one."""

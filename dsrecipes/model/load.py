@@ -22,8 +22,8 @@ from dsrecipes.config.adapter import CONFIG as ADAPTER_CONFIG
 from dsrecipes.config.adapter import adapter_folder, base_model, read_head
 from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.columns import first_beyond
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.split import Split
 from dsrecipes.errors import UserError, nearest, plural
 from dsrecipes.io.hub import damaged, first_line, hub_error
 from dsrecipes.io.paths import cache_root, starter_path
@@ -283,7 +283,7 @@ def check_splits(
         if beyond is not None:
             row, number = beyond
             raise UserError(
-                f"{beyond_embedding(tokenizer, number, rows)}, and the {name} rows hold it ({describe_places(split.path, [row], block)}): "
+                f"{beyond_embedding(tokenizer, number, rows)}, and the {name} rows hold it ({RowSources(split.path).describe([row], block)}): "
                 f"{_OTHER_TOKENIZER}"
             )
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import TOKEN_COUNTS, Sequences
+from dsrecipes.data.collate import TOKEN_COUNTS
+from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.disk import checksum

@@ -25,7 +25,7 @@ from dsrecipes.train import artifacts, summary
 from dsrecipes.train.state import Prepared, Run
 
 _ID = re.compile(r" \[(DSR\d+)\]$")
-"""The id at the end of a message of another process."""
+"""The id at the end of another process's message; a message has one id."""
 
 
 def finish_run(run: Run, recipe: RecipeBase, began: float) -> RunResult:
@@ -157,7 +157,7 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
     By module name: verification stands above training (publish/), and is itself a command.
 
     Returns:
-        What is wrong, under the id that the other process gave it; or None.
+        What is wrong, or None.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_") and key not in RANK_KEYS}
     root = str(Path(dsrecipes.__file__).parents[1])
@@ -169,9 +169,8 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
         return None
     last_line = (process.stderr.strip().splitlines() or [""])[-1]
     if process.returncode == EXIT_CODE:
-        code = _ID.search(last_line)
         message = _ID.sub("", last_line).removeprefix("error: ")
-        return UserError(code[1] if code else "DSR355", f"the saved model failed its verification. {message}")
+        return UserError("DSR355", f"the saved model failed its verification. {message}")
     return UserError(
         "DSR356",
         f"the saved model was not verified: the process that loads it ended with exit code {process.returncode} "

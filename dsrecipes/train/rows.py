@@ -12,23 +12,22 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.schema import Config
-from dsrecipes.data.collate import Sequences
 from dsrecipes.data.files import Row
-from dsrecipes.data.mixture import (
-    JoinedSequences,
+from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
+from dsrecipes.data.sequences import Sequences
+from dsrecipes.data.sources import (
     MixedSplit,
-    Mixture,
     SourceRows,
     by_split,
     named,
     prepare_source,
     require_split,
-    rows_by_epoch,
     source_rows,
     style_notes,
 )
-from dsrecipes.data.prepare import Split
-from dsrecipes.data.stream import Stream, stream_files
+from dsrecipes.data.split import Split
+from dsrecipes.data.stream import Stream
+from dsrecipes.data.streamable import stream_files
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError
 from dsrecipes.model.load import check_ids, check_splits, embedding_rows
@@ -69,7 +68,7 @@ def prepare_rows(
         UserError: a row at fault, missing rows, or a token that the model does not have.
     """
     config, data = recipe.config, recipe.config.data
-    sources = source_rows(recipe)
+    sources = source_rows(data, recipe.load_source)
     take_notes(recipe, setup)
     if _has_prompts(recipe):
         setup.notes += style_notes(data)
@@ -82,7 +81,7 @@ def prepare_rows(
         with named(source.source) if data.is_mixture else nullcontext():
             if not data.is_mixture:
                 require_split(source.source, "train", source.splits)
-            options = source.story.config.data
+            options = source.data
             if options.streaming:
                 stream = _stream(recipe, setup, source.splits.pop("train"), tokenizer, model_config)
             splits = _prepare_source(recipe, source, sources[0], tokenizer) if source.splits else {}
@@ -103,10 +102,11 @@ def _prepare_source(
     recipe: RecipeBase, source: SourceRows, first: SourceRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Split]:
     """Prepare one source; where labels are numbered over the training rows, validation rows need some beside them."""
+    seed = recipe.config.train["seed"]
     if "train" in source.splits or not _rewrites(recipe):
-        return prepare_source(source, tokenizer, recipe.console)
+        return prepare_source(type(recipe), source, tokenizer, seed, recipe.console)
     source = replace(source, splits={"train": first.splits["train"]} | source.splits)
-    splits = prepare_source(source, tokenizer, recipe.console)
+    splits = prepare_source(type(recipe), source, tokenizer, seed, recipe.console)
     return {name: split for name, split in splits.items() if name != "train"}
 
 

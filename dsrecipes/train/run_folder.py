@@ -22,6 +22,7 @@ PATIENCE = 30
 """Seconds to wait for another process to leave the run folder; the ranks of a dead launcher may need some."""
 _REPLACED = ".replaced"
 """Holds, inside a run folder, what --overwrite_output_dir is to delete, until the run can start."""
+_BUSY = "busy"
 
 
 def choose_folder(config: Config, setup: RunSetup, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
@@ -129,16 +130,19 @@ def claim_folder(
     folder = RunFolder(signals.all_gather(named or default_path(config.layers.recipe.name))[0])
     lock, is_new = FileLock(folder.lock), not folder.path.exists()
     empty = bool(config.train["overwrite_output_dir"]) and not _resumes_in(folder.path, config, candidates)
-    problem = _lock(folder, lock, empty) if main else None
-    code, message = signals.all_gather(problem)[0] or ("", "")
-    if message:
-        raise UserError(code, message)
+    problem = signals.all_gather(_lock(folder, lock, empty) if main else None)[0]
+    if problem == _BUSY:
+        raise UserError(
+            "DSR359",
+            f"--output_dir {folder.path}: another process trains in this folder; wait for it, end it, or name another folder",
+        )
+    if problem:
+        raise UserError("DSR360", f"--output_dir {folder.path} cannot be written: {problem}")
     return ClaimedFolder(folder, lock, is_new=main and is_new)
 
 
-def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> tuple[str, str] | None:
-    """Create and lock the folder; returns the id and text of what prevents it, which all ranks then raise."""
-    where = f"--output_dir {folder.path}"
+def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
+    """Create and lock the folder; returns what prevents it, which all ranks then raise."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
@@ -146,9 +150,9 @@ def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> tuple[str, str] | N
             _move(folder.path, folder.path / _REPLACED)
         Watchdog.forget(folder.path)
     except Timeout:
-        return "DSR359", f"{where}: another process trains in this folder; wait for it, end it, or name another folder"
+        return _BUSY
     except OSError as error:
-        return "DSR360", f"{where} cannot be written: {error.strerror}"
+        return error.strerror or type(error).__name__
     return None
 
 

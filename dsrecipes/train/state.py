@@ -14,10 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.config.schema import Config, TrainConfig
-from dsrecipes.data.collate import Sequences
-from dsrecipes.data.mixture import MixedSplit, SourceRows
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.sequences import Sequences
+from dsrecipes.data.sources import MixedSplit, SourceRows
+from dsrecipes.data.split import Split
 from dsrecipes.data.stream import Stream
 from dsrecipes.io.console import Console
 from dsrecipes.launch.signals import StopSignals
@@ -84,7 +84,7 @@ class Prepared:
             return self.rows.stream.places(rows)
         block = self.config.data.max_length if self.recipe.cut_into_blocks else None
         files = self.sequences["train"].by_file(rows)
-        return "; ".join(describe_places(path, numbers, block) for path, numbers in files)
+        return "; ".join(RowSources(path).describe(numbers, block) for path, numbers in files)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from dsrecipes.config.flags import without_effect
 from dsrecipes.config.layers import seconds_of
 from dsrecipes.config.schema import TrainConfig
 from dsrecipes.data.audit import stop_at_ends
-from dsrecipes.data.stream import check_streaming
+from dsrecipes.data.streamable import check_streaming
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.signals import StopSignals

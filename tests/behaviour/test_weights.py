@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.config.values import as_weight, parse_class_weights
-from dsrecipes.data.collate import PADDING_ROW, CausalCollator, PaddingCollator, Sequences
+from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.records import record_hash
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
 from dsrecipes.data.weights import WEIGHTS, class_weights, normalize_weights, row_weight
 from dsrecipes.evaluation.compare import pair
 from dsrecipes.evaluation.evaluate import evaluate

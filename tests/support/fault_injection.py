@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from dsrecipes.data.collate import StepSampler
+from dsrecipes.data.sampler import StepSampler
 from dsrecipes.train.state import Run
 
 Change = Callable[[Run], None]

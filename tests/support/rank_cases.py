@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
 from dsrecipes.config.layers import layer
-from dsrecipes.data import stream
+from dsrecipes.data import window
 from dsrecipes.errors import RunStopped
 from dsrecipes.io.console import Console
 from dsrecipes.runs.folder import RunFolder
@@ -128,11 +128,11 @@ def train(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def train_in_windows(recipe: str, values: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Run a recipe that streams, in windows of a few tokens."""
-    before, stream._WINDOW_TOKENS = stream._WINDOW_TOKENS, tokens
+    before, window.WINDOW_TOKENS = window.WINDOW_TOKENS, tokens
     try:
         return train(recipe, values)
     finally:
-        stream._WINDOW_TOKENS = before
+        window.WINDOW_TOKENS = before
 
 
 def probe(model: Any, causal: bool, vocabulary: int) -> np.ndarray:
