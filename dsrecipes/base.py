@@ -103,7 +103,7 @@ class RecipeBase(ABC):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer."""
-        from dsrecipes.model.load import load_tokenizer
+        from dsrecipes.model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.config.model)
 
@@ -151,12 +151,12 @@ class RecipeBase(ABC):
     ) -> Callable[[list], dict[str, torch.Tensor]]:
         """Make the function that turns rows into tensors."""
         from dsrecipes.data.collate import CausalCollator, PaddingCollator
-        from dsrecipes.model.attention import takes_segments
+        from dsrecipes.model.attention import accepts_segments
         from dsrecipes.model.task import is_causal_lm, pad_id
 
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(tokenizer))
-        return CausalCollator(pad_id(tokenizer), is_causal_lm(model), takes_segments(model))
+        return CausalCollator(pad_id(tokenizer), is_causal_lm(model), accepts_segments(model))
 
     def metrics(
         self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig

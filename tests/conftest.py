@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from support import reaper
+from support.fork_server import stop_servers
 from support.models import Runs, Small
 from support.rank_pool import Ranks
 
 _INHERITED = re.compile(
     "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"
-    "OMP_NUM_THREADS|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
+    "OMP_.*|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
     "MAKEFLAGS|MAKELEVEL|MAKEOVERRIDES|PYTHONOPTIMIZE|PYTHONUNBUFFERED|PYTHONWARNINGS|(HF|TRANSFORMERS|HUGGING_FACE|DSRECIPES)_.*"
 )
 """Variables of the shell, the job or the `make` that the session runs in, which would reach what the tests start."""
@@ -38,6 +39,8 @@ os.environ |= {
     "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
     "HF_HOME": str(_CACHE / "hf"),
     "LC_ALL": "C.UTF-8",
+    # OpenMP threads that wait for each other awake starve beside a busy process: six times the CPU time
+    "OMP_WAIT_POLICY": "PASSIVE",
     reaper.TAG: _TAG,
 }
 
@@ -65,8 +68,21 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove the session's caches."""
+    """End what the session started, and remove its caches."""
+    stop_servers()
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2`: the long tests first, and in one process what shares fixtures: a module, or runs of a recipe."""
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if {"runs", "two_ranks"} <= set(getattr(item, "fixturenames", ())):
+            values = item.callspec.params if hasattr(item, "callspec") else {}
+            group = f"runs of {values.get('name', 'gpt2')}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _ranks(world: int, folder: Path) -> Iterator[Ranks]:

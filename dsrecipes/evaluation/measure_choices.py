@@ -69,7 +69,7 @@ def _encode(run: FinishedRun, items: list[Item]) -> list[Json]:
         UserError: a token that the model has no embedding for; names the row.
     """
     from dsrecipes.data.records import bad_row
-    from dsrecipes.model.load import check_ids
+    from dsrecipes.model.tokenizer import check_ids
 
     encoded = run.recipe.encode([item.record for item in items], run.tokenizer, run.options)
     for item, texts in zip(items, encoded["input_ids"], strict=True):

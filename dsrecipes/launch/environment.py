@@ -13,11 +13,11 @@ from pathlib import Path
 from dsrecipes.errors import UserError
 from dsrecipes.launch.task_ranks import adopt_ranks
 
-BEGAN = "DSRECIPES_BEGAN"
+START_TIME = "DSRECIPES_BEGAN"
 """Set by `dsrecipes train`: seconds of the epoch at the first start of the ranks, which starts after a failure keep."""
 
 
-LAUNCHER = "DSRECIPES_LAUNCHER"
+RUN_FOLDER_FILE = "DSRECIPES_LAUNCHER"
 """Set by `dsrecipes train` for the ranks that it starts: a file in which rank 0 names the run folder."""
 
 
@@ -165,7 +165,7 @@ def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
     return Ranks(*(int(env[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
 
 
-def keep_memory() -> None:
+def retain_freed_memory() -> None:
     """Let this process keep the memory that a step gives back: glibc's, which returns large blocks at once otherwise.
 
     The kernel clears each page again that a step touches first. On two cores and a vocabulary of 49,152 tokens that was

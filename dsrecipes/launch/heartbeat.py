@@ -65,7 +65,7 @@ class Fault:
     seconds: float
 
 
-def read(folder: Path, rank: int) -> Heartbeat | None:
+def read_heartbeat(folder: Path, rank: int) -> Heartbeat | None:
     """A rank's record, or None where it left none."""
     try:
         host, pid, born, thread, phase, ended, *rest = LAYOUT.unpack((folder / f"rank_{rank}").read_bytes())
@@ -84,7 +84,7 @@ def read_fault(folder: Path) -> tuple[Fault, str] | None:
         return None
 
 
-def stat_of(pid: int) -> tuple[str, int] | None:
+def process_stat(pid: int) -> tuple[str, int] | None:
     """State and start of a process (proc(5), fields 3 and 22); None: there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -98,13 +98,13 @@ def stat_of(pid: int) -> tuple[str, int] | None:
         return None
 
 
-def state(record: Heartbeat) -> str:
+def process_state(record: Heartbeat) -> str:
     """State of a rank's process as ps shows it; X: it is gone."""
-    found = stat_of(record.pid)
+    found = process_stat(record.pid)
     return "X" if found is None or found[1] != record.born or found[0] == "Z" else found[0]
 
 
-def host() -> bytes:
+def host_id() -> bytes:
     """This machine since its last start, and the process namespace: the same where process ids mean the same."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:20]
@@ -144,13 +144,13 @@ def find_stalled(
     return [Fault(rank, "hangs", age[rank]) for rank in behind if all_stand and age[rank] > limit]
 
 
-def main_stack(dump: str, thread: int) -> list[str]:
+def thread_stack(dump: str, thread: int) -> list[str]:
     """Frames of one thread of a faulthandler dump, innermost first."""
     parts = re.split(r"(?m)^(?:Current thread|Thread) (0x[0-9a-f]+).*$", dump)
     wanted = [frames for name, frames in zip(parts[1::2], parts[2::2], strict=True) if int(name, 16) == thread]
     return [line.strip() for line in wanted[-1].splitlines() if line.strip()] if wanted else []
 
 
-def waits_for_others(stack: list[str]) -> bool:
+def is_in_collective(stack: list[str]) -> bool:
     """Whether a thread stands in a collective; a backward pass has its own in C++, so it ends in the call."""
     return bool(stack) and any(part in stack[0] for part in ("/torch/distributed/", "/deepspeed/comm/", "/torch/autograd/"))

@@ -65,7 +65,7 @@ class HostMemory:
         if free is not None:
             self.least = min(self.least or free * 1024, free * 1024)
 
-    def figures(self) -> tuple[bool, str]:
+    def report(self) -> tuple[bool, str]:
         """Whether memory ran out or nearly did, and the numbers."""
         ran_out, words = _kills(self.groups) > self.before, []
         if ran_out:

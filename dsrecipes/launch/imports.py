@@ -37,7 +37,7 @@ def _read_models_once() -> None:
 
 
 @contextlib.contextmanager
-def hidden(packages: list[str]) -> Iterator[None]:
+def hide_packages(packages: list[str]) -> Iterator[None]:
     """Let packages seem not installed for a while."""
     names = [name for name in packages if name not in sys.modules]
     sys.modules.update(dict.fromkeys(names))
@@ -56,7 +56,7 @@ def quick_imports(unneeded: list[str]) -> Iterator[None]:
     """
     gc.disable()
     try:
-        with hidden(unneeded):
+        with hide_packages(unneeded):
             _read_models_once()
             yield
     finally:

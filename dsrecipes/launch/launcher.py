@@ -20,10 +20,11 @@ from pathlib import Path
 
 from dsrecipes.errors import EXIT_CODE, RESUME_CODE
 from dsrecipes.io.console import leave_unread
-from dsrecipes.launch.environment import BEGAN, LAUNCHER
-from dsrecipes.launch.heartbeat import read, read_fault
+from dsrecipes.launch.environment import RUN_FOLDER_FILE, START_TIME
+from dsrecipes.launch.heartbeat import read_fault, read_heartbeat
 from dsrecipes.launch.host_memory import HostMemory
-from dsrecipes.launch.watchdog import go_on, is_wanted, restore_child_signal
+from dsrecipes.launch.signals import restore_child_signal, should_handle
+from dsrecipes.launch.watchdog import resume_hint
 
 _INTERRUPTED = 130
 _GRACE = {EXIT_CODE: 0, _INTERRUPTED: 10}
@@ -113,7 +114,7 @@ def _signals() -> Iterator[list[int]]:
         restore_child_signal()
         for name in (*_PASSED_ON, "SIGTSTP"):
             number = getattr(signal, name)
-            if is_wanted(number):
+            if should_handle(number):
                 before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
@@ -163,7 +164,7 @@ def _run(ranks: int, argv: list[str], told: Path, began: str, received: list[int
     with _free_port() as port:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "dsrecipes.run", *argv], env=os.environ | {LAUNCHER: str(told), BEGAN: began} | env,
+                [sys.executable, "-m", "dsrecipes.run", *argv], env=os.environ | {RUN_FOLDER_FILE: str(told), START_TIME: began} | env,
                 start_new_session=True,  # Ctrl-C on the terminal is for the launcher, which passes it on once
             )
             for env in _environments(ranks, port)
@@ -177,7 +178,7 @@ def _run(ranks: int, argv: list[str], told: Path, began: str, received: list[int
 
 
 def _why_killed(start: _Start, rank: int) -> str:
-    ran_out, figures = start.memory.figures()
+    ran_out, figures = start.memory.report()
     grown = f"its memory reached {start.peak[rank] / 1e9:.1f} GB{'; ' if figures else ''}{figures}"
     if ran_out:
         return (
@@ -193,7 +194,7 @@ def _describe(start: _Start, rank: int, code: int) -> str:
     found = read_fault(run / "ranks") if run else None
     if found and found[0].what != "died":
         return found[1]
-    record = read(run / "ranks", rank) if run else None
+    record = read_heartbeat(run / "ranks", rank) if run else None
     where = f"at {record.where()}" if record and record.pid == start.processes[rank].pid else "while it was starting"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     lines = [f"error: rank {rank} (pid {start.processes[rank].pid}) {how} {where}; the others were stopped."]
@@ -204,7 +205,7 @@ def _describe(start: _Start, rank: int, code: int) -> str:
     elif code > 0:
         lines.append("Its own message is above.")
     if run:
-        lines.append(f"{go_on(run)}{'; --max_restarts N does so by itself' if code < 0 else ''}.")
+        lines.append(f"{resume_hint(run)}{'; --max_restarts N does so by itself' if code < 0 else ''}.")
     return "\n".join(lines)
 
 

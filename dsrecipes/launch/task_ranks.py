@@ -82,7 +82,9 @@ def _slurm_task(env: Environment) -> Task | None:
         return None  # sbatch sets SLURM_NTASKS and SLURM_PROCID=0 for the script, which runs once
     if "SLURM_PTY_PORT" in env and os.isatty(0):
         return None  # srun --pty bash, and a command typed there
-    nodes = hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or "")
+    nodes = expand_host_list(
+        env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
+    )
     count = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or len(nodes) or 1
     local_world = _tasks_of_node(env, world, count)
     local_rank = _number(env, "SLURM_LOCALID")
@@ -119,7 +121,7 @@ def _tasks_of_node(env: Environment, world: int, nodes: int) -> int:
     )
 
 
-def hosts(text: str) -> list[str]:
+def expand_host_list(text: str) -> list[str]:
     """The names in a Slurm list of machines: `node[01-03,7],gpu1` is node01, node02, node03, node7, gpu1."""
     names: list[str] = []
     for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
@@ -139,7 +141,7 @@ def _numbers(ranges: str) -> list[str]:
     return numbers
 
 
-def idle_tasks(env: Environment) -> str | None:
+def idle_tasks_note(env: Environment) -> str | None:
     """A note where the Slurm job has several tasks, and no srun started this process."""
     tasks = _number(env, "SLURM_NTASKS") or 1
     if "RANK" in env or tasks < 2 or find_task(env) is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dsrecipes.errors import RESUME_CODE
-from dsrecipes.launch.environment import LAUNCHER
+from dsrecipes.launch.environment import RUN_FOLDER_FILE
 from dsrecipes.launch.heartbeat import (
     ASLEEP,
     FAULT,
@@ -28,12 +28,12 @@ from dsrecipes.launch.heartbeat import (
     Fault,
     Heartbeat,
     find_stalled,
-    host,
-    main_stack,
-    read,
-    stat_of,
-    state,
-    waits_for_others,
+    host_id,
+    is_in_collective,
+    process_stat,
+    process_state,
+    read_heartbeat,
+    thread_stack,
 )
 
 _TICK = 0.5
@@ -41,27 +41,12 @@ _TICK = 0.5
 _NEVER = -1.0
 
 
-def is_wanted(number: int) -> bool:
-    """Whether to handle a signal: nohup's ignored SIGHUP stays ignored, and the ignored SIGINT of a script's `command &`.
-
-    An ignored SIGTERM is handled all the same: scripts ignore it to outlive a batch queue's warning themselves, and the
-    training should save then.
-    """
-    return number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN
-
-
-def restore_child_signal() -> None:
-    """Undo an inherited ignored SIGCHLD, which would lose the exit code of every process that this one starts."""
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def go_on(run: Path | str) -> str:
+def resume_hint(run: Path | str) -> str:
     """How a run that ended is continued."""
     return f"The same command with --output_dir {run} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"
 
 
-def follow_launcher() -> None:
+def end_with_launcher() -> None:
     """End this process, as SIGTERM does, when the launcher that started it is gone."""
     parent = os.getppid()
 
@@ -70,7 +55,7 @@ def follow_launcher() -> None:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if os.environ.get(LAUNCHER):
+    if os.environ.get(RUN_FOLDER_FILE):
         threading.Thread(target=look, name="launcher", daemon=True).start()
 
 
@@ -90,9 +75,9 @@ class Watchdog:
         """
         self.run, self.folder, self.rank, self.mates = run, run / "ranks", rank, mates
         self.hang, self.patience, self.error_fd = hang, patience, error_fd
-        self.launched = os.environ.get(LAUNCHER)
-        born = stat_of(os.getpid())
-        self._who = (host(), os.getpid(), born[1] if born else 0, threading.main_thread().ident or 0)
+        self.launched = os.environ.get(RUN_FOLDER_FILE)
+        born = process_stat(os.getpid())
+        self._who = (host_id(), os.getpid(), born[1] if born else 0, threading.main_thread().ident or 0)
         self._phase, self._step, self._micro, self._count, self._since = 0, 0, 0, 0, time.monotonic()
         self._longest = [_NEVER] * len(PHASES)
         self._done = threading.Event()
@@ -110,7 +95,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     @staticmethod
-    def forget(run: Path) -> None:
+    def remove_records(run: Path) -> None:
         """Remove what an earlier start left; on rank 0, before any rank of this start writes its record."""
         shutil.rmtree(run / "ranks", ignore_errors=True)
 
@@ -144,13 +129,15 @@ class Watchdog:
                 self.folder.rmdir()
         self._file = -1
 
-    def leave_if_lost(self, error: BaseException) -> None:
+    def exit_if_peer_left(self, error: BaseException) -> None:
         """End this process without a word where `error` only says that another rank has left: that is told elsewhere."""
         words = str(error).lower()
         if len(self.mates) < 2 or not any(name in words for name in ("gloo", "nccl", "connection", "socket")):
             return
         for _ in range(25):  # the watcher ends this process where a rank died
-            if any(record.ended for rank in self.mates if rank != self.rank and (record := read(self.folder, rank))):
+            if any(
+                record.ended for rank in self.mates if rank != self.rank and (record := read_heartbeat(self.folder, rank))
+            ):
                 os._exit(RESUME_CODE)
             time.sleep(0.2)
 
@@ -174,9 +161,9 @@ class Watchdog:
             awake, tick = (now if now - tick > ASLEEP else awake), now
             if (self.folder / FAULT).exists():
                 self._leave()
-            records = {rank: record for rank in self.mates if (record := read(self.folder, rank))}
+            records = {rank: record for rank in self.mates if (record := read_heartbeat(self.folder, rank))}
             records = {r: each for r, each in records.items() if each.host == self._who[0] and not each.ended}
-            states = {rank: state(record) for rank, record in records.items()}
+            states = {rank: process_state(record) for rank, record in records.items()}
             faults = find_stalled(records, states, now, awake=awake, hang=self.hang, patience=self.patience)
             seen = [(each.rank, each.what) for each in faults]
             if faults and seen == before:  # twice, for a record may be read while it is written
@@ -190,7 +177,7 @@ class Watchdog:
         if faults[0].what == "hangs":
             stacks = {each.rank: self._stack(records[each.rank], each.rank) for each in faults}
             if len(faults) > 1:
-                faults = [each for each in faults if not waits_for_others(stacks[each.rank])]
+                faults = [each for each in faults if not is_in_collective(stacks[each.rank])]
             if not faults or len(faults) == len(records):
                 return  # all wait, or all work: who is at fault cannot be told
         fault = faults[0]
@@ -229,7 +216,7 @@ class Watchdog:
                 time.sleep(0.1)
                 with path.open("rb") as file:
                     file.seek(size)
-                    stack = main_stack(file.read().decode(errors="replace"), record.thread)
+                    stack = thread_stack(file.read().decode(errors="replace"), record.thread)
                 if stack:
                     return stack
         except OSError:
@@ -251,4 +238,4 @@ class Watchdog:
             lines += ["It gives no stack."]
         if fault.what == "hangs":
             lines += ["Mend what the stack shows; where it is only slow, allow more with --hang_timeout SECONDS (0: off)."]
-        return "\n".join([*lines, f"All ranks were ended. {go_on(self.run)}."])
+        return "\n".join([*lines, f"All ranks were ended. {resume_hint(self.run)}."])

@@ -14,7 +14,7 @@ _SENSES = re.compile(r"vision|visual|image|video|audio|speech|vq")
 _BRIDGE = re.compile(_SENSES.pattern + r"|projector|connector|multi_modal|multimodal")
 
 
-def has_senses(config: PretrainedConfig) -> bool:
+def has_other_modalities(config: PretrainedConfig) -> bool:
     """Whether a configuration has a part for images or sound."""
     parts = getattr(type(config), "sub_configs", {})
     if config.get_text_config(decoder=True) is not config:
@@ -24,7 +24,7 @@ def has_senses(config: PretrainedConfig) -> bool:
 
 def unreached_by_text(model: nn.Module) -> list[str]:
     """Names of the modules and parameters that rows of text never reach, only the outermost; none for a text model."""
-    if not has_senses(model.config):
+    if not has_other_modalities(model.config):
         return []
     decoder = model.get_decoder()
     # some classes hold the towers and the layers of the decoder in one module

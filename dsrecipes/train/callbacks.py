@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsrecipes.data.audit import check_ends, packed_sample
-from dsrecipes.model.attention import keep_apart
+from dsrecipes.model.attention import isolate_examples
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.state import Run
-from dsrecipes.zero.process import keep_gradient_norm
+from dsrecipes.zero.process import report_gradient_norm
 
 
 class DryRunEnded(Exception):
@@ -30,7 +30,7 @@ class StartAndEnd(TrainerCallback):
         engine = trainer.deepspeed if prepared.setup.zero else None
         if engine is not None:
             prepared.setup.check_engine(engine)
-            keep_gradient_norm(engine)
+            report_gradient_norm(engine)
         prepared.console.say(summary.header(prepared, trainer))
         if prepared.config.train["audit"] and trainer.causal and not prepared.recipe.cut_into_blocks:
             check_ends(trainer.train_dataset.sample, prepared.tokenizer, trainer.model)
@@ -57,7 +57,7 @@ class StartAndEnd(TrainerCallback):
         )
         if sample is not None:
             choose = prepared.config.model.attn_implementation is None
-            keep_apart(trainer.model, sample, args.device, choose=choose)
+            isolate_examples(trainer.model, sample, args.device, choose=choose)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the last step, which is the run's result; with a stream, state which epoch the step is in."""

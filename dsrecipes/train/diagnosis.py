@@ -63,7 +63,7 @@ def check_step(run: Run) -> None:
     own = health(losses, norm_value, overflowed)
     if own == Health.NO_LOSS and trainer.step_weight == 0:  # all rows of the step have weight 0
         own = Health.OK
-    (worst,) = run.signals.agree(own)
+    (worst,) = run.signals.sync(own)
     if worst != Health.OK:
         raise UserError("DSR361", _describe(Health(int(worst)), own, losses, run))
 
@@ -133,7 +133,7 @@ def nan_remedies(fault: Health, train: dict[str, Any], engine: dict[str, Any], p
 
 def how_to_resume(folder: RunFolder) -> str:
     """Name the last complete checkpoint of a run, and the flags that resume from it."""
-    complete = folder.whole_checkpoints()
+    complete = folder.complete_checkpoints()
     if not complete:
         return "The run has no checkpoint yet: restart it"
     return (

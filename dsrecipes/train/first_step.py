@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
 from dsrecipes.train.state import Run
-from dsrecipes.zero.shards import check_shards, gradient_bytes, shards
+from dsrecipes.zero.shards import check_shards, gradient_bytes, measure_shards
 
 _EXPERT = re.compile(r"(^|\.)experts\.")
 """Parameters of a mixture's expert, which a step without tokens for it leaves alone."""
@@ -88,7 +88,7 @@ class FirstStep(TrainerCallback):
                 len(trainer.callback_handler.train_dataloader), sum(trainer.sequences_of_step(state.global_step), [])
             ),
             "unlabelled": self._unlabelled(state.global_step),
-            "shards": shards(trainer.model, self._optimizer(), self.gradients),
+            "shards": measure_shards(trainer.model, self._optimizer(), self.gradients),
         }
         found = self.run.signals.all_gather(mine)
         check_ranks([each["rows"] for each in found])

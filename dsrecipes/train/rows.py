@@ -30,7 +30,8 @@ from dsrecipes.data.stream import Stream
 from dsrecipes.data.streamable import stream_files
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import check_ids, check_splits, embedding_rows
+from dsrecipes.model.checks import check_splits
+from dsrecipes.model.tokenizer import check_ids, embedding_rows
 from dsrecipes.train.setup import RunSetup
 from dsrecipes.train.state import Rows
 

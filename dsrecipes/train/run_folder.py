@@ -148,7 +148,7 @@ def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
         lock.acquire(timeout=PATIENCE)
         if empty:
             _move(folder.path, folder.path / _REPLACED)
-        Watchdog.forget(folder.path)
+        Watchdog.remove_records(folder.path)
     except Timeout:
         return _BUSY
     except OSError as error:

@@ -27,18 +27,15 @@ from dsrecipes.errors import UserError, plural
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
-from dsrecipes.model.load import (
-    check_attention,
-    check_model,
-    check_vocabulary,
-    disable_cpu_packing,
-    load_config,
-    random_weights,
-)
+from dsrecipes.model.cached_models import random_weights
+from dsrecipes.model.checks import check_attention, check_model
+from dsrecipes.model.configuration import load_config
 from dsrecipes.model.modalities import unreached_note
+from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
+from dsrecipes.model.tokenizer import check_vocabulary
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.manifest import choose, damage
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.arguments import check_best_metric, start_process_group
 from dsrecipes.train.callbacks import DryRunEnded, StartAndEnd
@@ -57,6 +54,7 @@ from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.state import Prepared, Run
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.zero.blocks import try_engine
+from dsrecipes.zero.rank_group import rank_group
 
 
 class Training:
@@ -88,7 +86,7 @@ class Training:
                 return finish_run(run, self.recipe, began)
             except FAILURES as error:
                 if self.environment.watchdog is not None:
-                    self.environment.watchdog.leave_if_lost(error)
+                    self.environment.watchdog.exit_if_peer_left(error)
                 explained = explain(error, self.config, self.progress, self.folder)
                 if explained is None:
                     raise
@@ -141,7 +139,7 @@ class Training:
             model_config.get_text_config().pad_token_id = pad_id(tokenizer)
         sequences = make_sequences(recipe, setup, rows, model_config)
         if config.model.from_scratch:
-            random_weights(config.model, model_config, recipe.auto_class, config.train["seed"])
+            random_weights(model_config, recipe.auto_class, config.train["seed"])
         return Prepared(
             recipe=type(recipe),
             config=config,
@@ -190,7 +188,7 @@ class Training:
         setup.notes += [*config.notes, *([padding] if padding else [])]
         check_attention(config.model, model_config, auto_class)
         if config.model.lora_target_modules:
-            from dsrecipes.model.lora import check_targets
+            from dsrecipes.model.lora_targets import check_targets
 
             check_targets(config.model, model_config, auto_class)
         return model_config, engine, tokenizer
@@ -203,7 +201,7 @@ class Training:
         args = start_process_group(prepared)
         self._check_arguments(prepared, args)
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
-        signals = StopSignals(limit, args.ddp_timeout_delta)
+        signals = StopSignals(limit, rank_group(args.ddp_timeout_delta))
         claimed = claim_folder(prepared.named_folder, prepared.candidates, self.config, signals, self.console.main)
         self.environment.folder, folder = claimed, claimed.folder
         args.output_dir = str(folder.path)
@@ -256,11 +254,11 @@ class Training:
         ranks = prepared.setup.ranks
         candidates = signals.all_gather(prepared.candidates)[0]
 
-        def find_damage(checkpoint: Path) -> str | None:
-            problems = signals.all_gather(damage(checkpoint, ranks.rank, ranks.world))
+        def find_on_all_ranks(checkpoint: Path) -> str | None:
+            problems = signals.all_gather(find_damage(checkpoint, ranks.rank, ranks.world))
             return next((problem for problem in problems if problem), None)
 
-        return choose(candidates, find_damage, self.console.say) if candidates else None
+        return first_intact(candidates, find_on_all_ranks, self.console.say) if candidates else None
 
     def _read_first_rows(
         self, prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]

@@ -34,7 +34,7 @@ def computes_bf16() -> bool:
     return bool(supported and supported())
 
 
-def hardware(device: str) -> str:
+def describe_hardware(device: str) -> str:
     """What rounding depends on: the GPU, or the CPU's instruction set and the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -86,7 +86,7 @@ def import_muon_uncompiled() -> None:
         torch.compile = compiler
 
 
-def train_alone(device: str) -> None:
+def use_single_process(device: str) -> None:
     """Let Trainer train a single rank of plain PyTorch without a process group or DDP, and on one device of several."""
     for key in RANK_KEYS:
         os.environ.pop(key, None)
@@ -95,7 +95,7 @@ def train_alone(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
-def keep_gradient_norm(engine: Any) -> None:
+def report_gradient_norm(engine: Any) -> None:
     """Let ZeRO-0 in fp32 report its gradient norm, which the engine computes for clipping and drops."""
 
     def clip() -> None:

@@ -24,7 +24,7 @@ _FILLED_BY_TRAINER = tuple(f"scheduler.params.{key}" for key in ("warmup_num_ste
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroConfig:
     """A ZeRO JSON as read: stage 0 to 3, where optimizer states go, and the JSON itself."""
 
     path: Path
@@ -62,7 +62,7 @@ class Zero:
         return (self.json.get("zero_optimization", {}).get(part) or {}).get("device", "none")
 
 
-def read_zero(path: Path) -> Zero:
+def read_zero(path: Path) -> ZeroConfig:
     """Read and check a ZeRO JSON on its own.
 
     Raises:
@@ -94,7 +94,7 @@ def read_zero(path: Path) -> Zero:
                     else "set another stage"
                 )
             )
-    return Zero(path, config, notes)
+    return ZeroConfig(path, config, notes)
 
 
 def check_with_deepspeed(config: Json, path: Path) -> None:
@@ -142,7 +142,7 @@ class TrainerValues:
     """The run's training values, which already hold what the JSON fixes."""
 
 
-def resolve(zero: Zero, model: PretrainedConfig, numbers: TrainerValues, notes: list[str]) -> Json:
+def resolve(zero: ZeroConfig, model: PretrainedConfig, numbers: TrainerValues, notes: list[str]) -> Json:
     """The JSON with the run's values in it; Trainer fills in the step counts of a scheduler that it leaves open.
 
     `notes` gets what had to be changed so that the run leaves a model, and the length of a fixed schedule.
@@ -189,7 +189,7 @@ def _drop_auto(block: Json, path: str) -> list[str]:
     return dropped
 
 
-def _fixed_schedule(config: Json, zero: Zero) -> list[str]:
+def _fixed_schedule(config: Json, zero: ZeroConfig) -> list[str]:
     """A note on a schedule whose length the JSON fixes."""
     steps = fixed_steps(config)
     if "total_num_steps" in steps:

@@ -12,7 +12,7 @@ from torch import nn
 from dsrecipes.errors import UserError
 
 
-def storages(tensors: Iterable[Any], but: dict[int, int]) -> dict[int, int]:
+def storage_bytes(tensors: Iterable[Any], but: dict[int, int]) -> dict[int, int]:
     """Bytes by address of what lies under some tensors, each once, without those in `but`."""
     found = {}
     for tensor in tensors:
@@ -23,16 +23,16 @@ def storages(tensors: Iterable[Any], but: dict[int, int]) -> dict[int, int]:
     return found
 
 
-def leaves(value: Any) -> Iterable[torch.Tensor]:
+def iter_tensors(value: Any) -> Iterable[torch.Tensor]:
     """Tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from leaves(each)
+            yield from iter_tensors(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from leaves(each)
+            yield from iter_tensors(each)
 
 
 def gradient_tensors(module: nn.Module, optimizer: Any) -> list[torch.Tensor]:
@@ -40,8 +40,8 @@ def gradient_tensors(module: nn.Module, optimizer: Any) -> list[torch.Tensor]:
     adam = getattr(optimizer, "optimizer", optimizer)
     found = [
         *(p.grad for p in module.parameters()),
-        *leaves(getattr(optimizer, "averaged_gradients", None)),
-        *leaves(getattr(optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)),
+        *iter_tensors(getattr(optimizer, "averaged_gradients", None)),
+        *iter_tensors(getattr(optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)),
         *(p.grad for group in adam.param_groups for p in group["params"]),
     ]
     return [each for each in found if each is not None]
@@ -58,10 +58,10 @@ def held_bytes(module: nn.Module, optimizer: Any) -> dict[str, dict[int, int]]:
     """
     adam = getattr(optimizer, "optimizer", optimizer)
     params = list(module.parameters())
-    own = storages([*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)], {})
-    gradients = storages(gradient_tensors(module, optimizer), own)
+    own = storage_bytes([*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)], {})
+    gradients = storage_bytes(gradient_tensors(module, optimizer), own)
     masters = [p.data for group in adam.param_groups for p in group["params"]]
-    states = storages([*masters, *leaves(dict(adam.state))], own | gradients)
+    states = storage_bytes([*masters, *iter_tensors(dict(adam.state))], own | gradients)
     return {"parameters": own, "gradients": gradients, "optimizer": states}
 
 
@@ -91,7 +91,7 @@ def gradient_bytes(module: nn.Module, optimizer: Any) -> tuple[int, int]:
     return sum(each.nbytes for each in tensors), max((each.element_size() for each in tensors), default=4)
 
 
-def shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]) -> Shards:
+def measure_shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]) -> Shards:
     """Count after the first update; of weights this rank's own, not what ZeRO-3 has gathered for a while.
 
     Args:
@@ -101,12 +101,12 @@ def shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]) -> Sha
     sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in params]
     trained = sum(size for size, p in sizes if p.requires_grad)
     adam = getattr(optimizer, "optimizer", optimizer)
-    updated = sum(max((each.numel() for each in leaves(dict(state))), default=0) for state in adam.state.values())
+    updated = sum(max((each.numel() for each in iter_tensors(dict(state))), default=0) for state in adam.state.values())
     if not updated:  # SGD without momentum: its only state is ZeRO's copy of the parameters
         updated = sum(each.numel() for group in adam.param_groups for each in group["params"])
     states = sum(held_bytes(module, optimizer)["optimizer"].values())
     return Shards(
-        weights=sum(storages([getattr(p, "ds_tensor", p.data) for p in params], {}).values()),
+        weights=sum(storage_bytes([getattr(p, "ds_tensor", p.data) for p in params], {}).values()),
         gradients=gradients[0],
         states=states,
         whole_weights=sum(size * p.element_size() for size, p in sizes),

@@ -8,7 +8,7 @@ from dsrecipes.config.adapter import adapter_folder, base_model, lora_targets, t
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
 from dsrecipes.errors import UserError
-from dsrecipes.model.bundled import local_model
+from dsrecipes.model.weights_source import local_model
 
 
 def adapter(folder, **changes):

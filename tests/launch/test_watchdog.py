@@ -19,11 +19,11 @@ from dsrecipes.launch.heartbeat import (
     Fault,
     Heartbeat,
     find_stalled,
-    main_stack,
-    read,
+    is_in_collective,
+    process_state,
     read_fault,
-    state,
-    waits_for_others,
+    read_heartbeat,
+    thread_stack,
 )
 from dsrecipes.launch.watchdog import Watchdog
 
@@ -44,14 +44,14 @@ def user_code():
     threading.Event().wait()
 
 for step in range(1, 10**9):
-    watchdog.enter("reading rows", step)
+    watch.enter("reading rows", step)
     if fault == "hangs" and rank == 1 and step == 20:
         user_code()
-    watchdog.enter("forward")
-    watchdog.enter("backward")
+    watch.enter("forward")
+    watch.enter("backward")
     all_reduce(step)
     if fault == "ends" and rank == 1 and step == 20:
-        watchdog.end(failed=True)
+        watch.end(failed=True)
         time.sleep(3600)
 """
 
@@ -70,14 +70,14 @@ def start(run: Path, fault: str) -> list[subprocess.Popen]:
     """Two ranks that wait for each other at every step."""
     run.mkdir()
     words = [[sys.executable, "-c", RANK, str(run), str(rank), fault] for rank in (0, 1)]
-    env = {key: value for key, value in os.environ.items() if key != environment.LAUNCHER}
+    env = {key: value for key, value in os.environ.items() if key != environment.RUN_FOLDER_FILE}
     return [subprocess.Popen(each, env=env, stderr=subprocess.PIPE, text=True) for each in words]
 
 
 def reach(run: Path, step: int) -> Heartbeat:
     """Rank 1's record from that step on."""
     for _ in range(400):
-        record = read(run / "ranks", 1)
+        record = read_heartbeat(run / "ranks", 1)
         if record and record.step >= step:
             return record
         time.sleep(0.05)
@@ -149,11 +149,13 @@ def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(
         for phase in ("reading rows", "forward", "backward"):
             each.enter(phase, step if phase == "reading rows" else None)
     assert (time.perf_counter() - began) / 3000 < 50e-6
-    found = read(tmp_path / "ranks", 0)
+    found = read_heartbeat(tmp_path / "ranks", 0)
     assert found and (found.pid, found.where()) == (os.getpid(), "step 1000, backward (micro batch 1)")
-    assert state(found) in ("R", "S") and state(record(1, 1, "forward", 0, pid=found.pid)) == "X"  # another's pid, reused
+    assert (
+        process_state(found) in ("R", "S") and process_state(record(1, 1, "forward", 0, pid=found.pid)) == "X"
+    )  # another's pid, reused
     each.end(failed=False)
-    assert not (tmp_path / "ranks").exists() and read(tmp_path / "ranks", 0) is None
+    assert not (tmp_path / "ranks").exists() and read_heartbeat(tmp_path / "ranks", 0) is None
 
 
 def test_a_folder_that_cannot_be_written_is_no_end_of_the_training(tmp_path: Path):
@@ -168,6 +170,6 @@ def test_the_main_thread_of_a_dump_and_whether_it_waits_for_others():
         "Current thread 0x00007f02 (most recent call first):\n"
         '  File "/x/torch/distributed/distributed_c10d.py", line 2 in all_reduce\n  File "/x/run.py", line 3 in main\n'
     )
-    stack = main_stack(dump, 0x7F02)
-    assert [line.rsplit(" ", 1)[1] for line in stack] == ["all_reduce", "main"] and waits_for_others(stack)
-    assert not waits_for_others(main_stack(dump, 0x7F01)) and main_stack(dump, 3) == []
+    stack = thread_stack(dump, 0x7F02)
+    assert [line.rsplit(" ", 1)[1] for line in stack] == ["all_reduce", "main"] and is_in_collective(stack)
+    assert not is_in_collective(thread_stack(dump, 0x7F01)) and thread_stack(dump, 3) == []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import io
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,21 @@ from dsrecipes.errors import RunStopped
 from dsrecipes.io.console import Console
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import read_log
-from dsrecipes.train import first_step, run_folder
+from dsrecipes.train import finishing, first_step, run_folder
 from dsrecipes.train.state import Prepared, Run
 from dsrecipes.train.training import Training
 from dsrecipes.zero.shards import Shards
+
+
+@contextlib.contextmanager
+def _no_pictures() -> Iterator[None]:
+    """Runs without loss_curve.png and report.html: half the time of a small run, and no test of a pool reads them."""
+    draw, write = finishing.draw_curve, finishing._write_page
+    finishing.draw_curve = finishing._write_page = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        finishing.draw_curve, finishing._write_page = draw, write
 
 
 class ObservedTraining(Training):
@@ -49,7 +61,8 @@ class ObservedTraining(Training):
 def _run(recipe: str, values: dict[str, Any]) -> tuple[Run, RunResult]:
     """load_recipe(recipe, **values).run(), and the run's state."""
     gc.collect()  # engines of earlier cases
-    return run_recipe(load_recipe(recipe, **values))
+    with _no_pictures():
+        return run_recipe(load_recipe(recipe, **values))
 
 
 def _facts(run: Run, result: RunResult) -> dict[str, Any]:
@@ -238,7 +251,8 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
 
     training = ObservedTraining(recipe_class(layers.recipe)(layers, Console(out=said)), add_events)
     try:
-        result = training.run()
+        with _no_pictures():
+            result = training.run()
     except (RunStopped, UserError) as stopped:
         return {"stopped": type(stopped).__name__, "why": str(stopped), "said": said.getvalue()}
     finally:
@@ -250,7 +264,7 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
 def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
     """Run a recipe with one of tests/support/fault_injection.py's faults; returns what it ends with."""
     gc.collect()
-    with getattr(importlib.import_module("support.fault_injection"), spoil)() as change:
+    with getattr(importlib.import_module("support.fault_injection"), spoil)() as change, _no_pictures():
         try:
             return f"step {ObservedTraining(load_recipe(recipe, **values), change).run().step}"
         except UserError as error:
@@ -260,15 +274,15 @@ def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
 def shares(recipe: str, values: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Run a recipe; (held, whole) bytes of each part that the first step's audit counted on this rank."""
     found: list[Shards] = []
-    count = first_step.shards
+    count = first_step.measure_shards
 
     def keep(*given: Any) -> Shards:
         found.append(count(*given))
         return found[-1]
 
-    first_step.shards = keep
+    first_step.measure_shards = keep
     try:
         train(recipe, values)
     finally:
-        first_step.shards = count
+        first_step.measure_shards = count
     return {part: found[0].share(part) for part in ("weights", "gradients", "states")}

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from dsrecipes.errors import UserError
-from dsrecipes.runs.manifest import is_whole, read_manifest
+from dsrecipes.runs.checkpoint_manifest import is_complete, read_manifest
 
 WEIGHT = "weight"
 """The key of a parameter's value in full precision, beside the optimizer's own: exp_avg, exp_avg_sq, ..."""
@@ -71,19 +71,19 @@ class CheckpointStates:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def made_by(checkpoint: Path) -> dict[str, Any]:
+def read_writer(checkpoint: Path) -> dict[str, Any]:
     """Ranks, stage and sequences a step of what wrote a checkpoint (ValueError: its manifest is damaged)."""
     return read_manifest(checkpoint)["made_by"]
 
 
-def fits(made: dict[str, Any], here: dict[str, Any]) -> bool:
+def loads_directly(made: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether DeepSpeed or Trainer loads the checkpoint as it is: the same place, or states that were never divided."""
     divided = made.get("ranks") == here["ranks"] and made.get("layout", here["layout"]) == here["layout"]
     whole = made.get("zero") in (None, 0) or divided
     return not made or ("zero" in made and made["zero"] == here["zero"] and whole)
 
 
-def read(checkpoint: Path, names: list[str]) -> CheckpointStates:
+def read_states(checkpoint: Path, names: list[str]) -> CheckpointStates:
     """Open a checkpoint whose manifest has been verified; nothing is read yet but what says where things lie.
 
     Args:
@@ -92,11 +92,13 @@ def read(checkpoint: Path, names: list[str]) -> CheckpointStates:
     Raises:
         UserError: it is not whole, or its states cannot be divided anew.
     """
-    if not is_whole(checkpoint):  # below, pickles are opened; who calls has looked into them (checkpoint.damage)
+    if not is_complete(
+        checkpoint
+    ):  # below, pickles are opened; who calls has looked into them (checkpoint_integrity.find_damage)
         raise UserError(f"{checkpoint} is not whole (a save was cut off)")
     if (checkpoint / UNIVERSAL).is_file():
         return _read_neutral(checkpoint)
-    stage = made_by(checkpoint).get("zero")
+    stage = read_writer(checkpoint).get("zero")
     if stage is None:
         return _read_plain(checkpoint, names)
     folder = _engine_folder(checkpoint)
@@ -238,7 +240,7 @@ def _read_neutral(folder: Path) -> CheckpointStates:
     return saved
 
 
-def rest(checkpoint: Path) -> Iterable[Path]:
+def layout_independent_files(checkpoint: Path) -> Iterable[Path]:
     """The files of a checkpoint beside weights and optimizer state, which fit anywhere: schedule, state, random numbers."""
     patterns = ("trainer_state.json", "progress.json", "scheduler.pt", "rng_state*.pth", "scaler.pt")
     return (path for pattern in patterns for path in sorted(checkpoint.glob(pattern)))
