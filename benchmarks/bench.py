@@ -119,8 +119,8 @@ def our_tokens(data: Path, steps: int) -> list[int]:
     """Useful tokens of our steps, counted apart from the library's log."""
     import numpy as np
 
-    from dsrecipes.data.collate import StepSampler
     from dsrecipes.data.pack import pack
+    from dsrecipes.data.sampler import StepSampler
 
     rows = np.array([len(row["input_ids"]) for row in inputs.read_tokens(data / "tokens.jsonl")])
     lengths = np.array([rows[each].sum() for each in pack(rows, LENGTH)])

@@ -68,7 +68,7 @@ def rank(out: Path, flags: dict[str, Any]) -> None:
     from dsrecipes.launch.watchdog import Watchdog
 
     record, end = Meter(), Meter()
-    Watchdog.at = record.of(Watchdog.at)  # type: ignore[method-assign]
+    Watchdog.enter = record.of(Watchdog.enter)  # type: ignore[method-assign]
     trainer = load_recipe("alpaca_llama_sft", **flags).build_trainer()
     trainer.at_step_end = end.of(trainer.at_step_end)
     rows: list[dict[str, float]] = []

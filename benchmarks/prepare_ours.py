@@ -12,9 +12,9 @@ from meter import LENGTH, arguments, write_prepared
 from transformers import AutoTokenizer
 
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.collate import Sequences
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
+from dsrecipes.data.sequences import Sequences
 from dsrecipes.io.console import Console
 
 

@@ -78,9 +78,9 @@ def prepare_once(path: Path, model: Path, length: int) -> None:
     from transformers import AutoTokenizer
 
     from dsrecipes.config.encoding import EncodeOptions
-    from dsrecipes.data.collate import Sequences
     from dsrecipes.data.load import load_splits
     from dsrecipes.data.prepare import prepare
+    from dsrecipes.data.sequences import Sequences
     from dsrecipes.io.console import Console
 
     tokenizer = AutoTokenizer.from_pretrained(model)

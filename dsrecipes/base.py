@@ -32,38 +32,37 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.config.find import RecipeFiles, is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES, without_effect
-from dsrecipes.config.layers import Layers, layer, seconds_of
-from dsrecipes.config.parse import best_metric, build_config
-from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.layers import Layers, layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
-from dsrecipes.data.collate import (
-    CausalCollator,
-    PaddingCollator,
-    Sequences,
-)
+from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.mixture import (
-    JoinedSequences,
+from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.renamed import renamed
+from dsrecipes.data.sequences import Sequences
+from dsrecipes.data.sources import (
     MixedSplit,
-    Mixture,
     SourceRows,
     by_split,
     named,
     prepare_source,
     require_split,
-    rows_by_epoch,
     source_rows,
     style_notes,
 )
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
-from dsrecipes.data.renamed import renamed
-from dsrecipes.data.stream import Stream, check_streaming, stream_files
+from dsrecipes.data.split import Split
+from dsrecipes.data.stream import Stream
+from dsrecipes.data.streamable import check_streaming, stream_files
 from dsrecipes.data.weights import class_weights
 from dsrecipes.errors import UserError, inflect, nearest, plural
 from dsrecipes.io.caches import check_docstrings, redirect_caches
@@ -154,6 +153,10 @@ class RecipeBase(ABC):
         story = copy.copy(self)
         story.config = replace(self.config, data=self.config.data.of_source(source))
         return story
+
+    def load_source(self, source: Source) -> dict[str, Iterable[Row]]:
+        """Load the rows of one source with its own settings."""
+        return (self.of_source(source) if self.config.data.is_mixture else self).load_rows()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -412,7 +415,7 @@ class RecipeBase(ABC):
 
     def _prepare(self) -> dict[str, Split | MixedSplit]:
         """Prepare each source by itself, so that another one in the list changes nothing of it."""
-        self.by_source = source_rows(self)
+        self.by_source = source_rows(self.config.data, self.load_source)
         if self._has_prompts:
             self.place.notes += style_notes(self.config.data)
         origin = self.config.own.get("validation_split")
@@ -423,7 +426,7 @@ class RecipeBase(ABC):
             with named(part.source) if mixed else nullcontext():
                 if not mixed:
                     require_split(part.source, "train", part.splits)
-                options = part.story.config.data
+                options = part.data
                 if options.streaming:
                     self.stream = self._stream(part.splits.pop("train"))
                 splits = self._prepare_source(part) if part.splits else {}
@@ -434,10 +437,11 @@ class RecipeBase(ABC):
 
     def _prepare_source(self, part: SourceRows) -> dict[str, Split]:
         """Prepare one source; a recipe that numbers its labels over the training rows sees some beside validation rows."""
+        seed = self.config.train["seed"]
         if "train" in part.splits or type(self).finish is RecipeBase.finish:
-            return prepare_source(part, self.tokenizer, self.console)
+            return prepare_source(type(self), part, self.tokenizer, seed, self.console)
         part = replace(part, splits={"train": self.by_source[0].splits["train"]} | part.splits)
-        splits = prepare_source(part, self.tokenizer, self.console)
+        splits = prepare_source(type(self), part, self.tokenizer, seed, self.console)
         return {name: split for name, split in splits.items() if name != "train"}
 
     def _sequences(self, name: str, split: Split | MixedSplit, capacity: int | None) -> Sequences:
@@ -569,7 +573,9 @@ class RecipeBase(ABC):
         if self.stream:
             return self.stream.places(rows)
         block = self.config.data.max_length if self.cut_into_blocks else None
-        return "; ".join(describe_places(path, numbers, block) for path, numbers in self.sequences["train"].by_file(rows))
+        return "; ".join(
+            RowSources(path).describe(numbers, block) for path, numbers in self.sequences["train"].by_file(rows)
+        )
 
     def _stood_at(self) -> str:
         trainer = getattr(self, "trainer", None)

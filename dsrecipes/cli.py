@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -16,12 +17,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+from dsrecipes.completion import main as completion
 from dsrecipes.config import find
 from dsrecipes.config.batch import batch_of, ranks_of
 from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
 from dsrecipes.config.help import asks_for_help, help_text, known_flags
 from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
+from dsrecipes.explain import main as explain
 from dsrecipes.io import text
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.launcher import launch
@@ -34,6 +37,9 @@ usage: dsrecipes COMMAND ...
         [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
   list                               the recipes and their variants
   show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
+  explain [ID ...]                   cause and cure of messages by the ids at their ends, such as DSR042
+  completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
+  --version                          the version
 
 with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
   chat RUN                           talk to the model
@@ -48,6 +54,13 @@ with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lis
 """
 _HELP = {
     "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
+    "completion": """\
+usage: dsrecipes completion bash|zsh
+
+Print a script that completes commands, flags and recipes.
+  bash   source <(dsrecipes completion bash)
+  zsh    dsrecipes completion zsh > a folder of $fpath/_dsrecipes
+""",
     "show": """\
 usage: dsrecipes show RECIPE [--flag value ...] [--all]
 
@@ -89,7 +102,9 @@ def train(argv: list[str]) -> int:
     procs, restarts = _take(argv, "procs"), _take(argv, "max_restarts") or "0"
     argv = _with_recipe(argv)
     if not (restarts.isdecimal() and len(restarts) < 6):
-        raise UserError(f"--max_restarts {restarts}: give a number of starts after the first, 0 or more")
+        raise UserError(
+            "DSR642", f"--max_restarts {restarts}: expected the number of restarts after a failure, a whole number from 0"
+        )
     layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
     ranks = ranks_of(procs, layers)
     batch_of(layers, ranks)  # refuses a batch that these ranks cannot share
@@ -149,6 +164,13 @@ def show(argv: list[str]) -> int:
     return 0
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dsrecipes")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 _READER_ENDED = 141
 """A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
 _COMMANDS = {
@@ -187,15 +209,25 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed, as by `>&-`
         sys.stdout = open(os.devnull, "w")
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "list": list_recipes, "show": show}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "list": list_recipes,
+        "show": show,
+        "explain": explain,
+    }
     commands |= {name: partial(_use, name) for name in _COMMANDS}
+    commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(textwrap.dedent(_USAGE), end="", flush=True)
             return 0 if argv else EXIT_CODE
+        if argv[0] == "--version":
+            print(f"dsrecipes {_version()}", flush=True)
+            return 0
         if argv[0] not in commands:
             raise UserError(
-                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}"
+                "DSR641",
+                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}",
             )
         if argv[0] in _HELP and asks_for_help(argv[1:]):
             print(_HELP[argv[0]], end="", flush=True)

@@ -18,18 +18,20 @@ pytestmark = pytest.mark.ranks
 
 LOAD_ALL = """
 import json, sys
-from dsrecipes import find
+from dsrecipes.config import find
+from dsrecipes.io.paths import starter_path
+from dsrecipes.io.text import read_yaml
 recipes = find.recipe_names()
 for name in recipes:
-    assert find.read_yaml(find.find_recipe(name).yaml)["starter"], name
+    assert read_yaml(find.find_recipe(name).yaml)["starter"], name
     assert "import" not in sys.argv or find.find_recipe(name).load()
 for name in find.variant_names():
-    assert find.find_recipe(find.read_yaml(find.find_config(name))["recipe"]), name
+    assert find.find_recipe(read_yaml(find.find_config(name))["recipe"]), name
 for name in find.zero_names():
     assert "zero_optimization" in json.loads(find.find_zero(name).read_text()), name
 for name in ("starter:gpt2/tokenizer.json", "starter:bert/tokenizer.json", "starter:data/prose.txt",
              "starter:data/instructions.json", "starter:data/tmmlu/physics_test.csv"):
-    assert find.starter_path(name)
+    assert starter_path(name)
 import dsrecipes
 print(len(recipes), len(find.variant_names()), len(find.zero_names()), dsrecipes.__file__, find.find_recipe("gpt2_clm").yaml)
 """

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsrecipes.data.collate import PADDING_ROW, Features, Sequences, labelled
+from dsrecipes.data.collate import labelled
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.sequences import PADDING_ROW, Features, Sequences
 from dsrecipes.errors import UserError
 
 _ROWS = 256

@@ -1,45 +1,81 @@
-"""Records to token ids and labels, for a batch of records at a time (chats in a tokenizer's own template: chat.py).
+"""How do plain texts and prompt/answer segments become token ids and labels?
 
-Prompt and response are encoded apart and concatenated, so the mask boundary is exact whatever the tokenizer merges.
+Chats in a tokenizer's own template are in chat.py. Here prompt and response are encoded separately and concatenated, so that
+the boundary of the loss mask is exact whatever the tokenizer would merge across it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Protocol
+
 from transformers import PreTrainedTokenizerBase
 
+from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.errors import UserError
 
 IGNORE = -100
-"""Label of a position that is not trained on (torch's cross_entropy default)."""
+"""Label of a position that is not trained on (the default `ignore_index` of torch's cross_entropy)."""
 Segments = list[tuple[str, bool]]
-"""A sequence in pieces: (text, is it trained on)."""
+"""A sequence in segments: (text, whether it is trained on)."""
+
+
+class RowHooks(Protocol):
+    """What the data layer uses of a recipe, so that it need not import RecipeBase.
+
+    All hooks are static: their arguments are all that may change the tokens, and make up the cache key.
+    """
+
+    cut_into_blocks: bool
+
+    @staticmethod
+    def format_row(row: dict[str, Any]) -> dict[str, Any]:
+        """A row as a record of plain Python objects."""
+
+    @staticmethod
+    def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
+        """Records as columns: input_ids, labels and optional others."""
+
+    @staticmethod
+    def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
+        """Rewrite prepared files once all rows are known; returns new fingerprints."""
 
 
 def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a text (UserError: the tokenizer has none)."""
+    """Return the id of the token that ends a text (UserError: the tokenizer has none)."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no eos token, so no text could end: name one in its tokenizer_config.json"
+            "DSR100",
+            f"the tokenizer of {tokenizer.name_or_path} has no eos token, so the model could not learn where a text ends: set "
+            "eos_token in its tokenizer_config.json",
         )
     return tokenizer.eos_token_id
 
 
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of each text without special tokens."""
+    """Encode texts without special tokens."""
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json may turn them on, and only a call of the tokenizer turns them off
+    # A tokenizer.json may turn truncation and padding on, and only a call of the tokenizer itself would turn them off.
+    backend.no_truncation()
     backend.no_padding()
-    # the tokenizer's own call finds each token's place in the text too, which takes a quarter of its time
-    return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    # The tokenizer's own call computes offsets too, which takes a quarter of its time.
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_texts(records: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Plain text: every token is trained on, and a document's last piece ends with eos.
+    """Encode plain text; every token is trained on, and the last piece of a document ends with eos.
+
+    Args:
+        records: {"text", "end"}; a missing `end` counts as true.
+        tokenizer: needs an eos token.
 
     Returns:
-        input_ids and labels, each a list (one per record) of lists of ints.
+        input_ids and labels: one list of ints for each record.
+
+    Raises:
+        UserError: the tokenizer has no eos token.
     """
     eos = eos_of(tokenizer)
     ids = _token_ids([record["text"] for record in records], tokenizer)
@@ -50,21 +86,27 @@ def encode_texts(records: list[dict], tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Segments encoded apart and concatenated; labels only where a segment is trained on.
+    """Encode segments separately and concatenate them; only trained segments get labels.
 
     The first segment gets the tokenizer's leading special tokens (Llama's bos); each trained segment ends with eos.
+
+    Returns:
+        input_ids and labels: one list of ints for each record.
+
+    Raises:
+        UserError: the tokenizer has no eos token.
     """
     texts = [text for segments in records for text, _ in segments]
     encoded = iter(_token_ids(texts, tokenizer))
-    start, eos = _leading_special_tokens(tokenizer), eos_of(tokenizer)
+    prefix, eos = _leading_special_tokens(tokenizer), eos_of(tokenizer)
     batch: dict[str, list] = {"input_ids": [], "labels": []}
     for segments in records:
         ids: list[int] = []
         labels: list[int] = []
         for index, (_, trained) in enumerate(segments):
             tokens = next(encoded)
-            if index == 0 and tokens[: len(start)] != start:
-                tokens = start + tokens
+            if index == 0 and tokens[: len(prefix)] != prefix:
+                tokens = prefix + tokens
             if trained and tokens[-1:] != [eos]:
                 tokens = [*tokens, eos]
             ids += tokens
@@ -75,22 +117,38 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The bos token, where the tokenizer puts one before a text."""
     special = tokenizer("")["input_ids"]
     return [token for token in special[:1] if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
 
 
 def weigh(batch: dict[str, list], weights: list[list[float]]) -> dict[str, list]:
-    """Columns of encode_segments with the weights of each row's answers; an answer of weight 0 is not trained on."""
+    """Add `weights` to the columns of encode_segments; an answer of weight 0 is not trained on.
+
+    Args:
+        batch: input_ids and labels; labels may be changed.
+        weights: for each row, the weight of each of its answers, in their order.
+
+    Returns:
+        The batch with `weights`: one number for each label, or an empty list where all answers of a row weigh 1.
+    """
     batch["weights"] = [[] for _ in weights]
-    for index, (labels, of_answers) in enumerate(zip(batch["labels"], weights, strict=True)):
-        if all(weight == 1 for weight in of_answers):
+    for index, (labels, answer_weights) in enumerate(zip(batch["labels"], weights, strict=True)):
+        if all(weight == 1 for weight in answer_weights):
             continue
-        values, answer = [1.0] * len(labels), -1
-        for place, label in enumerate(labels):
-            if label == IGNORE:
-                continue
-            answer += place == 0 or labels[place - 1] == IGNORE
-            values[place] = of_answers[answer]
+        values = _spread(labels, answer_weights)
         batch["weights"][index] = values
         batch["labels"][index] = [IGNORE if value == 0 else label for label, value in zip(labels, values, strict=True)]
     return batch
+
+
+def _spread(labels: list[int], answer_weights: list[float]) -> list[float]:
+    """The weight of each label: a new answer begins at each label that follows an IGNORE."""
+    values, answer = [1.0] * len(labels), -1
+    for position, label in enumerate(labels):
+        if label == IGNORE:
+            continue
+        if position == 0 or labels[position - 1] == IGNORE:
+            answer += 1
+        values[position] = answer_weights[answer]
+    return values

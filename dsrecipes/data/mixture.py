@@ -1,191 +1,34 @@
-"""Several data sets in one run: each is prepared by itself, and a mixture draws other rows of each in every epoch."""
+"""Which rows of each data set does an epoch have? Shares of sources, and the draws that follow from them."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dsrecipes.config.sources import Source
-from dsrecipes.data.collate import PADDING_ROW, Features, Sequences
-from dsrecipes.data.files import Row
 from dsrecipes.data.pack import pack
-from dsrecipes.data.prepare import HoldOut, Split, SplitStats, prepare
-from dsrecipes.data.records import hold_out, hold_out_alone
-from dsrecipes.data.renamed import renamed
+from dsrecipes.data.sequences import PADDING_ROW, Features, Sequences
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from dsrecipes.base import RecipeBase
-    from dsrecipes.config.schema import DataConfig
-    from dsrecipes.io.console import Console
-
-
-# ---- rows ----
-
-
-@dataclass(frozen=True)
-class SourceRows:
-    """The rows of one source by split, and the recipe with this source's settings alone."""
-
-    source: Source
-    story: RecipeBase
-    splits: dict[str, Iterable[Row]]
-    holds_out: bool
-    """Whether --validation_split applies to it, where it has no validation rows of its own."""
-    hold_out: HoldOut = hold_out_alone
-    """Chooses the rows that are held out."""
-
-    @property
-    def held_out(self) -> float:
-        """The share of the training rows that are held out for validation."""
-        return self.story.config.data.validation_split if self.holds_out and "validation" not in self.splits else 0.0
-
-
-@contextlib.contextmanager
-def named(source: Source) -> Iterator[None]:
-    """Name the source in a UserError that does not show its path."""
-    try:
-        yield
-    except UserError as error:
-        if source.path in str(error):
-            raise
-        raise UserError(f"{source.path}: {error}") from error
-
-
-def source_rows(story: RecipeBase) -> list[SourceRows]:
-    """The rows of each source of a run; a run on one plain data set has one source.
-
-    `split` makes the rows of that split the source's training rows. Where --eval_dataset is given, its sources alone have
-    validation rows.
-
-    Raises:
-        UserError: a data set cannot be read, or does not have the rows that are asked for.
-    """
-    data = story.config.data
-    if not data.is_mixture:
-        return [SourceRows(data.sources[0], story, _loaded(story), holds_out=True, hold_out=hold_out)]
-    parts = [_training_rows(story, source) for source in data.sources]
-    return [*parts, *(_validation_rows(story, source) for source in data.eval_sources)]
-
-
-def _loaded(story: RecipeBase) -> dict[str, Iterable[Row]]:
-    """The rows that a recipe loads, with its settings applied to them."""
-    return dict(renamed(story.load_rows(), story.config.data.columns))
-
-
-def _training_rows(story: RecipeBase, source: Source) -> SourceRows:
-    part = story.of_source(source)
-    splits = _loaded(part)
-    require_split(source, source.split or "train", splits)
-    splits = {"train": splits.pop(source.split or "train")} | {key: rows for key, rows in splits.items() if key != "train"}
-    if story.config.data.eval_sources:
-        splits.pop("validation", None)
-    return SourceRows(source, part, splits, holds_out=not story.config.data.eval_sources)
-
-
-def _validation_rows(story: RecipeBase, source: Source) -> SourceRows:
-    part = story.of_source(source)
-    splits = _loaded(part)
-    split = source.split or "validation"
-    require_split(source, split, splits)
-    return SourceRows(source, part, {"validation": splits[split]}, holds_out=False)
-
-
-def require_split(source: Source, split: str, splits: dict[str, Iterable[Row]]) -> None:
-    """Refuse a source without rows of a split (UserError: those that it has)."""
-    if split not in splits:
-        rows = {"train": "training"}.get(split, split)
-        raise UserError(
-            f"{source.path} has no {rows} rows, only {', '.join(splits) or 'none'}: name files with --dataset and "
-            "--eval_dataset, or another `split`"
-        )
-
-
-def style_notes(data: DataConfig) -> list[str]:
-    """Sources whose prompts are not those that chat, generate and judge send."""
-    styles = {source.name: source.own.get("prompt_style", data.prompt_style) for source in data.sources}
-    return [
-        f"{name} trains with prompt_style {style}; chat, generate and judge ask in the run's, {data.prompt_style}"
-        for name, style in styles.items()
-        if style != data.prompt_style
-    ]
-
-
-# ---- prepared splits ----
-
-
-@dataclass
-class MixedSplit:
-    """A split that several sources have, each prepared by itself."""
-
-    parts: dict[str, Split]
-
-    @cached_property
-    def stats(self) -> SplitStats:
-        """The sums over all sources; the fingerprint covers names and order too."""
-        stats = SplitStats()
-        for part in self.parts.values():
-            for key in ("rows", "kept", "tokens", "supervised", "tail"):
-                setattr(stats, key, getattr(stats, key) + getattr(part.stats, key))
-            stats.dropped = dict(Counter(stats.dropped) + Counter(part.stats.dropped))
-            stats.seen.merge(part.stats.seen)
-            stats.notes = dict(Counter(stats.notes) + Counter(part.stats.notes))
-            stats.weighted += part.stats.weighted
-            spans = [*stats.weight_range, *part.stats.weight_range]
-            stats.weight_range = [min(spans), max(spans)] if spans else []
-        prints = "\0".join(f"{name} {part.stats.fingerprint}" for name, part in self.parts.items())
-        stats.fingerprint = hashlib.sha256(prints.encode()).hexdigest()[:16]
-        return stats
-
-    @cached_property
-    def data(self) -> Dataset:
-        """Rows of all sources, one source after another."""
-        from datasets import concatenate_datasets
-
-        return concatenate_datasets([part.data for part in self.parts.values()])
-
-
-def prepare_source(part: SourceRows, tokenizer: PreTrainedTokenizerBase, console: Console) -> dict[str, Split]:
-    """Prepare the rows of one source with its own settings; it has a cache entry of its own."""
-    data, train = part.story.config.data, part.story.config.train
-    return prepare(
-        type(part.story), part.splits, tokenizer, data.encoding,
-        validation_split=part.held_out, seed=train["seed"], skip_bad_rows=data.skip_bad_rows, console=console,
-        hold_out=part.hold_out,
-    )  # fmt: skip
-
-
-def by_split(prepared: Iterable[tuple[Source, dict[str, Split]]]) -> dict[str, MixedSplit]:
-    """Splits of sources as sources of splits, train first."""
-    found: dict[str, dict[str, Split]] = {"train": {}, "validation": {}, "test": {}}
-    for source, splits in prepared:
-        for name, split in splits.items():
-            found[name][source.name] = split
-    return {name: MixedSplit(parts) for name, parts in found.items() if parts}
-
-
-# ---- shares ----
-
 
 def rows_by_epoch(sources: list[Source], available: dict[str, int]) -> dict[str, int] | None:
-    """Rows that each source gives to an epoch; None where nobody asked for shares: all rows of each, once.
+    """Compute the number of rows that each source contributes to an epoch.
 
-    `rows` is what it says. The other sources share as many rows as they hold together by `weight`, 1 where only others
-    have one, rounded by largest remainder; where no source has a weight, each gives all its rows.
+    `rows` is taken as it is. The other sources share as many rows as they hold together in proportion to their `weight`, which
+    is 1 where only others have one, rounded by the largest remainder. Where no source has a weight, each contributes all rows.
+
+    Args:
+        sources: with their shares.
+        available: rows by the name of the source.
+
+    Returns:
+        Rows by the name of the source; None without any shares: all rows of each source, once.
 
     Raises:
         UserError: a weight is too small for a single row.
@@ -199,47 +42,52 @@ def rows_by_epoch(sources: list[Source], available: dict[str, int]) -> dict[str,
     weights = np.array([source.weight or 1.0 for source in weighted])
     total = sum(available[source.name] for source in weighted)
     exact = total * weights / weights.sum()
-    whole = np.floor(exact).astype(int)
-    whole[np.argsort(whole - exact, kind="stable")[: total - whole.sum()]] += 1
-    for source, count in zip(weighted, whole.tolist(), strict=True):
+    rounded = np.floor(exact).astype(int)
+    by_remainder = np.argsort(rounded - exact, kind="stable")
+    rounded[by_remainder[: total - rounded.sum()]] += 1
+    for source, count in zip(weighted, rounded.tolist(), strict=True):
         if not count:
             raise UserError(
+                "DSR161",
                 f"{source.path}: weight {source.weight or 1:g} is less than one of the {total:,} rows of an epoch: raise it, "
-                "or leave the data set out"
+                "or leave the data set out",
             )
         counts[source.name] = count
     return counts
 
 
 def draws(rows: int, count: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The rows of one source in epoch after epoch, without end.
+    """Yield the rows of one source in epoch after epoch, without end.
 
-    An epoch has all rows as often as `count` allows. What is left is drawn without replacement, over epochs too: no row
-    comes a second time before each has come once.
+    An epoch has all rows as often as `count` allows. The rest is drawn without replacement, across epochs too: no row occurs a
+    second time before every row has occurred once.
+
+    Args:
+        rows: of the source.
+        count: rows of an epoch.
+        seed: of the draws.
     """
     passes, rest = divmod(count, rows)
-    whole = np.tile(np.arange(rows), passes)
+    complete = np.tile(np.arange(rows), passes)
     waiting, shuffles = np.empty(0, dtype=np.int64), 0
     while True:
         chosen, waiting = waiting[:rest], waiting[rest:]
         if len(chosen) < rest:
             shuffled = np.random.default_rng((*seed, shuffles)).permutation(rows)
             shuffles += 1
-            used = np.isin(shuffled, chosen)  # behind the others, so that no epoch draws a row twice
+            # rows that this epoch already has go to the end, so that no epoch draws a row twice
+            used = np.isin(shuffled, chosen)
             shuffled = np.concatenate([shuffled[~used], shuffled[used]])
             missing = rest - len(chosen)
             chosen, waiting = np.concatenate([chosen, shuffled[:missing]]), shuffled[missing:]
-        yield np.concatenate([whole, chosen])
-
-
-# ---- sequences ----
+        yield np.concatenate([complete, chosen])
 
 
 class JoinedSequences(Sequences):
     """Sequences of several sources, one source after another, with one numbering of rows."""
 
     def __init__(self, parts: dict[str, Sequences]) -> None:
-        """`parts` by the name of the source."""
+        """Join `parts`, by the name of the source."""
         self._parts = parts
         self.weighted = any(part.weighted for part in parts.values())
         self.class_weights = next(iter(parts.values())).class_weights
@@ -248,7 +96,7 @@ class JoinedSequences(Sequences):
         self.lengths = np.concatenate([part.lengths for part in parts.values()])
 
     def __getstate__(self) -> dict[str, Any]:
-        """The parts know how to travel to data workers."""
+        """Return everything: the parts pickle themselves without their memory maps."""
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,14 +112,15 @@ class JoinedSequences(Sequences):
         return np.concatenate([part.row_lengths() for part in self._parts.values()])
 
     def by_file(self, rows: Iterable[int]) -> list[tuple[Path, list[int]]]:
-        """Prepared rows by the file that they lie in, with their numbers there."""
-        found: dict[Path, list[int]] = {}
+        """Group prepared rows by their file, with their numbers in it."""
+        files: dict[Path, list[int]] = {}
         for row in rows:
             part, number = self._located(row, self._first_row)
-            found.setdefault(part.path, []).append(number)
-        return list(found.items())
+            files.setdefault(part.path, []).append(number)
+        return list(files.items())
 
     def _located(self, number: int, firsts: np.ndarray) -> tuple[Sequences, int]:
+        """The source of a row or sequence, and its number there; `firsts` are the first numbers of the sources."""
         part = int(np.searchsorted(firsts, number, side="right")) - 1
         return list(self._parts.values())[part], int(number - firsts[part])
 
@@ -285,19 +134,19 @@ class JoinedSequences(Sequences):
         return features
 
     def rows(self, index: int) -> list[int]:
-        """Numbers of the prepared rows in a sequence; a filler has none."""
+        """Numbers of the prepared rows in a sequence; a padding row has none."""
         if index == PADDING_ROW:
             return []
-        place = int(np.searchsorted(self._first, index, side="right")) - 1
+        source = int(np.searchsorted(self._first, index, side="right")) - 1
         part, number = self._located(index, self._first)
-        return [int(self._first_row[place]) + row for row in part.rows(number)]
+        return [int(self._first_row[source]) + row for row in part.rows(number)]
 
 
 class Mixture(JoinedSequences):
-    """Rows drawn from several sources, other ones in each epoch; a function of seed and epoch alone.
+    """Rows drawn from several sources, different ones in each epoch; a function of seed and epoch alone.
 
-    Sequences are numbered on over epochs: index = epoch x sequences of an epoch + place in it. So a data worker that
-    outlives an epoch needs no word of the next one.
+    The numbering of sequences continues across epochs: index = epoch x sequences of an epoch + position in it. So a data worker
+    that outlives an epoch need not be notified of the next one.
     """
 
     def __init__(self, parts: dict[str, Sequences], counts: dict[str, int], capacity: int | None, seed: int) -> None:
@@ -318,7 +167,7 @@ class Mixture(JoinedSequences):
         self.fix_length(1, 1, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the iterators, which start again."""
+        """Leave out the iterators, which are restarted after unpickling."""
         return vars(self) | {"_drawn": (0, [])}
 
     @property
@@ -327,25 +176,35 @@ class Mixture(JoinedSequences):
         return self._counts
 
     def fix_length(self, batch: int, epochs: float, max_steps: int) -> None:
-        """Let every epoch of the run have as many sequences, for Trainer counts the steps of one.
+        """Give every epoch of the run the same number of sequences, because Trainer counts the steps of one epoch only.
 
-        It is the number of the epoch that packs worst, in whole steps where there are rows enough; in the others the
+        It is the number of the epoch that packs worst, in whole steps where there are enough rows; in the other epochs the
         sequences with the most rows are cut in two.
 
         Args:
             batch: sequences of a step.
-            epochs: length of the run, unless `max_steps` above 0 sets it.
+            epochs: length of the run, where `max_steps` is not above 0.
+            max_steps: length of the run in steps.
         """
         rows = sum(self.counts.values())
         if self._capacity is None:
             self._per_epoch = rows
         else:
-            most = epoch = 0
-            while epoch < (math.ceil(max_steps / math.ceil(most / batch)) if max_steps > 0 and most else math.ceil(epochs)):
-                most, epoch = max(most, len(self._packed(epoch)[1])), epoch + 1
+            most = self._most_sequences(batch, epochs, max_steps)
             self._per_epoch = min(rows, math.ceil(most / batch) * batch)
         self._epoch = None
         self.lengths = self.lengths_of(0)
+
+    def _most_sequences(self, batch: int, epochs: float, max_steps: int) -> int:
+        """Sequences of the epoch that packs worst."""
+        most = epoch = 0
+        while True:
+            last = math.ceil(epochs)
+            if max_steps > 0 and most:
+                last = math.ceil(max_steps / math.ceil(most / batch))
+            if epoch >= last:
+                return most
+            most, epoch = max(most, len(self._packed(epoch)[1])), epoch + 1
 
     def lengths_of(self, epoch: int) -> np.ndarray:
         """Tokens of each sequence of an epoch."""
@@ -357,12 +216,13 @@ class Mixture(JoinedSequences):
         return epoch * self._per_epoch
 
     def rows(self, index: int) -> list[int]:
-        """Numbers of the prepared rows in a sequence; a filler has none."""
+        """Numbers of the prepared rows in a sequence; a padding row has none."""
         if index == PADDING_ROW:
             return []
-        epoch, place = divmod(index, self._per_epoch)
+        epoch, position = divmod(index, self._per_epoch)
         rows, ends = self._layout(epoch)
-        return rows[ends[place - 1] if place else 0 : ends[place]].tolist()
+        start = ends[position - 1] if position else 0
+        return rows[start : ends[position]].tolist()
 
     def drawn(self, epoch: int) -> list[np.ndarray]:
         """The rows that an epoch has of each source, by their numbers there."""
@@ -386,6 +246,7 @@ class Mixture(JoinedSequences):
         return self._epoch[1:]
 
     def _packed(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The layout of an epoch before its number of sequences is fixed."""
         drawn = np.concatenate([first + rows for first, rows in zip(self._first_row, self.drawn(epoch), strict=False)])
         rows = np.random.default_rng((self._seed, epoch)).permutation(drawn)
         if self._capacity is None:

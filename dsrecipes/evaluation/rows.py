@@ -11,10 +11,10 @@ import numpy as np
 
 from dsrecipes.config.sources import paths_of
 from dsrecipes.data.files import LocatedRows, Row
-from dsrecipes.data.mixture import SourceRows, prepare_source, source_rows
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, record_hash
 from dsrecipes.data.renamed import OptionalColumns
+from dsrecipes.data.sources import SourceRows, prepare_source, source_rows
 from dsrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class EvaluationRows:
                 part,
                 splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
             )
-            for part in source_rows(self.story)
+            for part in source_rows(data, self.story.load_source)
         ]
 
     @property
@@ -110,17 +110,17 @@ class EvaluationRows:
         ]
 
     def _items_of(self, part: SourceRows, split: str) -> list[Item]:
-        options, held = part.story.config.data, part.held_out if split != "test" else 0.0
+        held = part.held_out if split != "test" else 0.0
 
         def both(row: Row) -> dict[str, Any]:
             return {"row": getattr(row, "original", row), "record": self.run.recipe.format_row(row)}
 
-        records = Records(both, part.splits["train" if held else split], options.skip_bad_rows)
+        records = Records(both, part.splits["train" if held else split], part.data.skip_bad_rows)
         if not held:
             return [Item(where, **pair) for where, pair in records]
         # twice over the rows, so that only those of the split are kept in memory
         keys = np.fromiter((record_hash(pair["record"]) for _, pair in records), np.uint64)
-        chosen = part.hold_out(keys, held, part.story.config.train["seed"]) == (split == "validation")
+        chosen = part.hold_out(keys, held, self.story.config.train["seed"]) == (split == "validation")
         return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
 
     def sequences(self, split: str, console: Console) -> dict[str, Path]:
@@ -133,7 +133,7 @@ class EvaluationRows:
         name = split
         if self.dataset and split == "train":  # under another name no last block is left out
             part, name = replace(part, splits={"test": part.splits[split]}), "test"
-        prepared = prepare_source(part, self.run.tokenizer, console)
+        prepared = prepare_source(self.run.recipe, part, self.run.tokenizer, self.story.config.train["seed"], console)
         if name not in prepared:
             raise UserError(f"{part.source.path}: no row of {split} is left; --split names another")
         check_splits({split: prepared[name]}, self.run.tokenizer, self.run.embedding_rows)

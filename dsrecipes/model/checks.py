@@ -7,8 +7,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.columns import first_beyond
-from dsrecipes.data.origin import describe_places
-from dsrecipes.data.prepare import Split
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.split import Split
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.io.hub import first_line
 from dsrecipes.model.configuration import empty_model
@@ -75,7 +75,7 @@ def check_splits(
 
     Args:
         rows: rows of the embedding; None where they are not known.
-        block: tokens of a block, as for data.origin.
+        block: tokens of a block, as for data.provenance.
 
     Raises:
         UserError: names the token, its id and the first row that holds it.
@@ -92,5 +92,5 @@ def check_splits(
             raise UserError(
                 "DSR215",
                 f"{beyond_embedding(tokenizer, token_id, rows)}, and the {name} rows hold it "
-                f"({describe_places(split.path, [row], block)}): {OTHER_TOKENIZER}",
+                f"({RowSources(split.path).describe([row], block)}): {OTHER_TOKENIZER}",
             )

@@ -20,15 +20,15 @@ import yaml
 from dsrecipes.config.batch import Batch
 from dsrecipes.config.flags import idle_values
 from dsrecipes.config.zero_values import ENGINE_KEYS
-from dsrecipes.data.mixture import MixedSplit
-from dsrecipes.data.prepare import Split
+from dsrecipes.data.sources import MixedSplit
+from dsrecipes.data.split import Split
 from dsrecipes.io.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train.summary import _sources
 
 if TYPE_CHECKING:
     from dsrecipes.config.schema import Config
-    from dsrecipes.data.collate import Sequences
+    from dsrecipes.data.sequences import Sequences
     from dsrecipes.train.setup import RunSetup
     from dsrecipes.train.trainer import RecipeTrainer
 

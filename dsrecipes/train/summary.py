@@ -15,9 +15,9 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.mixture import MixedSplit
-from dsrecipes.data.prepare import Split, dropped_words
 from dsrecipes.data.seen import Seen
+from dsrecipes.data.sources import MixedSplit
+from dsrecipes.data.split import Split, describe_dropped
 from dsrecipes.data.stream import Stream
 from dsrecipes.errors import plural
 from dsrecipes.model.bundled import needs_conversion
@@ -27,8 +27,8 @@ from dsrecipes.runs.reference import describe_verification
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
     from dsrecipes.config.schema import Config, ModelConfig
-    from dsrecipes.data.collate import Sequences
-    from dsrecipes.data.prepare import SplitStats
+    from dsrecipes.data.sequences import Sequences
+    from dsrecipes.data.split import SplitStats
     from dsrecipes.train.setup import RunSetup
     from dsrecipes.train.trainer import RecipeTrainer
 
@@ -53,7 +53,7 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
     if stats.tail:
         parts.append(f"last {plural(stats.tail, 'token')} left over")
     if stats.dropped:
-        parts.append(f"dropped {dropped_words(stats.dropped)}")
+        parts.append(f"dropped {describe_dropped(stats.dropped)}")
     return ", ".join(part for part in parts if part)
 
 
@@ -202,7 +202,7 @@ def _streamed(data: dict[str, Any]) -> str:
     ]
     if data["dropped"]:
         read = data["rows"] + data["dropped"].get("bad row", 0)
-        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {dropped_words(data['dropped'])}")
+        words.append(f"of {plural(read, 'row')} read, some ahead, dropped {describe_dropped(data['dropped'])}")
     return ", ".join(words)
 
 

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from dsrecipes.data.collate import PADDING_ROW, TOKEN_COUNTS, Sequences, StepLoader, StepSampler, labelled
+from dsrecipes.data.collate import TOKEN_COUNTS, labelled
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.stream import Stream, StreamSampler
+from dsrecipes.data.sampler import StepLoader, StepSampler, StreamSampler
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
+from dsrecipes.data.stream import Stream
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError
 from dsrecipes.launch.watchdog import Watchdog

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dsrecipes.config.layers import listed_accelerators
 from dsrecipes.errors import UserError, plural
+from dsrecipes.io.devices import listed_accelerators
 
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 """Keys of ZeRO++ (arXiv:2306.10209) that need DeepSpeed's CUDA kernels."""

@@ -179,4 +179,4 @@ def test_a_source_has_columns_of_its_own(small: Small, tmp_path: Path, columns: 
     story = load_recipe(values["recipe"], **values["values"])
     story.run()
     assert {name: part.stats.kept for name, part in story.splits["train"].parts.items()} == {"rows": 9, "other": 7}
-    assert "said" in str(story.by_source[1].story.config.data.columns) and not story.config.data.columns
+    assert "said" in str(story.by_source[1].data.columns) and not story.config.data.columns

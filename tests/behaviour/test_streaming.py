@@ -24,10 +24,11 @@ from support.rank_pool import Ranks
 from support.tiny import STARTER, instructions, llama_tokenizer, refusal, tiny_bert, tiny_gpt2, write_rows
 
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data import stream, units
+from dsrecipes.data import units, window
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.renamed import RenamedRows
-from dsrecipes.data.stream import Stream, StreamSampler
+from dsrecipes.data.sampler import StreamSampler
+from dsrecipes.data.stream import Stream
 from dsrecipes.errors import UserError
 from dsrecipes.model.tokenizer import check_ids
 from dsrecipes.run import main
@@ -55,7 +56,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of a few kB have many pieces, and windows are small."""
     monkeypatch.setattr(units, "UNIT", UNIT)
     monkeypatch.setattr(units, "_ROWS", 7)
-    monkeypatch.setattr(stream, "_WINDOW_TOKENS", 300)
+    monkeypatch.setattr(window, "WINDOW_TOKENS", 300)
 
 
 def write(folder: Path, form: str, rows: list[dict[str, str]]) -> Path:
@@ -281,8 +282,9 @@ def test_bytes_that_are_not_utf8_and_a_file_that_changes_are_named(tmp_path: Pat
 
 def test_another_end_token_is_another_stream(tmp_path: Path) -> None:
     data = a_stream(write(tmp_path, "jsonl", instructions(5)))
-    data.encoding.tokenizer.eos_token = data.encoding.tokenizer.bos_token
-    assert data._fingerprint() != data.fingerprint
+    tokenizer = data.reader.encoding.tokenizer
+    tokenizer.eos_token = tokenizer.bos_token
+    assert data.reader.fingerprint() != data.fingerprint
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_a_dry_run_shows_the_first_example_and_what_is_not_known(tmp_path: Path,
     ]  # fmt: skip
     assert main(words) == 0
     said = capfd.readouterr().out
-    assert "streamed from 1 file" in said and "not known beforehand" in said and "validation: 3 rows" in said
+    assert "streamed from 1 file" in said and "not known in advance" in said and "validation: 3 rows" in said
     assert "Count to" in said and "⟦" in said and not (tmp_path / "run").exists()
 
 

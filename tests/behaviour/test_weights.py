@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.config.values import as_weight, parse_class_weights
-from dsrecipes.data.collate import PADDING_ROW, CausalCollator, PaddingCollator, Sequences
+from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.data.records import record_hash
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
 from dsrecipes.data.weights import WEIGHTS, class_weights, normalize_weights, row_weight
 from dsrecipes.evaluation.compare import pair
 from dsrecipes.evaluation.evaluate import evaluate
@@ -299,7 +300,7 @@ def test_balanced_is_rows_over_classes_times_count() -> None:
     ],
 )  # fmt: skip
 def test_class_weights_that_mean_nothing(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match="^--class_weights ") as error:
+    with pytest.raises(UserError, match="^--class_weights .*DSR063") as error:
         parse_class_weights(words)
     assert message in str(error.value)
 

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from dsrecipes.data.audit import RankRows, check_ends, check_isolation, check_ranks, packed_sample, unlabelled
-from dsrecipes.data.collate import CausalCollator, PaddingCollator, Sequences
+from dsrecipes.data.collate import CausalCollator, PaddingCollator
+from dsrecipes.data.sequences import Sequences
 from dsrecipes.errors import UserError
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

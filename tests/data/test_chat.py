@@ -402,4 +402,4 @@ def test_rows_become_sequences_with_their_places_and_notes():
     encoding = Encoding(AlpacaLlamaSft, tokenizer_of("gpt2", OWN["plain text"], True), KEEP, False)
     chunk = encoding([("a.jsonl, line 1", row), ("a.jsonl, line 2", row)])
     assert chunk.record.tolist() == [0, 0, 1, 1] and chunk.notes == {NO_END: [0, 1]}
-    assert chunk.of(chunk.record[::2] == 1).notes == {NO_END: [1]}
+    assert chunk.subset(chunk.record[::2] == 1).notes == {NO_END: [1]}

@@ -7,16 +7,10 @@ from accelerate import skip_first_batches
 from support.tiny import arrow_file, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice
 
-from dsrecipes.data.collate import (
-    PADDING_ROW,
-    TOKEN_COUNTS,
-    CausalCollator,
-    PaddingCollator,
-    Sequences,
-    StepLoader,
-    StepSampler,
-)
+from dsrecipes.data.collate import TOKEN_COUNTS, CausalCollator, PaddingCollator
 from dsrecipes.data.encode import IGNORE
+from dsrecipes.data.sampler import StepLoader, StepSampler
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
 from dsrecipes.model import attention
 
 

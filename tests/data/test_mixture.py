@@ -9,9 +9,11 @@ from support.tiny import arrow_file
 
 from dsrecipes import UserError
 from dsrecipes.config.sources import read_sources
-from dsrecipes.data.collate import PADDING_ROW, PaddingCollator, Sequences, StepSampler
+from dsrecipes.data.collate import PaddingCollator
+from dsrecipes.data.holdout import hold_out_alone
 from dsrecipes.data.mixture import JoinedSequences, Mixture, cut_to, draws, rows_by_epoch
-from dsrecipes.data.records import hold_out_alone
+from dsrecipes.data.sampler import StepSampler
+from dsrecipes.data.sequences import PADDING_ROW, Sequences
 
 AVAILABLE = {"a": 100, "b": 50, "c": 7}
 

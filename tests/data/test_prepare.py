@@ -22,10 +22,11 @@ from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, record_batch
 from dsrecipes.data.encode import encode_texts
 from dsrecipes.data.formats import text_field
+from dsrecipes.data.holdout import hold_out
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.origin import describe_places
 from dsrecipes.data.prepare import prepare
-from dsrecipes.data.records import hold_out, record_hash
+from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.records import record_hash
 from dsrecipes.errors import UserError
 from dsrecipes.io.console import Console
 
@@ -264,7 +265,7 @@ def test_a_row_may_become_several_sequences(tokenizer):
     assert split.stats.dropped == {
         "nothing to learn from": 1, "longer than 8 tokens": 1, "in part longer than 8 tokens": 1,
     }  # fmt: skip
-    assert describe_places(split.path, [1, 3, 4]) == "rows 1, 3, 5"
+    assert RowSources(split.path).describe([1, 3, 4]) == "rows 1, 3, 5"
     splits = prepared(Turns, {"train": [{"text": text} for text in texts] * 4}, tokenizer, 8, validation_split=0.4)
     found = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
     assert not found["train"] & found["validation"] and sum(split.stats.rows for split in splits.values()) == 20

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dsrecipes.base import RecipeBase
-from dsrecipes.data.collate import StepSampler
+from dsrecipes.data.sampler import StepSampler
 from dsrecipes.train.trainer import RecipeTrainer
 
 

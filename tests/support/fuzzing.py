@@ -29,7 +29,8 @@ EVIL = Path(tempfile.gettempdir()) / f"dsrecipes-canary-{os.getpid()}"
 
 
 def fuzz(cases: int) -> settings:
-    """The same cases on every machine, none kept between runs."""
+    """The same cases on every machine, none kept between runs; FUZZ_TIMES multiplies them (`make test-all`)."""
+    cases *= int(os.environ.get("FUZZ_TIMES", "1"))
     return settings(
         max_examples=cases, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )

@@ -150,7 +150,7 @@ def arrow_file(columns: dict[str, list]) -> Path:
 
 def sequences(capacity: int | None = 14, end: int = 2):
     """Five rows whose prompts of three tokens are not trained on; of 14 tokens one sequence holds the two shortest."""
-    from dsrecipes.data.collate import Sequences
+    from dsrecipes.data.sequences import Sequences
 
     ids = [[5 + (i * j) % 50 for j in range(1, 6 + 2 * i)] + [end] for i in range(5)]
     return Sequences(arrow_file({"input_ids": ids, "labels": [[-100] * 3 + row[3:] for row in ids]}), capacity)

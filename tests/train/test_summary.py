@@ -10,8 +10,8 @@ from support.tiny import arrow_file, tiny_gpt2
 
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
-from dsrecipes.data.collate import Sequences
-from dsrecipes.data.prepare import SplitStats
+from dsrecipes.data.sequences import Sequences
+from dsrecipes.data.split import SplitStats
 from dsrecipes.launch.environment import Ranks
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train import artifacts, summary

@@ -3,31 +3,31 @@
 from pathlib import Path
 
 from dsrecipes.data.columns import ColumnWriter
-from dsrecipes.data.origin import describe_places, origins, origins_path
+from dsrecipes.data.provenance import RowSources
 
 
 def written(folder: Path, wheres: list[str], tokens: list[int]) -> Path:
-    with ColumnWriter(origins_path(folder / "train.arrow"), piece=0) as writer:
+    with ColumnWriter(RowSources(folder / "train.arrow").path, piece=0) as writer:
         for start in range(0, len(wheres), 4):
-            writer.write(origins(wheres[start : start + 4], tokens[start : start + 4]))
+            writer.write(RowSources.batch(wheres[start : start + 4], tokens[start : start + 4]))
     return folder / "train.arrow"
 
 
 def test_rows_are_named_by_file(tmp_path):
     path = written(tmp_path, [f"a.jsonl, line {n}" for n in (1, 3, 4)] + ["b c.json, row 9", "row 2", "somewhere"], [1] * 6)
-    assert describe_places(path, [2, 0, 3, 0]) == "a.jsonl, lines 1, 4; b c.json, row 9"
-    assert describe_places(path, [4]) == "row 2"
-    assert describe_places(tmp_path / "other.arrow", [4, 1]) == "prepared rows 1, 4"
+    assert RowSources(path).describe([2, 0, 3, 0]) == "a.jsonl, lines 1, 4; b c.json, row 9"
+    assert RowSources(path).describe([4]) == "row 2"
+    assert RowSources(tmp_path / "other.arrow").describe([4, 1]) == "prepared rows 1, 4"
 
 
 def test_many_rows_are_counted(tmp_path):
     path = written(tmp_path, [f"a.csv, line {n}" for n in range(2, 102)], [5] * 100)
-    assert describe_places(path, range(100)).endswith(", 24, 25 and 76 more")
+    assert RowSources(path).describe(range(100)).endswith(", 24, 25 and 76 more")
 
 
 def test_a_block_is_named_by_the_rows_at_its_ends(tmp_path):
     # tokens 0-9 are of line 1, 10-13 of line 2, 14-39 of line 3, 40 of line 4
     path = written(tmp_path, [f"a.txt, line {n}" for n in (1, 2, 3, 4)], [10, 4, 26, 1])
-    assert [describe_places(path, [block], 8) for block in range(6)] == [
+    assert [RowSources(path).describe([block], 8) for block in range(6)] == [
         "a.txt, line 1", "a.txt, lines 1, 3", "a.txt, line 3", "a.txt, line 3", "a.txt, line 3", "a.txt, line 4",
     ]  # fmt: skip
