@@ -1,7 +1,5 @@
 """Flags as a mapping, and how the values of a run are layered."""
 
-import sys
-
 import pytest
 from support.tiny import TWO_METHODS
 
@@ -66,22 +64,6 @@ def test_profiles(monkeypatch):
         layer({"recipe": "gpt2_clm", "profile": "big"})
     with pytest.raises(UserError, match=r"no recipe given.*gpt2_clm"):
         layer({})
-
-
-def test_accelerators_are_counted_without_torch(tmp_path, monkeypatch):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: X (UUID: a)'\necho 'GPU 1: X (UUID: b)'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert accelerators() == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert accelerators() == 1
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with fake.open("a") as file:
-        file.write("echo '  MIG 1g.10gb     Device  0: (UUID: MIG-c)'\necho '  MIG 1g.10gb     Device  1: (UUID: MIG-d)'\n")
-    assert accelerators() == 1  # CUDA gives a process one instance
 
 
 def test_another_model_or_data_set_forgets_what_was_said_of_the_first():
