@@ -138,7 +138,7 @@ def test_a_run_that_died_can_be_reported(tmp_path):
 
 def test_several_runs_lie_side_by_side(tmp_path):
     runs = [run_folder(tmp_path / "a" / "x", learning_rate=0.001), run_folder(tmp_path / "b" / "x", learning_rate=0.25)]
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(UserError, match="--out.*DSR562"):
         report(runs)
     page = Page(report(runs, out=tmp_path / "both.html"))
     assert "What differs between the runs" in page.text and str(runs[1]) in page.text and "0.25" in page.text
@@ -182,7 +182,7 @@ def test_only_its_own_file_is_replaced(tmp_path, capfd):
         ([tmp_path / "none"], "no such run folder"),
         ([tmp_path], "no config.yaml"),
         ([run, run, "--out", tmp_path / "x.html"], "DSR561"),
-        ([run, "--attach", tmp_path / "mine.html"], "cannot be read"),
+        ([run, "--attach", tmp_path / "mine.html"], "DSR560"),
         ([run, "--lang", "fr"], "--lang"),
     ):
         assert part in refusal(main, ["report", *argv], capfd)
