@@ -41,11 +41,11 @@ from dsrecipes.config.schema import Config, TrainConfig
 from dsrecipes.config.sources import Source
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator
-from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
 from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.renamed import renamed
+from dsrecipes.data.rows import Row
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import (
     MixedSplit,

@@ -15,8 +15,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.files import LocatedRows, Row, located
 from dsrecipes.data.questions import LETTERS, SHARES, SUBJECTS, UNGROUPED, pool, question_record, sources
+from dsrecipes.data.rows import LocatedRows, Row, located
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import WEIGHTS, row_weights
 

@@ -23,12 +23,12 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
-from dsrecipes.data.files import Row
+from dsrecipes.data.fields import as_text
 from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.renamed import RenamedRows
-from dsrecipes.data.seen import LowerNames, name_form
+from dsrecipes.data.rows import Row
 from dsrecipes.data.split import Split
-from dsrecipes.data.turns import as_text
+from dsrecipes.data.usage import LowerNames, name_format
 from dsrecipes.data.weights import row_weight, row_weights
 from dsrecipes.errors import UserError, plural
 
@@ -66,7 +66,7 @@ class SeqClassification(RecipeBase):
         if name is None:
             raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
         record["label"] = _label(fields[name], name)
-        name_form(row, "texts with labels")
+        name_format(row, "texts with labels")
         return record | row_weight(fields)
 
     @staticmethod

@@ -24,10 +24,10 @@ from dsrecipes.data.cache import cache_key, is_written, writing
 from dsrecipes.data.chunk import Chunk, Encoding, groups
 from dsrecipes.data.columns import ColumnWriter, read_batches, view
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.files import Row, located
 from dsrecipes.data.holdout import HoldOut, hold_out
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.rows import Row, located
 from dsrecipes.data.split import Split, SplitStats, read_splits, refuse_empty
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.io.console import Console

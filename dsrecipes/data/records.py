@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.files import Row, located
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import Row, located
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 
 BAD_ROW = (ValueError, KeyError, TypeError, AttributeError)
@@ -24,11 +24,11 @@ class Records:
     def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
         self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
         self.dropped: dict[str, int] = {}
-        self.seen = Seen()
+        self.seen = ColumnUsage()
         """Formats and columns of the rows; complete after an iteration."""
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
-        bad, seen = 0, Seen()
+        bad, seen = 0, ColumnUsage()
         for place, row in located(self.rows):
             try:
                 record = seen.format(self.format_row, row)

@@ -15,7 +15,10 @@ from support.tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, UNANSWERED, encode_chats, end_ids
+from dsrecipes.data.chat import encode_chats, end_ids
+from dsrecipes.data.chat_answers import NEW_IDS, NO_END, REASONING
+from dsrecipes.data.chat_fit import UNANSWERED
+from dsrecipes.data.chat_template import NO_REASONING, NO_TOOLS
 from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError

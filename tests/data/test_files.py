@@ -10,8 +10,9 @@ import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from support.tiny import SHARED, needs_shared
 
-from dsrecipes.data.files import FileRows, fingerprint, located
+from dsrecipes.data.files import FileRows
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.rows import fingerprint, located
 from dsrecipes.errors import UserError
 
 ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]
@@ -90,7 +91,7 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
 
     (small, problem), found = read(), []
     for piece in (1, 7, 1 << 20):
-        monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+        monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
         monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", piece)
         rows, big_problem = read()
         assert repr(rows) == repr(small)  # NaN is unequal to itself
@@ -104,7 +105,7 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
 
 
 def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+    monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
     monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", 5)
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n {"b": "some text"},\n\n  {"a": }]')

@@ -21,7 +21,7 @@ from dsrecipes.base import RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, record_batch
 from dsrecipes.data.encode import encode_texts
-from dsrecipes.data.formats import text_field
+from dsrecipes.data.fields import text_field
 from dsrecipes.data.holdout import hold_out
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare

@@ -21,8 +21,8 @@ from dsrecipes.config.find import find_config
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import ModelConfig
+from dsrecipes.data.chat_render import render
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.template import render
 from dsrecipes.inference.finished import FinishedRun
 from dsrecipes.model.load import load_config, load_model, load_tokenizer
 from dsrecipes.reporting.recorded import RecordedRun, is_number
@@ -276,7 +276,7 @@ def test_a_runs_tokenizer_brings_no_code(tmp_path: Path) -> None:
     ],
 )
 def test_a_chat_template_ends_and_stays_in_its_sandbox(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsrecipes.data.template._SECONDS", 1)
+    monkeypatch.setattr("dsrecipes.data.chat_render._SECONDS", 1)
     tokenizer = llama_tokenizer.__wrapped__()
     tokenizer.chat_template = template
 

@@ -22,7 +22,7 @@ from dsrecipes.config.find import find_config, find_recipe, find_zero
 from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import ModelConfig
-from dsrecipes.data.files import SUFFIXES
+from dsrecipes.data.decode import SUFFIXES
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.data.questions import sources

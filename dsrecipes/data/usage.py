@@ -1,4 +1,8 @@
-"""Which forms the rows of a split have, and which of their columns are used: counted while rows are formatted."""
+"""Which formats do the rows of a split have, and which of their columns are used? For the header.
+
+It is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own needs no
+declaration of its columns, and the counts cannot differ from what is used.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,22 @@ from typing import Any
 from dsrecipes.errors import UserError, nearest, plural
 
 _SHOWN = 12
-"""Columns that the header names; the rest are counted."""
-
-
+"""Columns that the header names; the rest are only counted."""
 _NONE: set[str] = set()
+_CAN_BE_EMPTY = (str, list, dict, type(None))
 
 
 class ReadRow(dict):
-    """A row that knows which of its columns were read, and what form it was found to have."""
+    """A row that records which of its columns are read, and which format it has."""
 
-    __slots__ = ("form", "mapped", "original", "read", "unused")
+    __slots__ = ("format", "mapped", "original", "read", "unused")
 
     def __init__(self, row: dict[str, Any]) -> None:
-        """A copy of the row."""
+        """Copy a row."""
         super().__init__(row)
         self.original = row
         self.read: set[Any] = set()
-        self.form = "rows"
+        self.format = "rows"
         self.unused: set[str] = _NONE
         """Keys inside a column that are not used, such as `messages.id`."""
         self.mapped: tuple[str, ...] = () if type(row) is dict else getattr(row, "mapped", ())
@@ -35,7 +38,7 @@ class ReadRow(dict):
         return super().__getitem__(name)
 
     def get(self, name: Any, default: Any = None) -> Any:
-        """Like a dict's."""
+        """As of a dict."""
         self.read.add(name)
         return super().get(name, default)
 
@@ -47,33 +50,34 @@ class ReadRow(dict):
         return iter(self._all_read())
 
     def keys(self) -> Any:
-        """Like a dict's; whoever asks for all columns is taken to use them all."""
+        """As of a dict; code that asks for all columns counts as using them all."""
         return self._all_read().keys()
 
     def values(self) -> Any:
-        """Like a dict's."""
+        """As of a dict."""
         return self._all_read().values()
 
     def items(self) -> Any:
-        """Like a dict's."""
+        """As of a dict."""
         return self._all_read().items()
 
     def copy(self) -> dict[str, Any]:
-        """A plain dict."""
+        """Return a plain dict."""
         return self._all_read()
 
-    def __or__(self, other: Any) -> dict[str, Any]:
+    # dict overloads these for other types of keys, which the columns of a row never have
+    def __or__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
         return self._all_read() | other
 
-    def __ror__(self, other: Any) -> dict[str, Any]:
+    def __ror__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
         return other | self._all_read()
 
 
 class LowerNames(Mapping):
-    """A row's columns by their names in lower case; only what is asked for counts as read."""
+    """The columns of a row by their names in lower case; only those that are read count as used."""
 
     def __init__(self, row: dict[str, Any]) -> None:
-        """A view of the row."""
+        """View a row."""
         self.row = row
         self.names = {str(key).strip().lower(): key for key in dict.keys(row)}
 
@@ -91,35 +95,36 @@ class LowerNames(Mapping):
 
 
 def _check_mapped(row: ReadRow) -> None:
-    """Refuse a column that --columns maps, that holds something and that the recipe did not use: a name it does not know."""
+    """Refuse a column of --columns that holds something and that the recipe did not read: it does not know the name."""
     for name in row.mapped:
         if name not in row.read and dict.get(row, name) not in (None, "", [], {}):
             used = [str(column) for column in dict.keys(row) if column in row.read]
             raise UserError(
-                f"--columns {name}=...: {name!r} is not used in such rows ({row.form}){nearest(name, used)}; used are "
-                f"{', '.join(used) or 'none of their columns'}"
+                "DSR131",
+                f"--columns {name}=...: {name!r} is not used in such rows ({row.format}){nearest(name, used)}; used are "
+                f"{', '.join(used) or 'none of their columns'}",
             )
 
 
-def name_form(row: dict[str, Any], form: str) -> None:
-    """Let format_row say what form a row has, for the header."""
+def name_format(row: dict[str, Any], name: str) -> None:
+    """Let format_row name the format of a row, for the header."""
     if type(row) is ReadRow:
-        row.form = form
+        row.format = name
 
 
 @dataclass
-class Seen:
-    """Counts over rows; two of them, from two processes, can be merged."""
+class ColumnUsage:
+    """Counts over rows; those of several processes can be merged. Stored in stats.json and data.json."""
 
     forms: dict[str, int] = field(default_factory=dict)
-    """Form -> rows of it."""
+    """Format -> rows."""
     columns: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Form -> column that was used -> rows where it held something."""
+    """Format -> column that was used -> rows where it held something."""
     unused: dict[str, int] = field(default_factory=dict)
     """Column -> rows where it held something that was not used."""
 
     def format(self, format_row: Callable[[dict[str, Any]], dict], row: dict[str, Any]) -> dict:
-        """The row through format_row, counted unless that fails."""
+        """Pass a row through format_row, and count it unless that raises."""
         observed = ReadRow(row)
         record = format_row(observed)
         if record is observed:
@@ -129,45 +134,45 @@ class Seen:
         return record
 
     def _count(self, row: ReadRow) -> None:
-        self.forms[row.form] = self.forms.get(row.form, 0) + 1
-        columns = self.columns.setdefault(row.form, {})
+        self.forms[row.format] = self.forms.get(row.format, 0) + 1
+        columns = self.columns.setdefault(row.format, {})
         read = row.read
         for name, value in dict.items(row):
-            if value or not (value is None or isinstance(value, (str, list, dict))):  # 0 and false are something
+            if value or not isinstance(value, _CAN_BE_EMPTY):  # 0 and false are something
                 counts = columns if name in read else self.unused
                 key = name if type(name) is str else str(name)
                 counts[key] = counts.get(key, 0) + 1
         for name in row.unused:
             self.unused[name] = self.unused.get(name, 0) + 1
 
-    def merge(self, other: Seen) -> None:
+    def merge(self, other: ColumnUsage) -> None:
         """Add the counts of other rows."""
-        for mine, theirs in ((self.forms, other.forms), (self.unused, other.unused)):
-            _add(mine, theirs)
-        for form, columns in other.columns.items():
-            _add(self.columns.setdefault(form, {}), columns)
+        _add(self.forms, other.forms)
+        _add(self.unused, other.unused)
+        for name, columns in other.columns.items():
+            _add(self.columns.setdefault(name, {}), columns)
 
-    def words(self) -> list[str]:
-        """Lines for the header: the forms with their columns, and the columns that are not used."""
-        forms = [
-            (f"{count:,} " if len(self.forms) > 1 else "") + form + _listed(self.columns.get(form, ()))
-            for form, count in sorted(self.forms.items(), key=lambda pair: -pair[1])
-        ]
-        most = sum(self.forms.values())
-        unused = [name + (f" (in {plural(n, 'row')})" if n < most else "") for name, n in sorted(self.unused.items())]
-        return [", ".join(forms), *([f"unused columns: {_shortened(unused)}"] if unused else [])]
+    def describe(self) -> list[str]:
+        """Return lines for the header: the formats with their columns, and the columns that are not used."""
+        several = len(self.forms) > 1
+        formats = []
+        for name, count in sorted(self.forms.items(), key=lambda pair: -pair[1]):
+            columns = self.columns.get(name, {})
+            listed = f" ({_shortened(columns)})" if columns else ""
+            formats.append(f"{count:,} {name}{listed}" if several else name + listed)
+        if not self.unused:
+            return [", ".join(formats)]
+        total = sum(self.forms.values())
+        unused = [f"{name} (in {plural(n, 'row')})" if n < total else name for name, n in sorted(self.unused.items())]
+        return [", ".join(formats), f"unused columns: {_shortened(unused)}"]
 
 
-def _add(mine: dict[str, int], theirs: dict[str, int]) -> None:
-    for name, count in theirs.items():
-        mine[name] = mine.get(name, 0) + count
+def _add(counts: dict[str, int], others: dict[str, int]) -> None:
+    for name, count in others.items():
+        counts[name] = counts.get(name, 0) + count
 
 
 def _shortened(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _listed(columns: Iterable[str]) -> str:
-    return f" ({_shortened(columns)})" if columns else ""
