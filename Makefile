@@ -66,16 +66,16 @@ show: install
 	@$(BIN)/dsrecipes show $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not ranks" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not ranks" $(ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -v tests/behaviour/test_matrix.py --whole-matrix $(ARGS)
 
 test-all: install
-	FUZZ_TIMES=10 $(BIN)/python -m pytest --whole-matrix --timeout=7200 -o faulthandler_timeout=14400 $(ARGS)
+	FUZZ_TIMES=10 $(BIN)/python -m pytest -n 2 --whole-matrix --timeout=7200 -o faulthandler_timeout=14400 $(ARGS)
 	$(MAKE) test-latest
 
 # The newest releases within reach of the index, with our release of torch. They may lie above the bounds of setup.cfg,

@@ -34,7 +34,8 @@ def make_model(folder: Path, vocabulary: int = 49152) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from dsrecipes.model.bundled import CARRIED, local_model
+    from dsrecipes.model.bundled import BUNDLED_MODEL
+    from dsrecipes.model.weights_source import local_model
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -42,7 +43,7 @@ def make_model(folder: Path, vocabulary: int = 49152) -> Path:
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=EOS_ID, pad_token_id=EOS_ID,
     )  # fmt: skip
-    AutoTokenizer.from_pretrained(local_model(CARRIED)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(local_model(BUNDLED_MODEL)).save_pretrained(folder)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from dsrecipes import load_recipe
-from dsrecipes.zero.shards import held_bytes, storages
+from dsrecipes.zero.shards import held_bytes, storage_bytes
 
 SMALL = 1 << 14
 """Bytes; smaller tensors are not counted among the buffers."""
@@ -33,7 +33,7 @@ def counted(engine: Any) -> dict[str, int]:
     parts = held_bytes(engine.module, engine.optimizer)
     known = {key: size for part in parts.values() for key, size in part.items()}
     everything = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
-    buffers = {key: size for key, size in storages(everything, known).items() if size >= SMALL}
+    buffers = {key: size for key, size in storage_bytes(everything, known).items() if size >= SMALL}
     return {name: sum(part.values()) for name, part in (parts | {"buffers": buffers}).items()}
 
 

@@ -13,10 +13,8 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pygments.lexers.special import TextLexer
 
 import dsrecipes
@@ -25,12 +23,12 @@ from dsrecipes.config.find import find_zero, schema_path, zero_names
 from dsrecipes.config.flags import FIXED, REMOVED
 from dsrecipes.config.help import known_flags
 from dsrecipes.config.layers import ALIASES
+from dsrecipes.messages import RANGES, load_layer
 from dsrecipes.zero.lint import key_table
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-MESSAGES = Path(dsrecipes.__file__).parent / "messages"
 _MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 _CHINESE = {
     "model": "模型",
@@ -60,8 +58,8 @@ _CHINESE = {
     "what to do": "該怎麼做",
     "what is meant": "應使用的鍵",
     "why": "原因",
-    "cause": "原因",
-    "cure": "解法",
+    "cause: ": "原因：",
+    "cure: ": "處理：",
     "the others are ignored by DeepSpeed, and reported here": "其他的鍵 DeepSpeed 會忽略，這裡會提出警告",
     "the others are refused": "其他的鍵會被拒絕",
     "an entry of `dataset`": "`dataset` 的一項",
@@ -86,10 +84,6 @@ class Words:
         """The same with a capital letter."""
         text = self(text)
         return text[:1].upper() + text[1:]
-
-    def message(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
-        """Title, cause and cure of a message."""
-        return entry["zh"] if self.is_chinese else entry
 
 
 def escape(text: Any) -> str:
@@ -146,7 +140,7 @@ def removed_flags(words: Words) -> Iterator[str]:
 
 def commands(_: Words) -> Iterator[str]:
     """The help of every command, as it is printed."""
-    for command in ("", "train", "list", "show", "completion", *cli._COMMANDS):
+    for command in ("", "train", "list", "show", "explain", "completion", *cli._COMMANDS):
         yield f"## `dsrecipes {command}".rstrip() + "`\n"
         yield f"```text\n{_help(command)}\n```\n"
 
@@ -217,18 +211,15 @@ def zero_keys(words: Words) -> Iterator[str]:
 
 def messages(words: Words) -> Iterator[str]:
     """Every message with an id, by layer: what it is, its cause and its cure."""
-    for path in sorted(MESSAGES.glob("*.yaml"), key=_first_id):
-        entries = yaml.safe_load(path.read_text("utf-8"))
-        yield f"## {path.stem}\n"
-        for identifier, entry in sorted(entries.items()):
-            text = words.message(entry)
+    for layer in RANGES:
+        entries = load_layer(layer)
+        if entries:
+            yield f"## {layer}\n"
+        for identifier, message in entries.items():
+            text = message.zh if words.is_chinese else message.en
             yield f"### {identifier}\n"
-            yield f"**{escape(text['title'])}**\n"
-            yield f"{words.heading('cause')}: {escape(text['cause'])}\n\n{words.heading('cure')}: {escape(text['cure'])}\n"
-
-
-def _first_id(path: Path) -> str:
-    return min(yaml.safe_load(path.read_text("utf-8")), default="")
+            yield f"**{escape(text.title)}**\n"
+            yield f"{words.heading('cause: ')}{escape(text.cause)}\n\n{words.heading('cure: ')}{escape(text.cure)}\n"
 
 
 def api(_: Words) -> Iterator[str]:

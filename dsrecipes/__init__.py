@@ -17,7 +17,7 @@ if not (_HERE / "recipes").is_dir():
     __path__.append(str(_HERE.parent))
 
 # On a CPU with AVX-512 BF16 bitsandbytes warns at import that it lacks a kernel from the hub, which nothing here uses:
-# see dsrecipes.model.load.disable_cpu_packing. transformers may import it before dsrecipes.model is imported.
+# see dsrecipes.model.quantization.disable_cpu_packing. transformers may import it before dsrecipes.model is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {

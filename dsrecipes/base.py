@@ -32,13 +32,16 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.config.find import RecipeFiles, is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES, without_effect
-from dsrecipes.config.layers import Layers, layer, seconds_of
-from dsrecipes.config.parse import best_metric, build_config
-from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.layers import Layers, layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.load import load_splits
@@ -69,25 +72,18 @@ from dsrecipes.io.paths import cache_root
 from dsrecipes.launch.environment import DEVICE_KEYS, RANK_KEYS
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
-from dsrecipes.model.attention import keep_apart, takes_segments
-from dsrecipes.model.load import (
-    check_attention,
-    check_ids,
-    check_model,
-    check_splits,
-    check_vocabulary,
-    disable_cpu_packing,
-    embedding_rows,
-    load_config,
-    load_model,
-    load_tokenizer,
-    random_weights,
-)
+from dsrecipes.model.attention import accepts_segments, isolate_examples
+from dsrecipes.model.cached_models import random_weights
+from dsrecipes.model.checks import check_attention, check_model, check_splits
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
 from dsrecipes.model.memory import is_out_of_memory
 from dsrecipes.model.modalities import unreached_note
+from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
+from dsrecipes.model.tokenizer import check_ids, check_vocabulary, embedding_rows, load_tokenizer
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.curve import draw_curve
-from dsrecipes.runs.manifest import choose, damage
 from dsrecipes.runs.reference import save_reference
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.diagnosis import check_step, load_of, out_of_memory
@@ -101,7 +97,9 @@ from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.train.training import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
-from dsrecipes.zero.process import check_started, keep_gradient_norm
+from dsrecipes.zero.internals import report_gradient_norm
+from dsrecipes.zero.process import check_started
+from dsrecipes.zero.rank_group import rank_group
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class RecipeBase(ABC):
         """Rows to tensors."""
         if not self.auto_class.endswith("ForCausalLM"):
             return PaddingCollator(pad_id(self.tokenizer))
-        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), takes_segments(self.model))
+        return CausalCollator(pad_id(self.tokenizer), is_causal_lm(self.model), accepts_segments(self.model))
 
     def metrics(self, split: Split) -> Metrics | None:
         """Figures beside the loss for a split: a function of all logits and labels, in row order.
@@ -254,7 +252,7 @@ class RecipeBase(ABC):
         self.place.notes += [*self.config.notes, *([padding] if padding else [])]
         check_attention(self.config.model, self.model_config, self.auto_class)
         if self.config.model.lora_target_modules:
-            from dsrecipes.model.lora import check_targets
+            from dsrecipes.model.lora_targets import check_targets
 
             check_targets(self.config.model, self.model_config, self.auto_class)
         self.stream: Stream | None = None
@@ -268,7 +266,7 @@ class RecipeBase(ABC):
         }
         train_data = self.stream or self.sequences["train"]
         if self.config.model.from_scratch:
-            random_weights(self.config.model, self.model_config, self.auto_class, train["seed"])
+            random_weights(self.model_config, self.auto_class, train["seed"])
         self.args = self._start(engine)
         self.place.notes += check_parts(self.args, self.steps(), engine, self.config.own)
         if engine is not None and not is_shipped(self.place.zero.path) and not self.place.zero.uses_nvme:
@@ -279,13 +277,13 @@ class RecipeBase(ABC):
                 "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
             )
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
-        self.orders = StopSignals(limit, self.args.ddp_timeout_delta)
+        self.orders = StopSignals(limit, rank_group(self.args.ddp_timeout_delta))
         self.folder, self._lock, self._made_folder = take_folder(
             named, candidates, self.config, self.orders, self.console.main
         )
         self.args.output_dir = str(self.folder.path)
         candidates = self.orders.all_gather(candidates)[0]
-        self.checkpoint = choose(candidates, self._damage, self.console.say) if candidates else None
+        self.checkpoint = first_intact(candidates, self._damage, self.console.say) if candidates else None
         terms = run_identity(self)
         changed = check_identity(self.checkpoint, terms, train["allow_changed"]) if self.checkpoint else []
         if self.stream:
@@ -346,7 +344,7 @@ class RecipeBase(ABC):
             return self._finish(trainer, began)
         except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
             if hasattr(self, "watch"):
-                self.watch.leave_if_lost(error)
+                self.watch.exit_if_peer_left(error)
             if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
                 raise UserError(
                     f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). Set DSRECIPES_CACHE "
@@ -378,7 +376,7 @@ class RecipeBase(ABC):
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint's bytes; each rank looks at a part of them, and all know."""
-        part = damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
+        part = find_damage(checkpoint, self.place.ranks.rank, self.place.ranks.world)
         return next((each for each in self.orders.all_gather(part) if each), None)
 
     @property
@@ -566,8 +564,8 @@ class RecipeBase(ABC):
         ranks = self.place.ranks
         first = ranks.rank - ranks.local_rank
         return Watchdog(
-            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
-            patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
+            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang_timeout=self.args.hang_timeout,
+            slow_timeout=self.args.ddp_timeout, error_fd=self.console.error_fd,
         )  # fmt: skip
 
     def places_of(self, rows: list[int]) -> str:
@@ -693,7 +691,7 @@ class _FirstAndLastStep(TrainerCallback):
         engine = trainer.deepspeed if recipe.place.zero else None
         if engine is not None:
             recipe.place.check_engine(engine)
-            keep_gradient_norm(engine)
+            report_gradient_norm(engine)
         recipe.console.say(summary.header(recipe.config, recipe.place, recipe.splits, recipe.sequences, trainer))
         data = trainer.train_dataset.sample
         if args.audit and trainer.causal and not recipe.cut_into_blocks:
@@ -704,7 +702,7 @@ class _FirstAndLastStep(TrainerCallback):
             collate=trainer.data_collator, forward=trainer.loss_and_logits, exact=recipe.place.precision == "fp32",
         )  # fmt: skip
         if sample is not None:
-            keep_apart(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
+            isolate_examples(trainer.model, sample, args.device, choose=recipe.config.model.attn_implementation is None)
         if args.dry_run:
             recipe.console.say(summary.first_example(trainer, recipe.tokenizer))
             shutil.rmtree(recipe.folder.path)

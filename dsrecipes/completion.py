@@ -21,6 +21,7 @@ from typing import Any
 from dsrecipes.config.find import recipe_names, schema_path, variant_names, zero_names
 from dsrecipes.config.layers import PROFILES
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.messages import load_all
 
 SHELLS = ("bash", "zsh")
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
@@ -65,6 +66,10 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
     commands_parser = parser.add_subparsers()
     commands_parser.add_parser("list", help="recipes and variants")
     commands_parser.add_parser("completion", help="this script").add_argument("shell", choices=SHELLS)
+    explain = commands_parser.add_parser("explain", help="cause and cure of messages")
+    explain.add_argument("ids", nargs="*", choices=list(load_all()))
+    for flag, options in _flags_in("dsrecipes.explain"):
+        explain.add_argument(flag, **options)
     for name in ("train", "show"):
         _add_recipe_flags(commands_parser.add_parser(name, help=f"{name} a recipe"), name)
     for name, module in modules.items():
@@ -80,7 +85,9 @@ def main(argv: list[str], modules: Mapping[str, str]) -> int:
     """Print the script for the shell that the command line names."""
     if len(argv) != 1 or argv[0] not in SHELLS:
         word = f"{argv[0]!r}{nearest(argv[0], SHELLS)}" if argv else "no shell"
-        raise UserError(f"completion: {word}: give one of {', '.join(SHELLS)}, as in `source <(dsrecipes completion bash)`")
+        raise UserError(
+            "DSR643", f"completion: {word}: give one of {', '.join(SHELLS)}, as in `source <(dsrecipes completion bash)`"
+        )
     print(script(argv[0], modules))
     return 0
 

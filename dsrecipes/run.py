@@ -21,8 +21,9 @@ from dsrecipes.errors import EXIT_CODE, RESUME_CODE, RunStopped, UserError
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.io.console import Console
 from dsrecipes.launch.imports import quick_imports, unneeded_packages
+from dsrecipes.launch.signals import restore_child_signal
 from dsrecipes.launch.task_ranks import adopt_ranks
-from dsrecipes.launch.watchdog import follow_launcher, restore_child_signal
+from dsrecipes.launch.watchdog import end_with_launcher
 
 _GO_ON = "; --output_dir {} --resume_from_checkpoint auto goes on from the last checkpoint"
 _PATIENCE = 15
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         # Read when torch is loaded. OpenMP threads that wait for each other awake are a fifth faster on an idle machine,
         # and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s asleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    follow_launcher()
+    end_with_launcher()
     if threading.current_thread() is threading.main_thread():  # until the training begins there is nothing to save
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUME_CODE))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

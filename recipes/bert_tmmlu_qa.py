@@ -8,17 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.questions import LETTERS, SHARES, SUBJECTS, UNGROUPED, pool, question_record, sources
+from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record, sources
 from dsrecipes.data.rows import LocatedRows, Row, located
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import WEIGHTS, row_weights
+from dsrecipes.evaluation.choice_scores import accuracy
 
 
 class BertTmmluQa(RecipeBase):
@@ -61,13 +60,10 @@ class BertTmmluQa(RecipeBase):
         """Accuracy over all, per subject and per group, with what guessing reaches."""
         subjects = split.data["subject"][:]
         most = Counter(self.splits["train"].data["labels"][:]).most_common(1)[0][0]
-        accuracy = Accuracy(keep_in_memory=True)
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             answers = np.argmax(prediction.predictions, axis=-1)
-            figures = accuracy.compute(predictions=answers, references=prediction.label_ids, subjects=subjects)
-            assert figures is not None
-            return figures | {
+            return accuracy(answers, prediction.label_ids, subjects) | {
                 "accuracy_majority": float(np.mean(prediction.label_ids == most)),
                 "accuracy_random": 1 / len(LETTERS),
             }
@@ -87,33 +83,3 @@ class BertTmmluQa(RecipeBase):
             )
         text = json.dumps(questions, ensure_ascii=False, indent=1)
         (folder / "test_qa_data.json").write_text(text + "\n", encoding="utf-8")
-
-
-class Accuracy(evaluate.Metric):
-    """Share of right answers over all, by subject and by group of subjects."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "", citation="", inputs_description="",
-            features=datasets.Features(
-                predictions=datasets.Value("int64"), references=datasets.Value("int64"), subjects=datasets.Value("string")
-            ),
-        )  # fmt: skip
-
-    def _compute(self, predictions: list[int], references: list[int], subjects: list[str]) -> dict[str, Any]:
-        right = np.array(predictions) == np.array(references)
-        groups = [SUBJECTS.get(subject, UNGROUPED) for subject in subjects]
-        return {
-            "accuracy": float(right.mean()),
-            "accuracy_by_group": _means(right, groups),
-            "accuracy_by_subject": _means(right, subjects),
-        }
-
-
-def _means(right: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
-    """name -> {"accuracy", "questions"}."""
-    table = np.array(names)
-    return {
-        name: {"accuracy": float(right[table == name].mean()), "questions": int((table == name).sum())}
-        for name in sorted(set(names))
-    }

@@ -13,18 +13,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import reaper
+from support.fork_server import stop_servers
 from support.models import Runs, Small
 from support.rank_pool import Ranks
 
 _INHERITED = re.compile(
     "RANK|(LOCAL|GROUP|ROLE)_.*|WORLD_SIZE|MASTER_.*|(TORCHELASTIC|SLURM|OMPI|PMI|PMIX|PALS|ACCELERATE|FSDP|DEEPSPEED|DS)_.*|"
-    "OMP_NUM_THREADS|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
+    "OMP_.*|MKL_NUM_THREADS|TORCH_DISTRIBUTED_DEBUG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|LC_.*|LANG|LANGUAGE|"
     "MAKEFLAGS|MAKELEVEL|MAKEOVERRIDES|PYTHONOPTIMIZE|PYTHONUNBUFFERED|PYTHONWARNINGS|(HF|TRANSFORMERS|HUGGING_FACE|DSRECIPES)_.*"
 )
 """Variables of the shell, the job or the `make` that the session runs in, which would reach what the tests start."""
+
+_USE_RUNS = tuple(f"test_{name}.py" for name in "disk export parity resume saved_model stopping verify".split())
 
 # before anything imports the hub's library, which reads these once
 _CACHE = Path(tempfile.mkdtemp(prefix="dsrecipes-tests-"))
@@ -38,6 +42,8 @@ os.environ |= {
     "DSRECIPES_CACHE": str(_CACHE / "dsrecipes"),
     "HF_HOME": str(_CACHE / "hf"),
     "LC_ALL": "C.UTF-8",
+    # OpenMP threads that wait for each other awake starve beside a busy process: six times the CPU time
+    "OMP_WAIT_POLICY": "PASSIVE",
     reaper.TAG: _TAG,
 }
 
@@ -65,8 +71,28 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove the session's caches."""
+    """End what the session started, and remove its caches."""
+    stop_servers()
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Beside another process (`pytest -n 2`) the long tests come first, so that both end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share fixtures go to one process: those of a file, and those of all files that use `runs`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "runs" if file.endswith(_USE_RUNS) else file
+
+    config.option.loadscopereorder = False  # files with many tests are not the long ones
+    return Together(config, log)
 
 
 def _ranks(world: int, folder: Path) -> Iterator[Ranks]:

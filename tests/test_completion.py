@@ -48,7 +48,7 @@ def test_commands_and_values(script: Path, tmp_path: Path):
     (tmp_path / "mine.txt").touch()
     (tmp_path / "run").mkdir()
     commands = complete(script, "dsrecipes ", tmp_path)
-    assert {"train", "list", "show", "completion", *cli._COMMANDS} == set(commands)
+    assert {"train", "list", "show", "explain", "completion", *cli._COMMANDS} == set(commands)
     assert complete(script, "dsrecipes tr", tmp_path) == ["train"]
     assert set(complete(script, "dsrecipes train ", tmp_path)) == {*recipe_names(), "mine.py", "run"}
     assert complete(script, "dsrecipes chat ", tmp_path) == ["last", "run"]
@@ -57,6 +57,7 @@ def test_commands_and_values(script: Path, tmp_path: Path):
     assert set(complete(script, "dsrecipes train gpt2_clm --deepspeed z", tmp_path)) == set(zero_names())
     assert set(variant_names()) < set(complete(script, "dsrecipes show --config ", tmp_path))
     assert complete(script, "dsrecipes train --bnb_4bit_quant_type n", tmp_path) == ["nf4"]
+    assert complete(script, "dsrecipes explain DSR643", tmp_path) == ["DSR643"]
     assert complete(script, "dsrecipes completion ", tmp_path) == ["bash", "zsh"]
 
 
@@ -68,7 +69,7 @@ def test_train_offers_every_flag_that_has_more_than_one_value(script: Path, tmp_
     assert flags == (known_flags().keys() | own) - FIXED.keys()
 
 
-@pytest.mark.parametrize("command", cli._COMMANDS)
+@pytest.mark.parametrize("command", ["explain", *cli._COMMANDS])
 def test_a_command_offers_the_flags_of_its_help(script: Path, tmp_path: Path, command: str):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
@@ -81,7 +82,7 @@ def test_zsh_and_no_shell(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.startswith("#compdef dsrecipes")
     for argv in ([], ["fish"], ["bash", "zsh"]):
-        with pytest.raises(UserError, match="bash, zsh"):
+        with pytest.raises(UserError, match="DSR643"):
             completion.main(argv, {})
 
 

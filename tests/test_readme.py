@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,11 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm(folder: Path) -> Iterator[Warm]:
+def warm(folder: Path) -> Warm:
     """Runs commands in that folder."""
-    server = Warm(folder)
-    yield server
-    server.stop()
+    return Warm(folder)
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
@@ -146,14 +143,13 @@ def labels(screen: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, chat_model: str) -> Iterator[Warm]:
+def finished(tmp_path_factory: pytest.TempPathFactory, chat_model: str) -> Warm:
     """Runs commands in a folder with a finished run and the files that the pages show."""
     server = Warm(tmp_path_factory.mktemp("finished"))
     write_files(server.folder)
     done = server.dsrecipes("train", "alpaca_llama_sft", "--max_steps", "1", "--model_name_or_path", chat_model)
     assert done.code == 0 and "verified" in done.out, done.err
-    yield server
-    server.stop()
+    return server
 
 
 @pytest.mark.ranks

@@ -1,4 +1,4 @@
-"""Base against tuned, or runs against the first, item by item: dsrecipes compare RUN [RUN ...].
+"""What did training change? Base against tuned, or runs against the first, item by item: dsrecipes compare RUN [RUN ...]
 
 dsrecipes compare last
 dsrecipes compare runs/gpt2_clm/A runs/gpt2_clm/B --dataset story.txt
@@ -10,17 +10,19 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, plural
-from dsrecipes.evaluation.evaluate import Evaluation, add_flags, shown, write_out
+from dsrecipes.evaluation.evaluate import Evaluation, add_flags, progress_console, write_out
+from dsrecipes.evaluation.tasks import Settings
 from dsrecipes.inference.device import memory_errors
 from dsrecipes.inference.finished import open_run
 from dsrecipes.io.arguments import CommandParser, check_out
 
 if TYPE_CHECKING:
+    from dsrecipes.evaluation.metrics import Metric
     from dsrecipes.io.console import Console
 
 Json = dict[str, Any]
-_FIGURE = {"loss": ("loss",), "choices": ("acc",), "answers": ("rouge_l", "exact_match"), "labels": ("loss",)}
-"""What is compared in each task: a key of its items."""
+_OVERLAPS = 5
+"""Overlapping rows that are printed; --out has all."""
 
 
 @memory_errors("a smaller --batch_size")
@@ -35,188 +37,187 @@ def compare(
     device: str = "auto",
     **settings: Any,
 ) -> Json:
-    """One run's base against its tuned model, or several runs against the first, on the same items.
+    """Compare one run's base with its tuned model, or several runs with the first, on the same items.
 
     Args:
         runs: run folders' paths, or `last`.
         seed: of the bootstrap.
-        dataset, split, task, skip_bad_rows, console, device, settings: as evaluate takes them.
+        dataset, split, task, skip_bad_rows, console, device, settings: as `evaluate` takes them.
 
     Raises:
-        UserError: no such run, rows or task, or runs that were not asked the same.
+        UserError: no such run, rows or task, or runs that are measured on different items.
     """
-    from dsrecipes.evaluation.measure import Settings
-
-    told = Settings(**settings)
-    prepared = [Evaluation(open_run(run, device), dataset, split, task, skip_bad_rows, told, console) for run in runs]
-    if len(prepared) == 1:
-        results = [prepared[0].of(base=True), prepared[0].of(base=False)]
+    options = Settings(**settings)
+    evaluations = [Evaluation(open_run(run, device), dataset, split, task, skip_bad_rows, options, console) for run in runs]
+    if len(evaluations) == 1:
+        results = [evaluations[0].run_on(base=True), evaluations[0].run_on(base=False)]
     else:
-        results = [each.of(base=False) for each in prepared]
+        results = [evaluation.run_on(base=False) for evaluation in evaluations]
     pairs = [pair(results[0], other, seed) for other in results[1:]]
-    return {"results": results, "pairs": pairs, "overlaps": [overlap(each) for each in prepared]}
+    return {"results": results, "pairs": pairs, "overlaps": [overlap(evaluation) for evaluation in evaluations]}
 
 
 def pair(first: Json, second: Json, seed: int = 0) -> Json:
     """The second result minus the first.
 
     Raises:
-        UserError: the two have other items, or count their tokens otherwise.
+        UserError: the two have different items, or count their tokens differently.
     """
-    _refuse_unlike(first, second)
-    told: Json = {"first": _name(first), "second": _name(second), "task": first["task"], "rows": first["rows"]}
-    by_row = first["task"] == "labels"
-    told["differences"] = {
-        name: _difference(first["items"], second["items"], name, seed, by_row) for name in _FIGURE[first["task"]]
+    from dsrecipes.evaluation.metrics import compared_metrics
+
+    _refuse_different(first, second)
+    task = first["task"]
+    result: Json = {"first": _name(first), "second": _name(second), "task": task, "rows": first["rows"]}
+    result["differences"] = {
+        metric.name: _difference(first["items"], second["items"], metric, seed) for metric in compared_metrics(task)
     }
-    if first["task"] == "choices":
-        told |= _flips(first["items"], second["items"]) | {"by_subject": _by_subject(first, second)}
-    return told
+    if task == "choices":
+        result |= _flips(first["items"], second["items"]) | {"by_subject": _by_subject(first, second)}
+    return result
 
 
 def _name(result: Json) -> str:
     return f"{result['run']} ({result['weights']})"
 
 
-def _refuse_unlike(first: Json, second: Json) -> None:
+def _refuse_different(first: Json, second: Json) -> None:
+    """Raise where the two results are not of the same items (their keys say so)."""
+    names = f"{first['run']} and {second['run']}"
     keys = [[item["key"] for item in result["items"]] for result in (first, second)]
     if first["task"] != second["task"]:
-        raise UserError(
-            f"{first['run']} and {second['run']} are measured by {first['task']} and {second['task']}: give --task"
-        )
+        raise UserError("DSR478", f"{names} are measured by {first['task']} and {second['task']}: give --task")
     if keys[0] == keys[1]:
         return
     if first["task"] == "loss" and first["dataset"] == second["dataset"]:
         raise UserError(
-            f"{first['run']} and {second['run']} cut the same data into other tokens or blocks, so their losses cannot be "
-            "compared item by item"
+            "DSR479", f"{names} cut the same data into different tokens or blocks: losses cannot be compared item by item"
         )
-    raise UserError(
-        f"{first['run']} and {second['run']} kept other rows aside: name the rows that both are to be measured on with --dataset"
-    )
+    raise UserError("DSR480", f"{names} held out different rows: name the rows to measure both on with --dataset")
 
 
-def _difference(first: list[Json], second: list[Json], name: str, seed: int, by_row: bool) -> Json:
-    """The mean of each, the difference, and where 95% of the bootstrap's differences lie.
-
-    Args:
-        by_row: the loss of an item is that of a row without its weight, and not a sum over tokens with their weights.
-    """
-    import numpy as np
-
-    from dsrecipes.evaluation.measure import weight_of
+def _difference(first: list[Json], second: list[Json], metric: Metric, seed: int) -> Json:
+    """The mean of each, their difference, and its 95% bootstrap interval."""
     from dsrecipes.evaluation.statistics import paired_interval
 
-    values = [np.array([item[name] for item in items]) for items in (first, second)]
-    weights = np.array([weight_of(item) if name == "loss" else 1 for item in first])
-    if by_row:
-        values = [each * weights for each in values]
+    # the items are the same, and so are their weights
+    values, weights = [metric.values(first), metric.values(second)], metric.weights(first)
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)
-    means = [float(each.sum() / weights.sum()) for each in values]
+    means = [float(numbers.sum() / weights.sum()) for numbers in values]
     return {
-        "first": means[0], "second": means[1], "difference": means[1] - means[0], "low": low, "high": high,
+        "first": means[0],
+        "second": means[1],
+        "difference": means[1] - means[0],
+        "low": low,
+        "high": high,
         "shown": not low <= 0 <= high,
-    }  # fmt: skip
+    }
 
 
 def _flips(first: list[Json], second: list[Json]) -> Json:
-    """The questions that only one got right, and McNemar's test of their numbers."""
+    """The questions that only one got right, and the p value of McNemar's test on their numbers."""
     from dsrecipes.evaluation.statistics import mcnemar
 
-    flipped: dict[str, list[Json]] = {"only_first": [], "only_second": []}
-    for one, other in zip(first, second, strict=True):
-        if one["acc"] != other["acc"]:
-            told = {key: one[key] for key in ("item", "subject", "question", "options", "answer")}
-            told |= {"first": one["predicted"], "second": other["predicted"]}
-            flipped["only_first" if one["acc"] else "only_second"].append(told)
-    return {"mcnemar_p": mcnemar(*map(len, flipped.values()))} | flipped
+    flips: dict[str, list[Json]] = {"only_first": [], "only_second": []}
+    for item, other in zip(first, second, strict=True):
+        if item["acc"] != other["acc"]:
+            flip = {key: item[key] for key in ("item", "subject", "question", "options", "answer")}
+            flip |= {"first": item["predicted"], "second": other["predicted"]}
+            flips["only_first" if item["acc"] else "only_second"].append(flip)
+    return {"mcnemar_p": mcnemar(*map(len, flips.values()))} | flips
 
 
 def _by_subject(first: Json, second: Json) -> dict[str, Json]:
     tables = [result["figures"]["accuracy_by_subject"] for result in (first, second)]
     return {
-        name: {"first": each["accuracy"], "second": tables[1][name]["accuracy"], "questions": each["questions"]}
-        for name, each in tables[0].items()
+        name: {"first": row["accuracy"], "second": tables[1][name]["accuracy"], "questions": row["questions"]}
+        for name, row in tables[0].items()
     }
 
 
 def overlap(evaluation: Evaluation) -> Json:
-    """Which of the measured rows stand in the run's training rows too: [{"item", "training row"}]."""
+    """Which measured rows are in the run's training rows too.
+
+    Returns:
+        run, the number of measured rows, and `met`: pairs {"item", "training row"} of places.
+    """
     from dsrecipes.evaluation.rows import EvaluationRows, contents
 
-    trained = EvaluationRows(evaluation.run)
-    known: dict[str, str] = {}
-    for item in trained.items("train"):
+    trained: dict[str, str] = {}
+    for item in EvaluationRows(evaluation.run).items("train"):
         for content in contents(item.record):
-            known.setdefault(content, item.where)
+            trained.setdefault(content, item.where)
     measured = evaluation.rows.items(evaluation.split)
-    if evaluation.task != "loss":
+    if evaluation.task != "loss":  # there the limit counts sequences
         measured = measured[: evaluation.settings.limit]
     met = [
-        {"item": item.where, "training row": known[content]}
+        {"item": item.where, "training row": trained[content]}
         for item in measured
         for content in contents(item.record)
-        if content in known
+        if content in trained
     ]
     return {"run": str(evaluation.run.folder.path), "rows": len(measured), "met": met}
 
 
 def lines(result: Json, samples: int) -> Iterator[str]:
-    """What a person reads of a comparison."""
+    """A comparison for a person, line by line."""
     head = result["results"][0]
     yield f"data      {plural(head['rows'], 'row')} of {head['split']} · {head['dataset']} · task {head['task']}"
-    for told in result["overlaps"]:
-        yield from _overlap_lines(told)
-    for told, second in zip(result["pairs"], result["results"][1:], strict=True):
-        yield f"\nfirst     {told['first']}\nsecond    {told['second']}"
+    for facts in result["overlaps"]:
+        yield from _overlap_lines(facts)
+    for compared, second in zip(result["pairs"], result["results"][1:], strict=True):
+        yield f"\nfirst     {compared['first']}\nsecond    {compared['second']}"
         yield f"{'':<14}{'first':>10}{'second':>10}{'difference':>12}   95% interval"
-        for name, each in told["differences"].items():
-            span = f"{each['low']:+.4f} to {each['high']:+.4f}"
-            verdict = "" if each["shown"] else "   no difference shown"
-            yield f"{name:<14}{each['first']:>10.4f}{each['second']:>10.4f}{each['difference']:>+12.4f}   {span}{verdict}"
-        if told["task"] == "choices":
-            yield from _choice_lines(told, samples)
-        if told["task"] == "answers":
+        for name, row in compared["differences"].items():
+            interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
+            verdict = "" if row["shown"] else "   no difference shown"
+            numbers = f"{row['first']:>10.4f}{row['second']:>10.4f}{row['difference']:>+12.4f}"
+            yield f"{name:<14}{numbers}   {interval}{verdict}"
+        if compared["task"] == "choices":
+            yield from _choice_lines(compared, samples)
+        if compared["task"] == "answers":
             yield from _answer_lines(head["items"], second["items"], samples)
 
 
-def _overlap_lines(told: Json) -> Iterator[str]:
-    met = told["met"]
+def _overlap_lines(facts: Json) -> Iterator[str]:
+    met = facts["met"]
     if not met:
-        yield f"overlap   none: no measured row stands in the training rows of {told['run']}"
+        yield f"overlap   none: no measured row is in the training rows of {facts['run']}"
         return
-    yield f"overlap   {len({each['item'] for each in met})} of {plural(told['rows'], 'measured row')} in the training rows of {told['run']}:"
-    yield from (f"          {each['item']}  =  {each['training row']}" for each in met[:5])
-    if len(met) > 5:
-        yield f"          and {len(met) - 5} more (--out lists all)"
+    measured = plural(facts["rows"], "measured row")
+    yield f"overlap   {len({row['item'] for row in met})} of {measured} in the training rows of {facts['run']}:"
+    yield from (f"          {row['item']}  =  {row['training row']}" for row in met[:_OVERLAPS])
+    if len(met) > _OVERLAPS:
+        yield f"          and {len(met) - _OVERLAPS} more (--out lists all)"
 
 
-def _choice_lines(told: Json, samples: int) -> Iterator[str]:
-    counts = [len(told[name]) for name in ("only_first", "only_second")]
+def _choice_lines(compared: Json, samples: int) -> Iterator[str]:
+    counts = [len(compared[name]) for name in ("only_first", "only_second")]
+    p_value = compared["mcnemar_p"]
+    verdict = "" if p_value < 0.05 else " (no difference shown)"
     yield (
         f"flipped   {counts[0]} right in the first alone, {counts[1]} in the second alone · McNemar's exact test p = "
-        f"{told['mcnemar_p']:.4g}" + ("" if told["mcnemar_p"] < 0.05 else " (no difference shown)")
+        f"{p_value:.4g}{verdict}"
     )
     yield f"\n{'subject':<48}{'first':>8}{'second':>8}{'questions':>11}"
-    for name, each in told["by_subject"].items():
-        yield f"{name:<48}{each['first']:>8.3f}{each['second']:>8.3f}{each['questions']:>11,}"
-    for name, said in (("only_first", "right in the first alone"), ("only_second", "right in the second alone")):
-        for each in told[name][:samples]:
-            yield f"\n{said} · {each['subject']} · {each['item']}\n  {each['question']}"
-            yield from (f"  {letter}. {text}" for letter, text in zip("ABCD", each["options"], strict=True))
-            yield f"  answer {each['answer']}, first {each['first']}, second {each['second']}"
+    for name, row in compared["by_subject"].items():
+        yield f"{name:<48}{row['first']:>8.3f}{row['second']:>8.3f}{row['questions']:>11,}"
+    for name, title in (("only_first", "right in the first alone"), ("only_second", "right in the second alone")):
+        for flip in compared[name][:samples]:
+            yield f"\n{title} · {flip['subject']} · {flip['item']}\n  {flip['question']}"
+            yield from (f"  {letter}. {text}" for letter, text in zip("ABCD", flip["options"], strict=True))
+            yield f"  answer {flip['answer']}, first {flip['first']}, second {flip['second']}"
 
 
 def _answer_lines(first: Iterable[Json], second: Iterable[Json], samples: int) -> Iterator[str]:
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+    for number, (item, other) in enumerate(zip(first, second, strict=True)):
         if number == samples:
             return
-        yield f"\n{one['item']}\nprompt    {one['prompt'].strip()}\nreference {one['reference']}"
-        yield f"first     {one['answer']}\nsecond    {other['answer']}"
+        yield f"\n{item['item']}\nprompt    {item['prompt'].strip()}\nreference {item['reference']}"
+        yield f"first     {item['answer']}\nsecond    {other['answer']}"
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """`dsrecipes compare RUN [RUN ...] [flags]`."""
     parser = CommandParser("compare", "Base against tuned, or several runs against the first, on the same items.")
     parser.add_argument(
         "runs", nargs="+", metavar="run", help="run folders, or last; of one run base and tuned are compared"
@@ -227,7 +228,7 @@ def main(argv: list[str]) -> int:
     flags = vars(parser.parse_args(argv))
     out, samples = flags.pop("out"), flags.pop("samples")
     check_out(out)
-    result = compare(*flags.pop("runs"), console=shown(), **flags)
+    result = compare(*flags.pop("runs"), console=progress_console(), **flags)
     print("\n".join(lines(result, samples)))
     write_out(out, result)
     return 0

@@ -41,9 +41,10 @@ def judge_folder(name: str) -> Path:
     Raises:
         UserError: no such folder, or no chat model in it.
     """
-    from dsrecipes.model.bundled import CARRIED, local_model
+    from dsrecipes.model.bundled import BUNDLED_MODEL
+    from dsrecipes.model.weights_source import local_model
 
-    folder = user_path(local_model(name) if name == CARRIED else name)
+    folder = user_path(local_model(name) if name == BUNDLED_MODEL else name)
     if not (folder / "config.json").is_file():
         hint = "; it is a run: `dsrecipes export` makes a folder of it" if RunFolder(folder).config.is_file() else ""
         raise UserError(f"--judge {name}: no folder with a model (config.json), and no http:// or https:// address{hint}")
@@ -70,8 +71,8 @@ class LocalJudge:
         from dsrecipes.inference.device import find_device
         from dsrecipes.inference.finished import best_dtype
         from dsrecipes.io.hub import first_line
-        from dsrecipes.model.bundled import read_tokenizer
-        from dsrecipes.model.load import ready
+        from dsrecipes.model.load import prepare_for_inference
+        from dsrecipes.model.tokenizer import read_tokenizer
         from dsrecipes.runs.weights import weight_files
 
         disable_progress_bar()
@@ -89,7 +90,7 @@ class LocalJudge:
             raise
         except Exception as error:  # tokenizers raises no narrower one
             raise UserError(f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
-        self.model: PreTrainedModel = ready(model, place)
+        self.model: PreTrainedModel = prepare_for_inference(model, place)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
         """A reply.

@@ -103,8 +103,8 @@ def log_likelihoods(
     """
     from dsrecipes.inference.answers import positions
     from dsrecipes.inference.forward import logits_at
-    from dsrecipes.model.load import check_prompt_ids, embedding_rows
     from dsrecipes.model.task import pad_id
+    from dsrecipes.model.tokenizer import check_prompt_ids, embedding_rows
 
     room = positions(model) or 2048  # as the harness
     inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}

@@ -1,96 +1,152 @@
-"""Figures of answers, as metrics of the evaluate library that need no download."""
+"""Which figures does an evaluation report, and what does a comparison pair item by item?
+
+One table, METRICS. A metric is one entry: where it has a value for each item, `score` computes it from the item, which
+then holds it; evaluate reports the mean, and compare the difference with its interval.
+
+    METRICS.append(Metric("answers", "length", score=lambda item: len(item["answer"])))
+"""
 
 from __future__ import annotations
 
-import re
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 
-from dsrecipes.data.questions import plain
+from dsrecipes.errors import plural
+from dsrecipes.evaluation import choice_scores, label_scores
+from dsrecipes.evaluation.text_scores import exact_match, rouge_l
 
-_HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_WORD = re.compile(f"[{_HAN_AND_KANA}]|[^\\W_{_HAN_AND_KANA}]+")
-_BINS = 10
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case, and each Chinese character or kana alone; for English what the rouge_score package splits."""
-    return _WORD.findall(text.lower())
+Json = dict[str, Any]
 
 
-def _common(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence."""
-    lengths = [0] * (len(second) + 1)
-    for word in first:
-        diagonal = 0
-        for place, other in enumerate(second, 1):
-            above = lengths[place]
-            lengths[place] = diagonal + 1 if word == other else max(above, lengths[place - 1])
-            diagonal = above
-    return lengths[-1]
+def _no_lines(figures: Json) -> Iterator[str]:
+    return iter(())
 
 
-def rouge_l(prediction: str, reference: str) -> float:
-    """F measure of the longest common subsequence of words (Lin 2004, section 3), 0 to 1."""
-    first, second = words(prediction), words(reference)
-    common = _common(first, second)
-    return 2 * common / (len(first) + len(second)) if common else 0.0
+def weight_of(item: Json) -> float:
+    """What an item counts in a mean loss: the weights of its labels, or their number."""
+    return item.get("weight", item.get("tokens", 1))
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 where both are the same text, letter case and spacing aside."""
-    return float(plain(prediction) == plain(reference))
+@dataclass(frozen=True)
+class Metric:
+    """A figure, or several that are computed together, of one task's items."""
+
+    task: str
+    """loss, choices, answers or labels: whose items it takes."""
+    name: str
+    """The key of its value in an item, and of the mean among the figures."""
+    score: Callable[[Json], float] | None = None
+    """The value of one item; None where the task's measurement has put it there, or where there is none."""
+    figures: Callable[[list[Json], list[str]], Json] | None = None
+    """Figures by name, of all items and the names of a classifier's labels; default: the mean of the items' values."""
+    weighted: bool = False
+    """An item counts by `weight_of` instead of 1."""
+    summed: bool = False
+    """An item's value is a sum over its tokens, which its weight is in already."""
+    compared: bool = False
+    """compare pairs it item by item; always so with a `score`."""
+    lines: Callable[[Json], Iterator[str]] = _no_lines
+    """Tables for a person below the line of numbers, from all figures of the task."""
+
+    def values(self, items: list[Json]) -> np.ndarray:
+        """(items,): the values, each times its weight."""
+        values = np.array([item[self.name] for item in items], dtype=float)
+        return values * self.weights(items) if self.weighted and not self.summed else values
+
+    def weights(self, items: list[Json]) -> np.ndarray:
+        """(items,): what each item counts."""
+        return np.array([weight_of(item) if self.weighted else 1.0 for item in items])
+
+    def mean(self, items: list[Json]) -> float:
+        """The mean of the items' values, by weight."""
+        return float(self.values(items).sum() / self.weights(items).sum())
+
+    def report(self, items: list[Json], names: list[str]) -> Json:
+        """Its figures; none where the items have no such value, as of questions put to another kind of model."""
+        if self.figures is not None:
+            return self.figures(items, names)
+        return {self.name: self.mean(items)} if self.name in items[0] else {}
 
 
-class _TextMetric(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return _described(self, predictions=text, references=text)
+def _loss_figures(items: list[Json], names: list[str]) -> Json:
+    """The loss of a token, its exponential, and the same by data set where there are several."""
+    mean = LOSS.mean(items)
+    tokens = sum(item["tokens"] for item in items)
+    result: Json = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}  # exp(710) overflows
+    sources = dict.fromkeys(item["source"] for item in items if "source" in item)
+    if len(sources) > 1:
+        result["by_source"] = {
+            name: _loss_figures([item for item in items if item["source"] == name], names) for name in sources
+        }
+    return result
 
 
-class RougeL(_TextMetric):
-    """Mean ROUGE-L F measure; Chinese counts by characters."""
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"rouge_l": float(np.mean([rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]))}
+def _source_lines(figures: Json) -> Iterator[str]:
+    for name, values in figures.get("by_source", {}).items():
+        yield f"          {name}: {number_line(values)} · {plural(values['tokens'], 'token')}"
 
 
-class ExactMatch(_TextMetric):
-    """Share of answers that are the reference, letter case and spacing aside."""
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"exact_match": float(np.mean([exact_match(p, r) for p, r in zip(predictions, references, strict=True)]))}
+def number_line(figures: Json) -> str:
+    """The numbers among figures; tables have lines of their own."""
+    return " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
 
 
-class Calibration(evaluate.Metric):
-    """Expected calibration error in ten bins of equal width (Guo et al., arXiv:1706.04599, equation 3)."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        return _described(self, predictions=number, references=datasets.Value("bool"))
-
-    def _compute(self, predictions: list[float], references: list[bool]) -> dict[str, Any]:
-        """From the probability of each chosen answer and whether it was right."""
-        confidence, right = np.array(predictions), np.array(references, dtype=float)
-        place = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
-        bins = [
-            {
-                "above": number / _BINS,
-                "questions": int(inside.sum()),
-                "confidence": float(confidence[inside].mean()),
-                "accuracy": float(right[inside].mean()),
-            }
-            for number in range(_BINS)
-            if (inside := place == number).any()
-        ]
-        error = sum(each["questions"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(right)
-        return {"calibration_error": float(error), "bins": bins}
+LOSS = Metric("loss", "loss", figures=_loss_figures, weighted=True, summed=True, compared=True, lines=_source_lines)
+METRICS = [
+    LOSS,
+    Metric("choices", "acc", figures=choice_scores.item_accuracy, compared=True, lines=choice_scores.accuracy_lines),
+    Metric("choices", "acc_norm"),
+    Metric("choices", "acc_bytes"),
+    Metric("choices", "loss", weighted=True),
+    Metric("choices", "confusion", figures=choice_scores.item_confusion, lines=choice_scores.confusion_lines),
+    Metric("choices", "calibration", figures=choice_scores.item_calibration, lines=choice_scores.calibration_lines),
+    Metric("answers", "rouge_l", score=lambda item: rouge_l(item["answer"], item["reference"])),
+    Metric("answers", "exact_match", score=lambda item: exact_match(item["answer"], item["reference"])),
+    Metric("labels", "scores", figures=label_scores.item_scores, lines=label_scores.score_lines),
+    Metric("labels", "loss", weighted=True, compared=True),
+    Metric("labels", "confusion", figures=label_scores.item_confusion, lines=label_scores.mistake_lines),
+]
+"""All metrics, in the order in which their figures are reported."""
 
 
-def _described(metric: evaluate.Metric, **features: Any) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=type(metric).__doc__ or "", citation="", inputs_description="", features=datasets.Features(**features)
-    )
+def metrics_of(task: str) -> list[Metric]:
+    """The metrics of a task."""
+    return [metric for metric in METRICS if metric.task == task]
+
+
+def add_scores(task: str, items: list[Json]) -> None:
+    """Give each item the values of the metrics that score one."""
+    for metric in metrics_of(task):
+        if metric.score is not None:
+            for item in items:
+                item[metric.name] = metric.score(item)
+
+
+def figures_of(task: str, items: list[Json], names: list[str] | None = None) -> Json:
+    """All figures of a task over its items.
+
+    Args:
+        task: whose metrics are computed.
+        items: as the task's measurement returns them, with scores.
+        names: of a classifier's labels.
+    """
+    result: Json = {}
+    for metric in metrics_of(task):
+        result |= metric.report(items, names or [])
+    return result
+
+
+def compared_metrics(task: str) -> list[Metric]:
+    """The metrics that have a value for each item to be paired."""
+    return [metric for metric in metrics_of(task) if metric.compared or metric.score]
+
+
+def figure_lines(task: str, figures: Json) -> Iterator[str]:
+    """The figures for a person: one line of numbers, then tables."""
+    yield f"          {number_line(figures)}"
+    for metric in metrics_of(task):
+        yield from metric.lines(figures)

@@ -128,7 +128,7 @@ class EvaluationRows:
         return {part.source.name: self._sequences_of(part, split, console) for part in self._with(split)}
 
     def _sequences_of(self, part: SourceRows, split: str, console: Console) -> Path:
-        from dsrecipes.model.load import check_splits
+        from dsrecipes.model.checks import check_splits
 
         name = split
         if self.dataset and split == "train":  # under another name no last block is left out

@@ -46,7 +46,7 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
         is_classifier = run.recipe.auto_class.endswith("ForSequenceClassification")
         does = "gives a text its label" if is_classifier else "answers questions with four options"
         raise UserError(f"{run.folder.path}: this model does not write text; it {does}")
-    from dsrecipes.model.load import check_ids
+    from dsrecipes.model.tokenizer import check_ids
 
     asked, answered = _with_answer(run, row)
     encoded = run.recipe.encode([_weighed(run.recipe.format_row(asked))], run.tokenizer, run.options)

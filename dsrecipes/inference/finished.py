@@ -45,9 +45,9 @@ class FinishedRun:
     @cached_property
     def config(self) -> Config:
         """The configuration that the run recorded, checked again."""
-        from dsrecipes.config.parse import build_config
+        from dsrecipes.config.parse import read_config
 
-        return build_config(self.layers())
+        return read_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
         """The run's values in layers, some of them changed; without its ZeRO JSON, which matters only in training and may be gone."""
@@ -80,7 +80,7 @@ class FinishedRun:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved beside the model."""
         from dsrecipes.io.hub import first_line
-        from dsrecipes.model.bundled import read_tokenizer
+        from dsrecipes.model.tokenizer import read_tokenizer
 
         trusted = self.config.model.trust_remote_code
         try:
@@ -108,7 +108,7 @@ class FinishedRun:
 
         from dsrecipes.config.adapter import adapter_folder
         from dsrecipes.io.hub import damaged, first_line
-        from dsrecipes.model.load import ready
+        from dsrecipes.model.load import prepare_for_inference
         from dsrecipes.model.task import loading_class
         from dsrecipes.runs.weights import check_readable, weight_files
 
@@ -138,23 +138,23 @@ class FinishedRun:
                 )
         except damaged() as error:
             raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
-        return ready(model, self.device)
+        return prepare_for_inference(model, self.device)
 
     def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without any adapter, in 4 bits where the run was."""
-        from dsrecipes.model.load import load_model, ready
+        from dsrecipes.model.load import load_model, prepare_for_inference
 
         options, auto = self.config.model, self.recipe.auto_class
         config = self._base_config()
         seed = self.config.train["seed"]
         model = load_model(options, config, auto, dtype, seed, False, adapter=False, device=self.device)
-        return ready(model, self.device)
+        return prepare_for_inference(model, self.device)
 
     def _base_config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
         from dsrecipes.config.adapter import head_settings, read_head, set_head
-        from dsrecipes.model.load import load_config
+        from dsrecipes.model.configuration import load_config
 
         name = self.config.model.model_name_or_path
         try:
@@ -176,7 +176,7 @@ class FinishedRun:
         """Rows of the model's input embedding, known without its weights."""
         from transformers import AutoConfig
 
-        from dsrecipes.model.load import embedding_rows
+        from dsrecipes.model.tokenizer import embedding_rows
 
         if (self.source / "config.json").is_file():
             trusted = self.config.model.trust_remote_code

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsrecipes.train.trainer import is_causal_lm
+from dsrecipes.model.task import is_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -33,8 +33,8 @@ def logits_of_rows(
     import torch
 
     from dsrecipes.data.collate import TOKEN_COUNTS, PaddingCollator
-    from dsrecipes.model.load import check_prompt_ids
     from dsrecipes.model.task import pad_id
+    from dsrecipes.model.tokenizer import check_prompt_ids
 
     encoded = run.recipe.encode(records, run.tokenizer, run.options)
     names = [name for name, column in encoded.items() if name != "labels" and isinstance(column[0], list)]

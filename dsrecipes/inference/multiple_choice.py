@@ -30,7 +30,7 @@ def probabilities(
     """
     import torch
 
-    from dsrecipes.model.load import check_prompt_ids
+    from dsrecipes.model.tokenizer import check_prompt_ids
 
     if len(options) != len(LETTERS):
         raise UserError(f"a question has four options, found {len(options)}")

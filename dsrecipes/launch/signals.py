@@ -1,4 +1,4 @@
-"""What a run is told from outside, by signals and a time limit; all ranks agree on it at the end of each step."""
+"""Why a run stops or saves before its end: signals and a time limit, on which all ranks agree after each step."""
 
 from __future__ import annotations
 
@@ -6,98 +6,125 @@ import os
 import signal
 import threading
 import time
-from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+from dsrecipes.launch.environment import START_TIME
 
-from dsrecipes.launch.environment import BEGAN
-from dsrecipes.launch.watchdog import is_wanted
-
-_TWICE = 0.5
-"""Seconds within which a second Ctrl-C is the same one: a terminal and a launcher may both pass it on."""
+_SAME_PRESS = 0.5
+"""Seconds within which a second Ctrl-C is the same one: a terminal and a launcher may both deliver it."""
 _REASONS = ("", "the time limit", "Ctrl-C (SIGINT)", "SIGTERM", "SIGHUP (the terminal was closed)")
-_LEAVE = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
+_TIME_LIMIT = 1
+_STOPPING = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 4}
+"""Signal that stops a run -> its index in _REASONS."""
+
+
+class RankGroup(Protocol):
+    """What StopSignals needs of a process group; zero/rank_group.py has one of torch, which this module must not import."""
+
+    def greatest(self, values: list[float]) -> list[float]:
+        """Maximum over ranks of each value."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Each rank's value, on all ranks."""
+
+    def close(self) -> None:
+        """Release the group's connections."""
+
+
+def should_handle(number: int) -> bool:
+    """Whether to handle a signal: nohup's ignored SIGHUP stays ignored, and the ignored SIGINT of a script's `command &`.
+
+    An ignored SIGTERM is handled all the same: scripts ignore it to survive a batch queue's warning themselves, and the
+    training should save then.
+    """
+    return number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN
+
+
+def restore_child_signal() -> None:
+    """Undo an inherited ignored SIGCHLD, which would lose the exit code of every process that this one starts."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class StopSignals:
-    """SIGTERM, SIGHUP and one SIGINT: save and leave; two SIGINT: leave now; SIGUSR1: save and go on.
+    """SIGTERM, SIGHUP and one SIGINT: save and stop; two SIGINT: stop now; SIGUSR1: save and continue.
 
-    A context manager: its handlers count inside it. With several ranks it makes a gloo group of its own, so that agreeing
-    waits for no accelerator.
+    A context manager: its handlers are installed inside it. A signal reaches ranks at different moments, so that nothing
+    happens before `sync`, which all ranks call at the end of a step.
     """
 
-    def __init__(self, time_limit: float | None, patience: timedelta | None = None) -> None:
-        """`time_limit` in seconds since the run, or the first of its restarts, was started; `patience` with the ranks."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if several else None
-        began = float(os.environ.get(BEGAN) or time.time())
-        self.deadline = began + time_limit if time_limit else None
+    def __init__(self, time_limit: float | None, group: RankGroup | None = None) -> None:
+        """Install nothing yet.
+
+        Args:
+            time_limit: seconds since the run, or the first of its restarts, was started.
+            group: the other ranks; None where there are none.
+        """
+        self.group = group
+        started = float(os.environ.get(START_TIME) or time.time())
+        self.deadline = started + time_limit if time_limit else None
         self.leaving = 0
-        """Index of the reason to leave; 0: none. Agreed on by all ranks."""
+        """Index of the reason to stop; 0: none. The same on all ranks."""
         self.saving = False
-        """Whether to save at the end of this step, agreed on as well; who saves puts it back."""
-        self._leave = 0
+        """Whether to save at the end of this step, the same on all ranks; whoever saves resets it."""
+        self._reason = 0
         self._save = False
-        self._interrupted = 0.0
-        self._longest = 0.0
-        self._last: float | None = None
-        self._before: dict[int, Any] = {}
+        self._interrupted_at = 0.0
+        self._longest_step = 0.0
+        self._step_ended_at: float | None = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            wanted = [*filter(is_wanted, _LEAVE), signal.SIGUSR1]
-            self._before = {number: signal.signal(number, self._take) for number in wanted}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            handled = [*filter(should_handle, _STOPPING), signal.SIGUSR1]
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
         if self.group is not None:
-            torch.distributed.destroy_process_group(self.group)
+            self.group.close()
             self.group = None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self._save = True
             return
         now = time.monotonic()
-        if number == signal.SIGINT and self._interrupted and now - self._interrupted > _TWICE:
+        if number == signal.SIGINT and self._interrupted_at and now - self._interrupted_at > _SAME_PRESS:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and not self._interrupted:
-            self._interrupted = now
-        self._leave = max(self._leave, _LEAVE[signal.Signals(number)])
+        if number == signal.SIGINT and not self._interrupted_at:
+            self._interrupted_at = now
+        self._reason = max(self._reason, _STOPPING[signal.Signals(number)])
 
-    def agree(self, *more: float) -> list[float]:
-        """Exchange what the ranks were told, and the greatest of each further number; all ranks call it together."""
-        if self.deadline is not None and time.time() + 2 * self._longest > self.deadline:
-            self._leave = max(self._leave, 1)
-        told = [float(self._leave), float(self._save), *more]
+    def sync(self, *more: float) -> list[float]:
+        """Exchange what the ranks received, and return the maximum of each further number; a collective call.
+
+        The time limit leaves time for two of the longest steps, since the next one may be as long and a save follows.
+        """
+        if self.deadline is not None and time.time() + 2 * self._longest_step > self.deadline:
+            self._reason = max(self._reason, _TIME_LIMIT)
+        values = [float(self._reason), float(self._save), *more]
         if self.group is not None:
-            numbers = torch.tensor(told, dtype=torch.float64)
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self.group)
-            told = numbers.tolist()
-        self.leaving, self.saving = int(told[0]), self.saving or bool(told[1])
+            values = self.group.greatest(values)
+        self.leaving, self.saving = int(values[0]), self.saving or bool(values[1])
         self._save = False
-        return told[2:]
+        return values[2:]
 
     def step_ended(self) -> None:
-        """Measure from one end of a step to the next, saves and evaluations included; the limit leaves time for two such."""
+        """Measure the time from the end of one step to the end of the next, with saves and evaluations."""
         now = time.monotonic()
-        if self._last is not None:
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
+        if self._step_ended_at is not None:
+            self._longest_step = max(self._longest_step, now - self._step_ended_at)
+        self._step_ended_at = now
 
     @property
     def reason(self) -> str:
-        """Why the run leaves, in words."""
+        """Why the run stops, in words."""
         return _REASONS[self.leaving]
 
     def all_gather(self, value: Any) -> list[Any]:
         """Each rank's value, on all ranks."""
-        if self.group is None:
-            return [value]
-        values = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value, group=self.group)
-        return values
+        return [value] if self.group is None else self.group.all_gather(value)

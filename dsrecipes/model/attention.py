@@ -16,7 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from dsrecipes.data.audit import PackedSample, check_isolation, difference
 from dsrecipes.model.task import unwrapped
 
-NAME = "dsrecipes_by_example"
+PER_EXAMPLE = "dsrecipes_by_example"
 
 
 def _attention(
@@ -67,25 +67,25 @@ def _mask(
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(PER_EXAMPLE, _attention)
+AttentionMaskInterface.register(PER_EXAMPLE, _mask)
 
 
-def attend_by_example(model: PreTrainedModel, on: bool) -> bool:
+def set_per_example_attention(model: PreTrainedModel, on: bool) -> bool:
     """Turn attention by example on or off (transformers' sdpa); False where the model does not take it.
 
     Models of transformers take it whose attention goes through its interface, without a sliding window.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = base.config.get_text_config()
-    before, after = ("sdpa", NAME) if on else (NAME, "sdpa")
+    before, after = ("sdpa", PER_EXAMPLE) if on else (PER_EXAMPLE, "sdpa")
     if text._attn_implementation != before or getattr(text, "sliding_window", None):
         return False
     base.set_attn_implementation(after)
     return text._attn_implementation == after
 
 
-def takes_segments(model: PreTrainedModel) -> bool:
+def accepts_segments(model: PreTrainedModel) -> bool:
     """Whether the model uses flash attention and accepts the boundaries of examples (data.collate.segments)."""
     base = unwrapped(model)
     parameters = inspect.signature(base.forward).parameters
@@ -93,7 +93,7 @@ def takes_segments(model: PreTrainedModel) -> bool:
     return ("cu_seq_lens_q" in parameters or accepts_any) and is_flash_attention_requested(base.config.get_text_config())
 
 
-def keep_apart(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:
+def isolate_examples(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:
     """See that packed examples do not look at each other, by the fastest attention that this model takes here.
 
     Args:
@@ -104,8 +104,8 @@ def keep_apart(model: PreTrainedModel, sample: PackedSample, device: torch.devic
     """
     if choose and device.type == "cpu":
         apart = sample.answer(packed=False)  # by the model's own attention
-        if attend_by_example(model, True):
+        if set_per_example_attention(model, True):
             if not difference(sample, sample.answer(packed=True), apart):
                 return
-            attend_by_example(model, False)
+            set_per_example_attention(model, False)
     check_isolation(model, sample)

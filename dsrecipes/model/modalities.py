@@ -8,13 +8,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dsrecipes.model.task import unwrapped
+from dsrecipes.zero.internals import full_numel
 
 _SENSES = re.compile(r"vision|visual|image|video|audio|speech|vq")
 """In the name of a part's configuration, or of a module."""
 _BRIDGE = re.compile(_SENSES.pattern + r"|projector|connector|multi_modal|multimodal")
 
 
-def has_senses(config: PretrainedConfig) -> bool:
+def has_other_modalities(config: PretrainedConfig) -> bool:
     """Whether a configuration has a part for images or sound."""
     parts = getattr(type(config), "sub_configs", {})
     if config.get_text_config(decoder=True) is not config:
@@ -24,7 +25,7 @@ def has_senses(config: PretrainedConfig) -> bool:
 
 def unreached_by_text(model: nn.Module) -> list[str]:
     """Names of the modules and parameters that rows of text never reach, only the outermost; none for a text model."""
-    if not has_senses(model.config):
+    if not has_other_modalities(model.config):
         return []
     decoder = model.get_decoder()
     # some classes hold the towers and the layers of the decoder in one module
@@ -70,6 +71,6 @@ def unreached_note(model: nn.Module) -> str | None:
     parameters = parameters_below(base, names)
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return None
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    count = sum(map(full_numel, parameters))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"rows of text never reach {shown}: {count:,} parameters are frozen, without an adapter"

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from dsrecipes.zero.internals import full_numel
+
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _SENSES = "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"
 
@@ -38,13 +40,13 @@ def _writes_text(kind: Any) -> bool:
     return known and "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
-def averages_by_itself(model: nn.Module) -> bool:
+def averages_own_loss(model: nn.Module) -> bool:
     """Whether the model's own loss may be a mean over its micro batch, whatever labels the step has."""
     base = unwrapped(model)
     return type(base).__name__ not in class_names(CAUSAL) or not getattr(base, "accepts_loss_kwargs", True)
 
 
-def takes_text(config: PretrainedConfig) -> bool:
+def accepts_text(config: PretrainedConfig) -> bool:
     """Whether the checkpoint's own class also takes images or sound, and can be trained on rows of text."""
     return any(_writes_text(getattr(transformers, name, None)) for name in config.architectures or [])
 
@@ -55,7 +57,7 @@ def loading_class(auto_class: str, config: PretrainedConfig) -> Any:
     A model that also takes images or sound is loaded whole by a causal recipe, so that it is saved whole.
     """
     made_for = set(config.architectures or [])
-    if auto_class == "AutoModelForCausalLM" and not made_for & class_names(CAUSAL) and takes_text(config):
+    if auto_class == "AutoModelForCausalLM" and not made_for & class_names(CAUSAL) and accepts_text(config):
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, auto_class)
 
@@ -70,7 +72,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
     trained = frozen = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        count = full_numel(parameter)
         if hasattr(parameter, "quant_state"):
             shape = getattr(parameter.quant_state, "shape", None)
             count = int(torch.Size(shape).numel()) if shape is not None else count * 2

@@ -13,8 +13,8 @@ from dsrecipes.inference.finished import FinishedRun
 from dsrecipes.io.arguments import CommandParser
 from dsrecipes.io.disk import is_disk_full
 from dsrecipes.io.paths import user_path
+from dsrecipes.runs.checkpoint_manifest import find_problem
 from dsrecipes.runs.folder import RunFolder, find_run
-from dsrecipes.runs.manifest import fault
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +83,9 @@ def _free(target: Path) -> Path:
 def _checkpoint(folder: RunFolder, asked: str) -> Path:
     """A whole checkpoint by its step."""
     path = folder.checkpoints / f"checkpoint-{asked.removeprefix('step')}"
-    problem = fault(path)
+    problem = find_problem(path)
     if problem:
-        known = ", ".join(f"step{each.name[11:]}" for each in folder.whole_checkpoints()) or "none"
+        known = ", ".join(f"step{each.name[11:]}" for each in folder.complete_checkpoints()) or "none"
         raise UserError(f"--checkpoint {asked}: {path} {problem}; whole ones of this run: {known}")
     return path
 
@@ -93,8 +93,8 @@ def _checkpoint(folder: RunFolder, asked: str) -> Path:
 def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: str) -> dict[str, Any]:
     import torch
 
-    from dsrecipes.launch.imports import hidden
-    from dsrecipes.model.load import ready
+    from dsrecipes.launch.imports import hide_packages
+    from dsrecipes.model.load import prepare_for_inference
     from dsrecipes.model.task import loading_class
     from dsrecipes.publish.card import model_card
     from dsrecipes.runs.reference import allowed_difference
@@ -110,13 +110,13 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
     config = model.config.get_text_config()
     if getattr(config, "use_cache", None) is False:
         config.use_cache = True  # training turned it off
-    with hidden(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
         model.to(getattr(torch, kept)).save_pretrained(folder, max_shard_size=max_shard_size)
     kind = loading_class(run.recipe.auto_class, model.config)
     del model
     run.tokenizer.save_pretrained(folder)
     exported = kind.from_pretrained(folder, dtype=torch.float32)
-    found = _logits(ready(exported, run.device), run)
+    found = _logits(prepare_for_inference(exported, run.device), run)
     difference = (found - wanted).abs().max().item()
     allowed = allowed_difference(wanted, "fp32" if kept == "float32" else kept, four_bit)
     if not difference <= allowed:
@@ -144,9 +144,9 @@ def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrain
 
 def _dtype(source: Path) -> str:
     """The dtype of saved weights."""
-    from dsrecipes.runs.weights import tensors, weight_files
+    from dsrecipes.runs.weights import read_tensors, weight_files
 
-    _, tensor = next(tensors(weight_files(source)[0]))
+    _, tensor = next(read_tensors(weight_files(source)[0]))
     return str(tensor.dtype).removeprefix("torch.")
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from dsrecipes.errors import UserError
 from dsrecipes.io.arguments import CommandParser
 from dsrecipes.io.disk import checksum, is_disk_full, put_in_place
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
+from dsrecipes.runs.checkpoint_manifest import MANIFEST, hash_files, is_complete, list_files, read_manifest, write_manifest
 from dsrecipes.runs.folder import find_checkpoints, find_run
-from dsrecipes.runs.manifest import MANIFEST, choose, damage, facts_of, files_of, is_whole, read_manifest, seal
 
 if TYPE_CHECKING:
-    from dsrecipes.zero.states import CheckpointStates
+    from dsrecipes.zero.checkpoint_states import CheckpointStates
 
 _SHARD = 2 << 30
 """Bytes of a file, about: what is in memory at once."""
@@ -39,24 +40,24 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no such checkpoint, or too little space.
     """
-    from dsrecipes.zero.states import UNIVERSAL, made_by, read
+    from dsrecipes.zero.checkpoint_states import UNIVERSAL, read_states, read_writer
 
     folder = find_run(run, ended=False)
     found = find_checkpoints(checkpoint or "auto", folder, print)
     if not found:
         raise UserError(f"{folder.path} has no checkpoint")
-    source = choose(found, damage, print)
-    made = made_by(source)
+    source = first_intact(found, find_damage, print)
+    made = read_writer(source)
     step = int(source.name.rsplit("-", 1)[-1])
     if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # undivided as it is
         return {"path": str(source), "step": step, "bytes": 0}
     target = source.with_name(f"universal-{step}")
     origin = checksum(source / MANIFEST)
-    if is_whole(target) and made_by(target).get("from") == origin:
+    if is_complete(target) and read_writer(target).get("from") == origin:
         return {"path": str(target), "step": step, "bytes": 0}
     beside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
-    saved = read(source, [])
+    saved = read_states(source, [])
     wanted = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
     free = shutil.disk_usage(source).free
     if wanted > free:
@@ -67,7 +68,7 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
         beside.mkdir()
         _write(saved, source, beside)
         origins = {"ranks": None, "sequences": made.get("sequences"), "from": origin}
-        seal(beside, facts_of(beside, files_of(beside)), origins, read_manifest(source)["contract"])
+        write_manifest(beside, hash_files(beside, list_files(beside)), origins, read_manifest(source)["contract"])
         put_in_place(beside, target)
     except (OSError, RuntimeError) as error:
         if is_disk_full(error, beside):
@@ -82,7 +83,7 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
     """One safetensors file for some gigabytes of each key, and JSON for what is no tensor."""
     from safetensors.torch import save_file
 
-    from dsrecipes.zero.states import UNIVERSAL, rest
+    from dsrecipes.zero.checkpoint_states import UNIVERSAL, layout_independent_files
 
     keys = sorted({key for name in saved.fragments for key in saved.keys(name)})
     for key in keys:
@@ -91,7 +92,7 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
             save_file(whole, folder / f"{key}-{number:05}.safetensors")
     if saved.buffers:
         save_file({name: tensor.contiguous() for name, tensor in saved.buffers.items()}, folder / "buffers.safetensors")
-    for path in rest(source):
+    for path in layout_independent_files(source):
         shutil.copy(path, folder)
     engine = saved.engine
     if (source / "scheduler.pt").is_file():

@@ -38,12 +38,12 @@ def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
         UserError: what is wrong, with the tensor or file; VERIFIED.json is gone then.
     """
     from dsrecipes.io.disk import checksum
-    from dsrecipes.runs.reference import read_expected
+    from dsrecipes.runs.reference import read_reference
 
     finished = open_run(run, device)
     folder = finished.folder
     folder.verified.unlink(missing_ok=True)
-    facts, batches = read_expected(folder)
+    facts, batches = read_reference(folder)
     count = _check_tensors(folder.model, facts)
     _check_tokenizer(finished, facts)
     for name, known in facts["files"].items():
@@ -63,14 +63,14 @@ def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
 
 def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
     """Every tensor: whole, not empty, finite, and as it was saved. Returns how many there are."""
-    from dsrecipes.runs.weights import GATHER, fingerprint, tensors, weight_files
+    from dsrecipes.runs.weights import GATHER_HINT, fingerprint, read_tensors, weight_files
 
     known, zero = dict(facts["weights"]), []
     for path in weight_files(model):
-        for name, tensor in tensors(path):
+        for name, tensor in read_tensors(path):
             where = f"{path}: tensor {name}"
             if not tensor.numel():
-                raise UserError(f"{where} is empty; {GATHER}")
+                raise UserError(f"{where} is empty; {GATHER_HINT}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(f"{where} holds NaN or infinite numbers")
             if "lora_B" in name:
@@ -84,7 +84,7 @@ def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
             f"{model}: {plural(len(known), 'tensor')} that this run saved not found: {', '.join(sorted(known)[:3])}"
         )
     if not facts["weights"]:
-        raise UserError(f"{model} holds no tensors; {GATHER}")
+        raise UserError(f"{model} holds no tensors; {GATHER_HINT}")
     if zero and all(zero) and facts["learned"]:
         raise UserError(f"{model}: every lora_B of the adapter is zero, so it changes nothing: training did not reach it")
     return len(facts["weights"])
@@ -109,7 +109,7 @@ def load_saved(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
     from transformers.utils.logging import disable_progress_bar
 
     from dsrecipes.io.hub import damaged
-    from dsrecipes.model.load import ready
+    from dsrecipes.model.load import prepare_for_inference
 
     disable_progress_bar()
     dtype = getattr(torch, facts["dtype"])
@@ -120,7 +120,7 @@ def load_saved(run: FinishedRun, facts: dict[str, Any]) -> PreTrainedModel:
         model = _load_adapter(run, dtype) if adapter else _load_whole(run, facts["auto_class"], dtype)
     except (*damaged(), RuntimeError) as error:
         raise UserError(f"{run.folder.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return ready(model, run.device)
+    return prepare_for_inference(model, run.device)
 
 
 def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -154,11 +154,11 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
 def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
 
-    from dsrecipes.runs.weights import tensors, weight_files
+    from dsrecipes.runs.weights import read_tensors, weight_files
 
     model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model), torch_device=str(run.device))
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in tensors(path)}
+    found = {name: tensor.shape for path in weight_files(run.folder.model) for name, tensor in read_tensors(path)}
     for name in sorted(wanted.keys() ^ found.keys()):
         state = "is missing" if name in wanted else "is not part of the adapter"
         raise UserError(f"{run.folder.model}: by adapter_config.json tensor {name} {state}")
@@ -182,7 +182,7 @@ def _compare(
             difference = (logits - expected).abs().max().item()
         except (TypeError, LookupError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{run.folder.expected} is damaged, or of another model: what it holds on {name} cannot be asked ({error})"
+                f"{run.folder.reference} is damaged, or of another model: what it holds on {name} cannot be asked ({error})"
             ) from error
         limit = allowed_difference(expected, facts["precision"], four_bit)
         if not difference <= limit:
@@ -204,9 +204,9 @@ def main(argv: list[str]) -> int:
     add_device(parser)
     asked = parser.parse_args(argv)
     result = verify(asked.run, device=asked.device)
-    from dsrecipes.runs.reference import verified
+    from dsrecipes.runs.reference import describe_verification
 
-    print(f"VERIFIED  {find_run(asked.run).verified}\n          {verified(result)}")
+    print(f"VERIFIED  {find_run(asked.run).verified}\n          {describe_verification(result)}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dsrecipes.errors import UserError
 from dsrecipes.io.disk import SPARE_BYTES, existing_parent
 from dsrecipes.io.paths import flag_path, user_path
-from dsrecipes.runs.manifest import MANIFEST, fault, is_whole
+from dsrecipes.runs.checkpoint_manifest import MANIFEST, find_problem, is_complete
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunFolder:
     model = property(lambda self: self.path / "model")
     metrics = property(lambda self: self.path / "metrics.json")
     curve = property(lambda self: self.path / "loss_curve.png")
-    expected = property(lambda self: self.path / "expected.safetensors")
+    reference = property(lambda self: self.path / "expected.safetensors")
     verified = property(lambda self: self.path / "VERIFIED.json")
     data = property(lambda self: self.path / "data.json")
     page = property(lambda self: self.path / "report.html")
@@ -42,9 +42,9 @@ class RunFolder:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdecimal()]
         return sorted(found, key=lambda p: int(p.name[11:]))
 
-    def whole_checkpoints(self) -> list[Path]:
+    def complete_checkpoints(self) -> list[Path]:
         """Checkpoints whose files are all there at their recorded sizes, oldest first."""
-        return [path for path in self.all_checkpoints() if is_whole(path)]
+        return [path for path in self.all_checkpoints() if is_complete(path)]
 
 
 def default_path(recipe: str) -> Path:
@@ -88,7 +88,7 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
 def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str], None]) -> list[Path]:
     """Where `auto`, `step100`, a run folder or a checkpoint's path may go on from, best first; none for an `auto` at its start.
 
-    Names and sizes are looked at; checkpoint.damage looks into the files.
+    Names and sizes are looked at; checkpoint_integrity.find_damage looks into the files.
 
     Raises:
         UserError: no such checkpoint, or none that is whole.
@@ -114,9 +114,9 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
             if found:
                 return found
             path = path / "checkpoints"
-    problem = fault(path)
+    problem = find_problem(path)
     if problem:
-        whole = folder.whole_checkpoints() if folder else []
+        whole = folder.complete_checkpoints() if folder else []
         known = ", ".join(f"step{each.name[11:]}" for each in whole) or "none"
         hint = f"whole ones of this run: {known}" if folder else "`auto` takes the newest whole one of --output_dir"
         if path.is_dir() and not (path / MANIFEST).exists() and not path.name.startswith("checkpoint"):
@@ -129,7 +129,7 @@ def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str],
 def _newest_first(folder: RunFolder, told: Callable[[str], None]) -> list[Path]:
     """The whole checkpoints; the others are named, for who expects a later step should know."""
     found = sorted(folder.all_checkpoints(), key=lambda p: -int(p.name[11:]))
-    faults = {path: fault(path) for path in found}
+    faults = {path: find_problem(path) for path in found}
     whole = [path for path, problem in faults.items() if problem is None]
     for path, problem in faults.items():
         if problem and (not whole or int(path.name[11:]) > int(whole[0].name[11:])):

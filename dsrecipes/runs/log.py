@@ -19,7 +19,7 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def keep_until(log: Path, step: int, evaluates: bool = False) -> None:
+def truncate_log(log: Path, step: int, evaluates: bool = False) -> None:
     """Forget log lines of steps after `step`, and its evaluation where that is to be made again."""
     if log.is_file():
         kept = [line for line in read_log(log) if line.get("step", 0) <= step]

@@ -16,7 +16,7 @@ from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.disk import checksum
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.weights import fingerprint, tensors, weight_files
+from dsrecipes.runs.weights import fingerprint, read_tensors, weight_files
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
@@ -81,7 +81,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _saved_tensors(model: Path) -> dict[str, str]:
     """Name and fingerprint of each tensor; none where the save went wrong, which verify tells once all ranks are done."""
     try:
-        return {name: fingerprint(tensor) for path in weight_files(model) for name, tensor in tensors(path)}
+        return {name: fingerprint(tensor) for path in weight_files(model) for name, tensor in read_tensors(path)}
     except UserError:
         return {}
 
@@ -113,28 +113,28 @@ def save_reference(story: RecipeBase, trainer: RecipeTrainer) -> None:
         "weights": _saved_tensors(folder.model),
         "files": {path.relative_to(folder.model).as_posix(): checksum(path) for path in sorted(others)},
     }
-    beside = folder.expected.with_suffix(".partial")
+    beside = folder.reference.with_suffix(".partial")
     save_file(kept, beside, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
-    beside.rename(folder.expected)
+    beside.rename(folder.reference)
 
 
-def read_expected(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:
+def read_reference(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:
     """What was recorded: the facts, and by name inputs with their logits.
 
     Raises:
         UserError: nothing was, or it cannot be read.
     """
-    if not folder.expected.is_file():
+    if not folder.reference.is_file():
         raise UserError(
-            f"{folder.path}: nothing to verify against, {folder.expected.name} is missing. It is written when training ends; "
+            f"{folder.path}: nothing to verify against, {folder.reference.name} is missing. It is written when training ends; "
             "a run of an older version has none"
         )
     batches: dict[str, Batch] = {}
-    for key, tensor in tensors(folder.expected):
+    for key, tensor in read_tensors(folder.reference):
         name, _, part = key.partition("/")
         batches.setdefault(name, {})[part] = tensor
     try:
-        with safe_open(folder.expected, "pt") as file:
+        with safe_open(folder.reference, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
         for name, kind in _FACTS.items():
             if not isinstance(facts[name], kind):
@@ -144,10 +144,10 @@ def read_expected(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:
         if not whole or not batches or not all("logits" in each for each in batches.values()):
             raise ValueError(facts["auto_class"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder.expected} is damaged: it does not hold what was recorded when training ended") from error
+        raise UserError(f"{folder.reference} is damaged: it does not hold what was recorded when training ended") from error
     return facts, batches
 
 
-def verified(facts: dict[str, Any]) -> str:
+def describe_verification(facts: dict[str, Any]) -> str:
     """VERIFIED.json in words."""
     return f"{plural(facts['tensors'], 'tensor')}, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"

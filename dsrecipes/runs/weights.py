@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.disk import checksum
 
-GATHER = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
+GATHER_HINT = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
 """Why there may be nothing."""
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER}")
+            raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER_HINT}")
         return files
     return indexed_files(index)
 
@@ -82,7 +82,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is cut off or damaged: {str(error).splitlines()[0]}")
 
 
-def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a file, one in memory at a time.
 
     Raises:

@@ -60,7 +60,7 @@ def check_step(recipe: RecipeBase, trainer: RecipeTrainer) -> None:
     mine = health(losses, size, overflowed)
     if mine == Health.NO_LOSS and trainer.step_weight == 0:  # all rows of the step weigh 0
         mine = Health.WELL
-    (worst,) = trainer.keeping.orders.agree(mine)
+    (worst,) = trainer.keeping.orders.sync(mine)
     if worst != Health.WELL:
         raise UserError(_told(Health(int(worst)), mine, losses, recipe, trainer))
 
@@ -113,7 +113,7 @@ def switches(fault: Health, train: dict[str, Any], engine: dict[str, Any], preci
 def go_on(recipe: RecipeBase) -> str:
     """The last whole checkpoint of a run, and the flags that go on from it."""
     folder = getattr(recipe, "folder", None)
-    whole = folder.whole_checkpoints() if folder else []
+    whole = folder.complete_checkpoints() if folder else []
     if not whole:
         return "The run has no checkpoint yet: start it anew"
     return (

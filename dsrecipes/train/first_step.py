@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
-from dsrecipes.zero.shards import check_shards, gradient_bytes, shards
+from dsrecipes.zero.shards import check_shards, gradient_bytes, measure_shards
 
 if TYPE_CHECKING:
     from dsrecipes.base import RecipeBase
@@ -91,7 +91,7 @@ class FirstStep(TrainerCallback):
                 len(trainer.callback_handler.train_dataloader), sum(trainer.sequences_of_step(state.global_step), [])
             ),
             "unlabelled": self._unlabelled(state.global_step),
-            "shards": shards(trainer.model, self._optimizer(), self.gradients),
+            "shards": measure_shards(trainer.model, self._optimizer(), self.gradients),
         }
         found = trainer.keeping.orders.all_gather(mine)
         check_ranks([each["rows"] for each in found])

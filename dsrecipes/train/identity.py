@@ -16,8 +16,8 @@ from dsrecipes.config.adapter import adapter_folder, base_model
 from dsrecipes.config.schema import Config
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.io.paths import starter_path
-from dsrecipes.model.bundled import local_model
-from dsrecipes.runs.manifest import read_manifest
+from dsrecipes.model.weights_source import local_model
+from dsrecipes.runs.checkpoint_manifest import read_manifest
 from dsrecipes.runs.weights import loaded_files
 
 if TYPE_CHECKING:

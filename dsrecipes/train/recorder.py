@@ -14,7 +14,7 @@ from transformers.integrations import rewrite_logs
 
 from dsrecipes.io.console import Console
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.log import keep_until
+from dsrecipes.runs.log import truncate_log
 
 _SHOWN = {
     "loss": "loss {:.3f}",
@@ -34,7 +34,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: RunFolder, console: Console, step: int, evaluates: bool) -> None:
         """`step` is where the run goes on, `evaluates` whether with the evaluation there; what comes again is forgotten."""
-        keep_until(folder.log, step, evaluates)
+        truncate_log(folder.log, step, evaluates)
         self.log, self.console = folder.log, console
         self.unwritten: list[str] = []
         """Lines that the disk did not take; each further line tries again."""

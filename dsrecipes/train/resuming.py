@@ -16,10 +16,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from dsrecipes.errors import RunStopped, UserError, nearest
-from dsrecipes.runs.manifest import damage, fault, is_whole
+from dsrecipes.runs.checkpoint_integrity import find_damage
+from dsrecipes.runs.checkpoint_manifest import find_problem, is_complete
 from dsrecipes.train.saving import SavingTrainer, read_progress
 from dsrecipes.zero import restore
-from dsrecipes.zero.states import fits, made_by
+from dsrecipes.zero.checkpoint_states import loads_directly, read_writer
 
 
 class EvaluationInterrupted(Exception):
@@ -31,7 +32,7 @@ class ResumableTrainer(SavingTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.at_step_end: Callable[[], Any] = self.keeping.orders.agree
+        self.at_step_end: Callable[[], Any] = self.keeping.orders.sync
         """Agrees with the other ranks on what a step was and what comes now, before it is logged, evaluated and saved."""
         self._ended_step = -1
         self._progress: dict[str, Any] | None = None
@@ -58,14 +59,14 @@ class ResumableTrainer(SavingTrainer):
         if self.state.best_global_step:
             best, resumed = self._path(self.state.best_global_step), args[3]
             places = [best, *([Path(resumed).with_name(best.name)] if resumed else [])]
-            self.state.best_model_checkpoint = next((str(path) for path in places if is_whole(path)), None)
+            self.state.best_model_checkpoint = next((str(path) for path in places if is_complete(path)), None)
         for each in (*self.callback_handler.callbacks, self.control):
             if isinstance(each, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(each).__name__, each.state())
         return result
 
     def _made_elsewhere(self, checkpoint: str | None) -> bool:
-        return checkpoint is not None and not fits(made_by(Path(checkpoint)), self.keeping.made_by)
+        return checkpoint is not None and not loads_directly(read_writer(Path(checkpoint)), self.keeping.made_by)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
         """Start engine and optimizer; a checkpoint of other ranks or another stage is divided anew."""
@@ -142,7 +143,7 @@ class ResumableTrainer(SavingTrainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights; its files are checked first."""
         best = Path(str(self.state.best_model_checkpoint))
-        part = fault(best) or damage(best, self.args.process_index, self.args.world_size)
+        part = find_problem(best) or find_damage(best, self.args.process_index, self.args.world_size)
         problem = next((each for each in self.keeping.orders.all_gather(part) if each), None)
         if problem:
             raise UserError(f"--load_best_model_at_end: {best}: {problem}")

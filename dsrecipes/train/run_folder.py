@@ -99,7 +99,7 @@ def _locked(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
         lock.acquire(timeout=PATIENCE)
         if empty:
             _move(folder.path, folder.path / _REPLACED)
-        Watchdog.forget(folder.path)
+        Watchdog.remove_records(folder.path)
     except Timeout:
         return f"--output_dir {folder.path}: another process trains in this folder; wait for it, end it, or name another"
     except OSError as error:

@@ -21,8 +21,8 @@ from dsrecipes.errors import UserError
 from dsrecipes.io.disk import is_write_error, no_room, put_in_place
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.model.task import unwrapped
+from dsrecipes.runs.checkpoint_manifest import FileFacts, hash_files, list_files, write_manifest
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.manifest import Facts, facts_of, files_of, seal
 
 PROGRESS = "progress.json"
 """What Trainer keeps between two steps and does not save."""
@@ -122,15 +122,15 @@ class SavingTrainer(Trainer):
                     progress["stream"] = self.train_dataset.state(step)
                 (writing / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         self._refuse_failures(step)
-        part: Facts = {}
+        part: FileFacts = {}
         with self._note():
-            part = facts_of(writing, files_of(writing)[self.args.process_index :: self.args.world_size])
+            part = hash_files(writing, list_files(writing)[self.args.process_index :: self.args.world_size])
         facts = {name: fact for each in orders.all_gather(part) for name, fact in each.items()}
         self._refuse_failures(step)
         self._saved_bytes = sum(size for size, _ in facts.values())
         with self._note():
             if main:
-                seal(writing, facts, self.keeping.made_by, self.keeping.contract)
+                write_manifest(writing, facts, self.keeping.made_by, self.keeping.contract)
                 put_in_place(writing, self._path(step))
                 self._writing.rmdir()
                 self._remove_older(step)
@@ -164,7 +164,7 @@ class SavingTrainer(Trainer):
         """Keep the newest --save_total_limit whole checkpoints, the best one among them; leave torn ones alone."""
         if self.limit is None or self.limit <= 0:  # no limit, as for transformers
             return
-        whole = self.keeping.run.whole_checkpoints()
+        whole = self.keeping.run.complete_checkpoints()
         kept = {self._path(newest), *([self._path(self.state.best_global_step)] if self.state.best_global_step else [])}
         for path in reversed(whole):
             if len(kept) < self.limit:
@@ -186,7 +186,7 @@ class SavingTrainer(Trainer):
 
     def last_whole(self) -> str:
         """Where the run can go on from after a failed save, in words."""
-        whole = self.keeping.run.whole_checkpoints()
+        whole = self.keeping.run.complete_checkpoints()
         if not whole:
             return "There is no whole checkpoint yet"
         last = whole[-1]

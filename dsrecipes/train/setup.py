@@ -14,13 +14,14 @@ from dsrecipes.config.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, d
 from dsrecipes.config.find import find_zero
 from dsrecipes.config.schema import Config, ModelConfig
 from dsrecipes.errors import UserError, plural
-from dsrecipes.launch.environment import Launch, Ranks, complete_ranks, hide_accelerators, keep_memory, read_launch
-from dsrecipes.launch.task_ranks import idle_tasks
+from dsrecipes.launch.environment import Launch, Ranks, complete_ranks, hide_accelerators, read_launch, retain_freed_memory
+from dsrecipes.launch.task_ranks import idle_tasks_note
 from dsrecipes.zero.blocks import check_blocks
+from dsrecipes.zero.checkpoint_states import loads_directly, read_writer
+from dsrecipes.zero.internals import import_muon_uncompiled
 from dsrecipes.zero.limits import check_accelerators, check_precision, check_zeropp
-from dsrecipes.zero.process import computes_bf16, hardware, import_muon_uncompiled, probe_deepspeed, set_threads, train_alone
-from dsrecipes.zero.resolve import TrainerValues, Zero, check_with_deepspeed, read_zero, resolve
-from dsrecipes.zero.states import fits, made_by
+from dsrecipes.zero.process import computes_bf16, describe_hardware, probe_deepspeed, set_threads, use_single_process
+from dsrecipes.zero.resolve import TrainerValues, ZeroConfig, check_with_deepspeed, read_zero, resolve
 
 
 @dataclass
@@ -30,7 +31,7 @@ class RunSetup:
     ranks: Ranks
     device: str
     precision: str
-    zero: Zero | None
+    zero: ZeroConfig | None
     """None: plain PyTorch."""
     fallback: str | None
     """Why DeepSpeed was asked for and is not used."""
@@ -76,7 +77,7 @@ class RunSetup:
         """What a checkpoint records of the place that writes it."""
         stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
         return {
-            "ranks": self.ranks.world, "zero": stage, "sequences": self.batch, "layout": layout, "hardware": hardware(self.device),
+            "ranks": self.ranks.world, "zero": stage, "sequences": self.batch, "layout": layout, "hardware": describe_hardware(self.device),
         }  # fmt: skip
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
@@ -85,7 +86,7 @@ class RunSetup:
         Raises:
             UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
         """
-        made, here = made_by(checkpoint), self.made_by()
+        made, here = read_writer(checkpoint), self.made_by()
         # on other ranks or at another stage nothing is promised bit for bit anyway
         bit_for_bit = all(made.get(key) == here[key] for key in ("ranks", "zero"))
         if bit_for_bit and made.get("hardware", here["hardware"]) != here["hardware"]:
@@ -94,7 +95,7 @@ class RunSetup:
             )
         if made.get("ranks", here["ranks"]) != here["ranks"]:
             self._keep_batch(checkpoint, made, train)
-        if fits(made, here):
+        if loads_directly(made, here):
             return
         if self.zero and self.zero.uses_nvme:
             raise UserError(
@@ -160,7 +161,7 @@ def resolve_setup(config: Config) -> RunSetup:
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
-    idle = idle_tasks(os.environ)
+    idle = idle_tasks_note(os.environ)
     ranks = complete_ranks(os.environ)
     device = "cpu" if config.train["use_cpu"] or launch.use_cpu else _accelerator()
     if device == "cpu" and not (config.train["use_cpu"] or launch.use_cpu):
@@ -168,14 +169,14 @@ def resolve_setup(config: Config) -> RunSetup:
     zero, fallback, zero_notes = _engine(config, launch)
     if device == "cpu":
         set_threads(ranks, os.environ)
-        keep_memory()
+        retain_freed_memory()
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
             f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: "
             "start no more ranks than devices, or give --use_cpu true"
         )
     if zero is None and ranks.world == 1:
-        train_alone(device)
+        use_single_process(device)
     batch, changed = _batch(config, ranks.world)
     precision = _precision(config, launch, device)
     if zero is not None:
@@ -207,7 +208,7 @@ def _accelerator() -> str:
     return "cpu" if current is None or current.type == "mps" else current.type
 
 
-def _engine(config: Config, launch: Launch) -> tuple[Zero | None, str | None, list[str]]:
+def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | None, list[str]]:
     """The ZeRO JSON, or why DeepSpeed is not used although it was asked for; and notes on the JSON."""
     asked = str(config.train["deepspeed"] or "none")
     path = find_zero(asked)

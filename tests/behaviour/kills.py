@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from support.models import Small
 
-from dsrecipes.launch.heartbeat import PHASES, read
+from dsrecipes.launch.heartbeat import PHASES, read_heartbeat
 
 VICTIMS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("start", "step", "save", "evaluation")
@@ -74,7 +74,7 @@ class Start:
             time.sleep(draw.uniform(0.5, 9))
             return self.process.poll() is None
         while self.process.poll() is None:
-            record = read(self.folder / "ranks", 0)
+            record = read_heartbeat(self.folder / "ranks", 0)
             if record and record.step >= after and (moment == "step" or PHASES[record.phase] == PHASE_OF[moment]):
                 time.sleep(draw.uniform(0, 0.3 if moment == "step" else 0.08))
                 return self.process.poll() is None
@@ -124,8 +124,8 @@ def chain(
         start = Start(command(small, run, name), run, log)
         after = int(STEPS * (index + 0.2) / (len(plan) + 1)) + draw.randrange(3)
         hit = start.await_moment(moment, after, draw)
-        record = read(run / "ranks", 0)
-        where = record.where() if record and record.pid in ranks_of(start.process.pid) else "starting"
+        record = read_heartbeat(run / "ranks", 0)
+        where = record.position() if record and record.pid in ranks_of(start.process.pid) else "starting"
         rows.append(
             {
                 "chain": number,

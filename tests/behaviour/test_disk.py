@@ -14,8 +14,8 @@ from support.models import Runs, Small
 from support.rank_pool import Ranks
 from support.tiny import small_disk
 
+from dsrecipes.runs.checkpoint_manifest import is_complete
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.manifest import is_whole
 
 pytestmark = pytest.mark.ranks
 
@@ -49,7 +49,7 @@ def test_a_full_disk_puts_a_save_off_until_there_is_room(two_ranks: Ranks, runs:
     folder = disk / "run"
     run = ran(two_ranks, small, folder, {"4": [["fill", 0, str(disk), 0]], "8": [["free", 0, str(disk)]]})
     assert run["said"].count("step 5 is not saved") == 1 and "each step tries again" in run["said"], run["said"]
-    assert [path.name for path in RunFolder(folder).whole_checkpoints()] == ["checkpoint-8", "checkpoint-10"]
+    assert [path.name for path in RunFolder(folder).complete_checkpoints()] == ["checkpoint-8", "checkpoint-10"]
     assert steps_logged(folder) == list(range(1, 11)) and same_weights(folder, runs)
 
 
@@ -58,7 +58,7 @@ def test_files_that_may_not_grow_cost_no_training(two_ranks: Ranks, runs: Runs, 
     run = ran(two_ranks, small, folder, {"4": [["limit", 0, 100]], "8": [["limit", 0, 1 << 40]]})
     for warning in ("step 5 is not saved", "TensorBoard cannot write", "log.jsonl cannot be written"):
         assert run["said"].count(warning) == 1, run["said"]
-    assert [path.name for path in RunFolder(folder).whole_checkpoints()] == ["checkpoint-8", "checkpoint-10"]
+    assert [path.name for path in RunFolder(folder).complete_checkpoints()] == ["checkpoint-8", "checkpoint-10"]
     assert steps_logged(folder) == list(range(1, 11)) and same_weights(folder, runs)
 
 
@@ -79,7 +79,7 @@ def test_a_folder_that_vanishes_is_made_again(two_ranks: Ranks, runs: Runs, smal
     folder = tmp_path / "run"
     run = ran(two_ranks, small, folder, {"3": [["remove", 0, str(folder)]]})
     assert run["step"] == 10 and same_weights(folder, runs)
-    assert is_whole(RunFolder(folder).checkpoints / "checkpoint-5") and steps_logged(folder) == list(range(3, 11))
+    assert is_complete(RunFolder(folder).checkpoints / "checkpoint-5") and steps_logged(folder) == list(range(3, 11))
 
 
 def test_a_folder_that_becomes_read_only_costs_no_training(two_ranks: Ranks, runs: Runs, small: Small, disk: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_folder_that_becomes_read_only_costs_no_training(two_ranks: Ranks, run
     run = ran(two_ranks, small, folder, {"3": [["cover", 0, str(folder)]], "7": [["uncover", 0, str(folder)]]})
     assert "step 5 is not saved" in run["said"] and "Read-only file system" in run["said"]
     assert run["step"] == 10 and same_weights(folder, runs) and steps_logged(folder) == list(range(1, 11))
-    assert [path.name for path in RunFolder(folder).whole_checkpoints()] == ["checkpoint-7", "checkpoint-10"]
+    assert [path.name for path in RunFolder(folder).complete_checkpoints()] == ["checkpoint-7", "checkpoint-10"]
 
 
 FAILS = """

@@ -152,7 +152,7 @@ def test_ctrl_c_on_two_ranks_saves_and_is_one_line(folder: Path):
         os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
         assert process.wait(60) == 75, out.read_text()
     assert out.read_text().count("stopped by Ctrl-C (SIGINT) at step") == 1 and "Traceback" not in out.read_text()
-    assert str(RunFolder(run).whole_checkpoints()[-1]) in out.read_text()
+    assert str(RunFolder(run).complete_checkpoints()[-1]) in out.read_text()
 
 
 ACCELERATE_WITH_ZERO = """

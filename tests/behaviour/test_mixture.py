@@ -102,7 +102,7 @@ def test_a_killed_run_resumes_on_two_ranks_and_on_one(
     with pytest.raises(CaseError, match="died"):
         two_ranks.run("disturbed", events={"10": [["signal", None, signal.SIGKILL]]}, **case)
     folder = RunFolder(tmp_path / "run")
-    assert [path.name for path in folder.whole_checkpoints()] == ["checkpoint-4", "checkpoint-8"]
+    assert [path.name for path in folder.complete_checkpoints()] == ["checkpoint-4", "checkpoint-8"]
     shutil.copytree(folder.path, tmp_path / "copy")
     resumed = two_ranks.run("train", **case)[0]
     assert figures(resumed) == figures(whole)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from support.models import Runs, Small
 from support.rank_pool import Ranks
 
+from dsrecipes.runs.checkpoint_integrity import find_damage
+from dsrecipes.runs.checkpoint_manifest import MANIFEST, find_problem, is_complete, list_files
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.manifest import MANIFEST, damage, fault, files_of, is_whole
 
 pytestmark = pytest.mark.ranks
 
@@ -96,19 +97,19 @@ def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(
     ours, theirs = weights(resumed["path"]), weights(whole["path"])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert is_whole(RunFolder(folder).checkpoints / "checkpoint-10")
+    assert is_complete(RunFolder(folder).checkpoints / "checkpoint-10")
 
 
 @pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
 def test_one_bit_of_any_file_of_a_checkpoint_is_found_and_the_file_named(runs: Runs, tmp_path: Path, stage: str) -> None:
     run = RunFolder(Path(runs.get("gpt2", stage)["path"]))
     path = shutil.copytree(run.checkpoints / "checkpoint-10", tmp_path / "checkpoint-10")
-    assert fault(path) is None is damage(path) and len(files_of(path)) > 8
-    for name in [*files_of(path), MANIFEST]:
+    assert find_problem(path) is None is find_damage(path) and len(list_files(path)) > 8
+    for name in [*list_files(path), MANIFEST]:
         flip(path / name)
-        assert name in str(fault(path) or damage(path))
+        assert name in str(find_problem(path) or find_damage(path))
         flip(path / name)
-    assert fault(path) is None is damage(path)
+    assert find_problem(path) is None is find_damage(path)
 
 
 def test_the_same_command_twice_starts_a_run_and_then_finds_it_done(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from support.models import STAGES, Runs
 from support.rank_cases import probe
 from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice, AutoTokenizer, BitsAndBytesConfig
 
-from dsrecipes.model.load import disable_cpu_packing
+from dsrecipes.model.quantization import disable_cpu_packing
 
 pytestmark = pytest.mark.ranks
 

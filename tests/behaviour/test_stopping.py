@@ -36,7 +36,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_was_not(
     assert "--resume_from_checkpoint auto goes on" in first["why"]
     second = start(**{"4": [["signal", 0, signal.SIGUSR1]], "evaluation_5": [["signal", 1, signal.SIGINT]]})
     assert "stopped by Ctrl-C (SIGINT) at step 5 of 10" in second["why"]
-    assert [path.name for path in folder.whole_checkpoints()][-2:] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in folder.complete_checkpoints()][-2:] == ["checkpoint-4", "checkpoint-5"]
     assert not any("eval_loss" in line for line in map(json.loads, folder.log.read_text().splitlines()))
     last = start()
     assert figures(last) == figures(whole)
@@ -48,7 +48,7 @@ def test_a_time_limit_leaves_with_a_checkpoint(two_ranks: Ranks, small: Small, t
     case = small.values("gpt2", deepspeed="zero1", max_steps=5000, eval_strategy="no", save_steps=5000, time_limit="3s", output_dir=str(tmp_path / "run"))  # fmt: skip
     stopped = two_ranks.run("disturbed", **case, events={})[0]
     assert "stopped by the time limit at step" in stopped["why"]
-    (saved,) = RunFolder(tmp_path / "run").whole_checkpoints()
+    (saved,) = RunFolder(tmp_path / "run").complete_checkpoints()
     assert int(saved.name[11:]) < 5000 and str(saved) in stopped["why"]
 
 

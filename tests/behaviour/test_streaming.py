@@ -30,7 +30,7 @@ from dsrecipes.data.renamed import RenamedRows
 from dsrecipes.data.sampler import StreamSampler
 from dsrecipes.data.stream import Stream
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import check_ids
+from dsrecipes.model.tokenizer import check_ids
 from dsrecipes.run import main
 
 UNIT = 400

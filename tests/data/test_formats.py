@@ -15,8 +15,9 @@ from dsrecipes.data.fields import text_field
 from dsrecipes.data.formats import Match, RowFormat
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.parse import instruction_record, prompt_record
-from dsrecipes.data.prepare import Split, prepare
+from dsrecipes.data.prepare import prepare
 from dsrecipes.data.renamed import renamed
+from dsrecipes.data.split import Split
 from dsrecipes.errors import UserError
 from dsrecipes.io.console import Console
 

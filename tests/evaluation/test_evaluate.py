@@ -10,6 +10,7 @@ from dsrecipes.cli import main
 from dsrecipes.errors import UserError
 from dsrecipes.evaluation.compare import compare, pair
 from dsrecipes.evaluation.evaluate import evaluate
+from dsrecipes.evaluation.metrics import METRICS, Metric
 
 RUN = {
     "profile": "starter", "use_cpu": True, "deepspeed": "none", "max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -126,17 +127,17 @@ def test_flips_are_counted_and_named():
     assert found["by_subject"]["s"] == {"first": 0.25, "second": 0.875, "questions": 8}
     other = result("AABBBBBB", "base")
     other["items"][0]["key"] = "another"
-    with pytest.raises(UserError, match="kept other rows aside"):
+    with pytest.raises(UserError, match="DSR480"):
         pair(other, result("BAAAAAAA", "tuned"))
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("answers", ["--task", "choices"], "name a file or folder of questions with --dataset"),
-        ("answers", ["--num_fewshot", "2"], "--num_fewshot is for questions"),
-        ("questions", ["--task", "loss"], "answers questions with four options"),
-        ("text", ["--task", "answers"], "have no answer to compare with"),
+        ("answers", ["--task", "choices"], "[DSR473]"),
+        ("answers", ["--num_fewshot", "2"], "[DSR474]"),
+        ("questions", ["--task", "loss"], "measured by --task choices [DSR472]"),
+        ("text", ["--task", "answers"], "[DSR477]"),
         ("answers", ["--split", "test"], "has no such rows; it has validation, train"),
         ("answers", ["--dataset", "nothing.jsonl"], "no such file"),
         ("answers", ["--limit", "0"], "at least 1"),
@@ -152,3 +153,20 @@ def test_out_holds_every_item_and_is_not_overwritten(done, tmp_path, capfd):
     assert main(["evaluate", str(done["answers"].path), "--limit", "2", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["items"]) == 2
     assert "it exists" in refusal(main, ["evaluate", done["answers"].path, "--out", out], capfd)
+
+
+def test_a_new_metric_is_one_entry_of_the_table(done, tmp_path, monkeypatch, capsys):
+    """evaluate reports its mean, compare its difference; nothing else names it."""
+    length = Metric("answers", "characters", score=lambda item: float(len(item["answer"])))
+    monkeypatch.setattr("dsrecipes.evaluation.metrics.METRICS", [*METRICS, length])
+    path, rows = str(done["answers"].path), write_rows(tmp_path / "few.jsonl", instructions(3))
+    flags = [path, "--dataset", rows, "--task", "answers", "--max_new_tokens", "4", "--out"]
+    assert main(["evaluate", *flags, str(tmp_path / "evaluated.json")]) == 0
+    result = json.loads((tmp_path / "evaluated.json").read_text())
+    mean = sum(len(item["answer"]) for item in result["items"]) / 3
+    assert result["figures"]["characters"] == pytest.approx(mean)
+    assert f"characters {mean:,.4f}" in capsys.readouterr().out
+    assert main(["compare", *flags, str(tmp_path / "compared.json")]) == 0
+    assert f"\n{'characters':<14}" in capsys.readouterr().out
+    difference = json.loads((tmp_path / "compared.json").read_text())["pairs"][0]["differences"]["characters"]
+    assert difference["second"] == pytest.approx(mean) and difference["low"] <= difference["difference"]

@@ -2,7 +2,9 @@
 
 import pytest
 
-from dsrecipes.evaluation.metrics import Calibration, ExactMatch, RougeL, rouge_l, words
+from dsrecipes.evaluation.choice_scores import calibration
+from dsrecipes.evaluation.metrics import add_scores, figures_of
+from dsrecipes.evaluation.text_scores import rouge_l, words
 
 
 @pytest.mark.parametrize(
@@ -25,16 +27,14 @@ def test_chinese_counts_by_characters_other_scripts_by_words():
     assert words("GPT-2 很快, привет été カナ") == ["gpt", "2", "很", "快", "привет", "été", "カ", "ナ"]
 
 
-def test_the_metrics_average_and_need_no_network():
-    pairs = {"predictions": ["Paris.", "a b c"], "references": ["paris.", "a b c d e"]}
-    assert RougeL(keep_in_memory=True).compute(**pairs) == {"rouge_l": pytest.approx(0.875)}
-    assert ExactMatch(keep_in_memory=True).compute(**pairs) == {"exact_match": 0.5}
+def test_scored_items_are_averaged():
+    items = [{"answer": "Paris.", "reference": "paris."}, {"answer": "a b c", "reference": "a b c d e"}]
+    add_scores("answers", items)
+    assert figures_of("answers", items) == {"rouge_l": pytest.approx(0.875), "exact_match": 0.5}
 
 
 def test_calibration_error_weighs_bins_by_their_questions():
-    found = Calibration(keep_in_memory=True).compute(
-        predictions=[0.95, 0.92, 1.0, 0.4, 0.35], references=[True, True, False, False, True]
-    )
+    figures = calibration([0.95, 0.92, 1.0, 0.4, 0.35], [True, True, False, False, True])
     # three above 0.9: sure 0.95667, right 2/3; two in (0.3, 0.4]: sure 0.375, right 1/2
-    assert found["calibration_error"] == pytest.approx(3 / 5 * 0.29 + 2 / 5 * 0.125)
-    assert [(each["above"], each["questions"]) for each in found["bins"]] == [(0.3, 2), (0.9, 3)]
+    assert figures["calibration_error"] == pytest.approx(3 / 5 * 0.29 + 2 / 5 * 0.125)
+    assert [(entry["above"], entry["questions"]) for entry in figures["bins"]] == [(0.3, 2), (0.9, 3)]

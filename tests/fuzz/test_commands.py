@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.fork_server import Done, Warm
 from support.fuzzing import EVIL, LIMIT, SECRETS, snapshot
-from support.tiny import ROOT, tiny_gpt2
+from support.tiny import tiny_gpt2
 
 from support.finished_runs import made_run  # isort: skip
 
@@ -77,14 +75,6 @@ LINES: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command line ended."""
-
-    code: int
-    text: str
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the commands run in, with what they are given."""
@@ -111,24 +101,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(place: Path) -> Callable[[str], Ended]:
-    """How each line ended; two run side by side."""
-    env = (
-        os.environ
-        | SECRETS
-        | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    )
-
-    def run(argv: list[str]) -> Ended:
-        done = subprocess.run(
-            [sys.executable, "-m", "dsrecipes.cli", *argv], cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=6 * LIMIT,  # the imports share two cores with what else goes on
-        )  # fmt: skip
-        return Ended(done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace"))
-
-    with ThreadPoolExecutor(2) as pool:
-        found: dict[str, Future[Ended]] = {name: pool.submit(run, argv) for name, argv in LINES.items()}
-    return lambda name: found[name].result()
+def ended(place: Path) -> Callable[[str], Done]:
+    """How a line ended; each runs once."""
+    warm = Warm(place, timeout=6 * LIMIT, **SECRETS, CUDA_VISIBLE_DEVICES="")
+    return functools.cache(lambda name: warm.dsrecipes(*LINES[name]))
 
 
 def test_there_are_fifty() -> None:
@@ -136,18 +112,20 @@ def test_there_are_fifty() -> None:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_it_ends_with_a_message_or_with_success(ended: Callable[[str], Ended], name: str) -> None:
+def test_it_ends_with_a_message_or_with_success(ended: Callable[[str], Done], name: str) -> None:
     result = ended(name)
+    text = result.out + result.err
     assert result.code in (0, 2), result
-    assert "Traceback" not in result.text
-    assert "\x1b" not in result.text
-    assert not any(secret in result.text for secret in SECRETS.values())
+    assert "Traceback" not in text
+    assert "\x1b" not in text
+    assert not any(secret in text for secret in SECRETS.values())
     if result.code == 2:
-        assert any(line.startswith("error: ") and len(line) > 20 for line in result.text.splitlines()), result
+        assert any(line.startswith("error: ") and len(line) > 20 for line in text.splitlines()), result
 
 
-def test_nothing_else_happened(ended: Callable[[str], Ended], place: Path) -> None:
-    ended("unknown")
+def test_nothing_else_happened(ended: Callable[[str], Done], place: Path) -> None:
+    for name in LINES:
+        ended(name)
     assert not EVIL.exists() and set(place.parent.iterdir()) == {place}
     made = {Path(path).relative_to(place).parts[0] for path in snapshot(place)}
     assert made == {"asked.txt", "deep.json", "evil", "run", "spoiled-run", "spoiled.py", "spoiled.html"}

@@ -24,7 +24,9 @@ from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.chat_render import render
 from dsrecipes.data.load import load_splits
 from dsrecipes.inference.finished import FinishedRun
-from dsrecipes.model.load import load_config, load_model, load_tokenizer
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
+from dsrecipes.model.tokenizer import load_tokenizer
 from dsrecipes.reporting.recorded import RecordedRun, is_number
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.weights import weight_files
@@ -303,7 +305,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "checkpoint-\u00b2").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-\u00b2" / "manifest.json").write_text('{"files": {}}')
-    assert RunFolder(tmp_path).whole_checkpoints() == []
+    assert RunFolder(tmp_path).complete_checkpoints() == []
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

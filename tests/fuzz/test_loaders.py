@@ -32,14 +32,17 @@ from dsrecipes.evaluation.verdict import read_rubric
 from dsrecipes.inference.finished import open_run
 from dsrecipes.inference.partial import PartialAnswers
 from dsrecipes.io.console import Console
-from dsrecipes.model.load import check_model, check_vocabulary, load_config, load_model, load_tokenizer
+from dsrecipes.model.checks import check_model
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
+from dsrecipes.model.tokenizer import check_vocabulary, load_tokenizer
 from dsrecipes.publish.verify import verify
 from dsrecipes.reporting import charts, tables
 from dsrecipes.reporting.recorded import RecordedRun, read_json
 from dsrecipes.reporting.report import report
+from dsrecipes.runs.checkpoint_manifest import hash_files, write_manifest
 from dsrecipes.runs.folder import RunFolder, find_checkpoints, find_run
-from dsrecipes.runs.manifest import facts_of, seal
-from dsrecipes.runs.weights import tensors, weight_files
+from dsrecipes.runs.weights import read_tensors, weight_files
 from dsrecipes.zero.blocks import check_blocks
 from dsrecipes.zero.resolve import TrainerValues, check_with_deepspeed, read_zero, resolve
 
@@ -291,7 +294,7 @@ def test_index(folder: Path, model_copy: Callable[[str], Path], raw: bytes) -> N
     path = model_copy(tiny_gpt2())
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
     write(path / "model.safetensors.index.json", raw)
-    holds(lambda: [name for file in weight_files(path) for name, _ in tensors(file)])
+    holds(lambda: [name for file in weight_files(path) for name, _ in read_tensors(file)])
     holds(lambda: loaded(path, "AutoModelForCausalLM"))
 
 
@@ -381,7 +384,7 @@ def checkpoint(folder: Path) -> Path:
     path.mkdir(parents=True)
     (path.parent / "checkpoint-\u00b2").mkdir()
     (path / "trainer_state.json").write_text("{}")
-    seal(path, facts_of(path, ["trainer_state.json"]), {"ranks": 1, "zero": 2}, {})
+    write_manifest(path, hash_files(path, ["trainer_state.json"]), {"ranks": 1, "zero": 2}, {})
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,11 +36,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
     """Commands in processes of their own."""
-    process = Warm(tmp_path_factory.mktemp("warm"))
-    yield process
-    process.stop()
+    return Warm(tmp_path_factory.mktemp("warm"))
 
 
 @pytest.mark.ranks

@@ -14,7 +14,7 @@ import pytest
 from support.models import Small
 from support.rank_pool import Ranks
 
-from dsrecipes.launch.heartbeat import Heartbeat, read, state
+from dsrecipes.launch.heartbeat import Heartbeat, process_state, read_heartbeat
 
 pytestmark = pytest.mark.ranks
 
@@ -64,7 +64,7 @@ def until(condition: Callable[[], object], seconds: float, told: Path) -> float:
 
 def reaches(run: Path, step: int, other: int = 0) -> Heartbeat | None:
     """Rank 1's record once it has trained to a step, in another process than `other`."""
-    record = read(run / "ranks", 1)
+    record = read_heartbeat(run / "ranks", 1)
     return record if record and record.step > step and record.pid != other else None
 
 
@@ -93,16 +93,16 @@ def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights
         return f"restart   {number} of 2" in told.read_text()
 
     until(lambda: not (tmp_path / "hang").exists(), 120, told)
-    hung = read(run / "ranks", 1)
+    hung = read_heartbeat(run / "ranks", 1)
     assert hung and until(lambda: restarts(1), 60, told) < 30
     lines = told.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("error:"))
-    assert f"rank 1 (pid {hung.pid}) has stood still for 2" in lines[first]
-    assert "Its last place: step 15, reading rows." in lines[first]
+    assert f"rank 1 (pid {hung.pid}) has made no progress for 2" in lines[first]
+    assert "Last phase: step 15, reading rows. [DSR309]" in lines[first]
     assert f'File "{recipe}", line 14 in hang_once' in lines[first + 2]
 
     until(lambda: reaches(run, 32, hung.pid), 120, told)
-    killed = read(run / "ranks", 1)
+    killed = read_heartbeat(run / "ranks", 1)
     assert killed
     os.kill(killed.pid, signal.SIGKILL)
     assert until(lambda: restarts(2), 60, told) < 30
@@ -124,13 +124,13 @@ def test_ranks_end_with_their_launcher_and_a_stopped_one_is_named(small: Small, 
             processes.append(subprocess.Popen(words, stdout=file, stderr=file, cwd=tmp_path))
     for run in runs:
         until(lambda run=run: reaches(run, 5), 120, told)
-    ranks = {run.name: [read(run / "ranks", rank) for rank in (0, 1)] for run in runs}
+    ranks = {run.name: [read_heartbeat(run / "ranks", rank) for rank in (0, 1)] for run in runs}
     processes[0].kill()
     processes[0].wait()
-    until(lambda: all(state(each) == "X" for each in ranks["orphaned"]), 15, told)
+    until(lambda: all(process_state(each) == "X" for each in ranks["orphaned"]), 15, told)
 
     stopped = ranks["stopped"][0]
     os.kill(stopped.pid, signal.SIGSTOP)
     assert processes[1].wait(30) == 75
     assert f"error: rank 0 (pid {stopped.pid}) was stopped (SIGSTOP" in told.read_text()
-    assert all(state(each) == "X" for each in ranks["stopped"])
+    assert all(process_state(each) == "X" for each in ranks["stopped"])

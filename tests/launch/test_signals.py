@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from dsrecipes.config.layers import seconds_of
-from dsrecipes.launch.environment import BEGAN
+from dsrecipes.config.values import seconds_of
+from dsrecipes.errors import UserError
+from dsrecipes.launch.environment import START_TIME
 from dsrecipes.launch.signals import StopSignals
 
 
@@ -25,11 +26,11 @@ def tell(number: int) -> None:
 def test_a_signal_asks_the_run_to_leave(number, words):
     before = signal.getsignal(number)
     with StopSignals(None) as orders:
-        orders.agree()
+        orders.sync()
         assert not orders.leaving
         tell(number)
         assert not orders.leaving, "only once all ranks agreed"
-        orders.agree()
+        orders.sync()
         assert orders.leaving and words in orders.reason
     assert signal.getsignal(number) is before
 
@@ -37,17 +38,17 @@ def test_a_signal_asks_the_run_to_leave(number, words):
 def test_sigusr1_asks_for_one_save():
     with StopSignals(None) as orders:
         tell(signal.SIGUSR1)
-        orders.agree()
+        orders.sync()
         assert orders.saving and not orders.leaving
         orders.saving = False
-        orders.agree()
+        orders.sync()
         assert not orders.saving
 
 
 def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not():
     with StopSignals(None) as orders:
         tell(signal.SIGINT), tell(signal.SIGINT)
-        orders.agree()
+        orders.sync()
         assert orders.leaving
         time.sleep(0.6)
         with pytest.raises(KeyboardInterrupt):
@@ -58,7 +59,7 @@ def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not()
     ("ignored", "leaving"), [("HUP", 0), ("INT", 0), ("TERM", 3), ("", 4)], ids=["nohup", "&", "batch script", "none"]
 )
 def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
-    program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.agree(); print(o.leaving)"
+    program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.sync(); print(o.leaving)"
     shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
     words = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -78,12 +79,12 @@ def test_an_ignored_sigchld_does_not_hide_how_a_rank_ended(tmp_path):
 
 
 def test_the_time_limit_counts_from_the_first_start_and_leaves_time_for_two_steps(monkeypatch):
-    monkeypatch.setenv(BEGAN, str(time.time() - 50))
+    monkeypatch.setenv(START_TIME, str(time.time() - 50))
     orders = StopSignals(60)
-    orders.agree()
+    orders.sync()
     assert not orders.leaving
-    orders._longest = 6.0
-    orders.agree()
+    orders._longest_step = 6.0
+    orders.sync()
     assert orders.leaving and orders.reason == "the time limit"
 
 
@@ -106,5 +107,5 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "h", "x", "-5m", "1:2:3", "50m3h", "1e9"])
 def test_what_is_no_duration(text):
-    with pytest.raises(ValueError, match="3h50m"):
+    with pytest.raises(UserError, match="DSR053"):
         seconds_of(text)

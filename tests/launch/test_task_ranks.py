@@ -15,7 +15,7 @@ from support.tiny import refusal
 from dsrecipes import cli
 from dsrecipes.errors import UserError
 from dsrecipes.launch.environment import Ranks, complete_ranks, read_launch
-from dsrecipes.launch.task_ranks import adopt_ranks, hosts, idle_tasks
+from dsrecipes.launch.task_ranks import adopt_ranks, expand_host_list, idle_tasks_note
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import read_log
 
@@ -98,8 +98,14 @@ def test_what_cannot_be_completed_is_refused(env, problem):
 
 
 def test_one_process_with_idle_tasks_is_noted():
-    assert "1 rank, although Slurm gave this job 3 tasks: `srun python -m dsrecipes.run" in str(idle_tasks(BATCH))
-    assert idle_tasks(STEP) is idle_tasks(ONE) is idle_tasks(BATCH | {"RANK": "0"}) is idle_tasks({}) is None
+    assert "1 rank, although Slurm gave this job 3 tasks: `srun python -m dsrecipes.run" in str(idle_tasks_note(BATCH))
+    assert (
+        idle_tasks_note(STEP)
+        is idle_tasks_note(ONE)
+        is idle_tasks_note(BATCH | {"RANK": "0"})
+        is idle_tasks_note({})
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_one_process_with_idle_tasks_is_noted():
     ],
 )
 def test_lists_of_machines(text, names):
-    assert hosts(text) == names
+    assert expand_host_list(text) == names
 
 
 def test_the_command_that_starts_ranks_is_not_started_several_times(monkeypatch, capfd):

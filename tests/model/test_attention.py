@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dsrecipes.data.audit import check_isolation
 from dsrecipes.data.collate import TOKEN_COUNTS, CausalCollator
 from dsrecipes.errors import UserError
-from dsrecipes.model.attention import NAME, attend_by_example, keep_apart, takes_segments
+from dsrecipes.model.attention import PER_EXAMPLE, accepts_segments, isolate_examples, set_per_example_attention
 
 
 def pair(folder):
     """The same model with transformers' sdpa, and by example."""
     models = [AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval() for _ in range(2)]
-    assert attend_by_example(models[1], True) and models[1].config._attn_implementation == NAME
+    assert set_per_example_attention(models[1], True) and models[1].config._attn_implementation == PER_EXAMPLE
     return models
 
 
@@ -47,13 +47,13 @@ def test_logits_and_gradients_are_those_of_sdpa(tiny):
 def test_an_attention_that_the_user_named_is_kept():
     model = AutoModelForCausalLM.from_pretrained(tiny_llama())
     sample = sample_of(model, CausalCollator(0, select_logits=True))
-    keep_apart(model, sample, torch.device("cpu"), choose=False)
+    isolate_examples(model, sample, torch.device("cpu"), choose=False)
     assert model.config._attn_implementation == "sdpa"
-    keep_apart(model, sample, torch.device("cpu"), choose=True)
-    assert model.config._attn_implementation == NAME
-    assert attend_by_example(model, False) and model.config._attn_implementation == "sdpa"
+    isolate_examples(model, sample, torch.device("cpu"), choose=True)
+    assert model.config._attn_implementation == PER_EXAMPLE
+    assert set_per_example_attention(model, False) and model.config._attn_implementation == "sdpa"
     model.config.sliding_window = 8
-    assert not attend_by_example(model, True)
+    assert not set_per_example_attention(model, True)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def _logits(model, batch):
 def test_flash_attention_keeps_the_examples_of_a_micro_batch_apart(tiny, flash):
     sdpa = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation="sdpa").eval()
     model = flash(tiny())
-    assert takes_segments(model) and not takes_segments(sdpa)
+    assert accepts_segments(model) and not accepts_segments(sdpa)
     plain, with_segments = CausalCollator(0, True), CausalCollator(0, True, flash=True)
     for lengths in ([(5, 9, 2)], [(5, 9), (3, 4)], [(4, 4), (4, 4)], [(5, 6), (16,), (2, 3, 4), (7,)], [(9,), (4,)]):
         items = _items(lengths)
@@ -98,7 +98,7 @@ def test_the_check_refuses_flash_attention_without_the_boundaries_of_examples(fl
         check_isolation(model, sample_of(model, plain, batch=2))
     forward = model.forward
     model.forward = lambda input_ids, position_ids, labels=None: forward(input_ids, position_ids=position_ids)
-    assert not takes_segments(model)  # a model with code of its own that knows no further arguments
+    assert not accepts_segments(model)  # a model with code of its own that knows no further arguments
 
 
 def test_what_the_check_compares_is_a_batch_with_padding(flash):

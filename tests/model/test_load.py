@@ -13,8 +13,11 @@ from transformers import AutoTokenizer
 from dsrecipes.config.schema import ModelConfig
 from dsrecipes.data.columns import first_beyond
 from dsrecipes.errors import UserError
-from dsrecipes.model.load import check_ids, check_model, check_vocabulary, load_config, load_model, load_tokenizer
+from dsrecipes.model.checks import check_model
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
 from dsrecipes.model.task import count_parameters, pad_id
+from dsrecipes.model.tokenizer import check_ids, check_vocabulary, load_tokenizer
 
 CAUSAL, CHOICE = "AutoModelForCausalLM", "AutoModelForMultipleChoice"
 
@@ -106,7 +109,7 @@ def test_more_positions_than_the_model_has():
 def test_prequantized_models(tmp_path):
     path = copy_of(tiny_llama(), tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     config = load_config(options(path), CAUSAL)
-    with pytest.raises(UserError, match=r"pre-quantized \(gptq\), which ZeRO-3 cannot divide.*--load_in_4bit true.*zero2"):
+    with pytest.raises(UserError, match=r"pre-quantized \(gptq\), which ZeRO-3 cannot shard.*--load_in_4bit true.*zero2"):
         check_model(config, options(path, lora_r=8), 64, 3)
     with pytest.raises(UserError, match=r"pre-quantized \(gptq\) and its weights cannot be trained: give --lora_r 16"):
         check_model(config, options(path), 64, 2)

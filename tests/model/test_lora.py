@@ -18,8 +18,9 @@ from dsrecipes import load_recipe
 from dsrecipes.config.schema import ModelConfig
 from dsrecipes.errors import UserError
 from dsrecipes.inference.finished import open_run
-from dsrecipes.model.load import load_config, load_model
-from dsrecipes.model.lora import check_targets
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.load import load_model
+from dsrecipes.model.lora_targets import check_targets
 from dsrecipes.model.task import count_parameters
 from dsrecipes.publish.verify import load_saved
 from dsrecipes.train.trainer import is_causal_lm

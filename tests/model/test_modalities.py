@@ -7,7 +7,7 @@ from support.tiny import tiny_bert, tiny_llama
 from transformers import AutoConfig, AutoModel
 
 from dsrecipes.model.modalities import parameters_below, unreached_by_text, unreached_note
-from dsrecipes.model.task import averages_by_itself, is_causal_lm, loading_class
+from dsrecipes.model.task import averages_own_loss, is_causal_lm, loading_class
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -49,7 +49,7 @@ def tiny(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_parts_found_are_those_that_get_no_gradient_from_text(name):
     model = tiny(name)
-    assert is_causal_lm(model) and averages_by_itself(model) == (name != "Gemma3ForConditionalGeneration")
+    assert is_causal_lm(model) and averages_own_loss(model) == (name != "Gemma3ForConditionalGeneration")
     assert loading_class("AutoModelForCausalLM", model.config).__name__ == (
         "AutoModelForCausalLM" if name.startswith("Gemma3") else "AutoModelForMultimodalLM"
     )

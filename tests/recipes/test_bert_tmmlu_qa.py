@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from dsrecipes.recipes.bert_tmmlu_qa import Accuracy, BertTmmluQa
+from dsrecipes.recipes.bert_tmmlu_qa import BertTmmluQa
 from support.tiny import SHARED, STARTER, needs_shared, refusal, tiny_bert
 from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPrediction
 
@@ -19,6 +19,7 @@ from dsrecipes.data.questions import GROUPS, SUBJECTS, pool, subject_of, wanted_
 from dsrecipes.data.rows import located
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
+from dsrecipes.evaluation.choice_scores import accuracy
 from dsrecipes.run import main
 
 ROW = {"question": "1+1?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
@@ -195,9 +196,7 @@ def test_the_real_folders_are_split_without_a_shared_question(folder, rows, subj
 
 
 def test_accuracy_per_subject_and_group():
-    figures = Accuracy(keep_in_memory=True).compute(
-        predictions=[0, 1, 2, 3, 0], references=[0, 1, 2, 0, 1], subjects=["physics", "physics", "music", "music", "mine"]
-    )
+    figures = accuracy([0, 1, 2, 3, 0], [0, 1, 2, 0, 1], ["physics", "physics", "music", "music", "mine"])
     assert figures["accuracy"] == 0.6
     assert figures["accuracy_by_subject"]["music"] == {"accuracy": 0.5, "questions": 2}
     assert {name: each["accuracy"] for name, each in figures["accuracy_by_group"].items()} == {

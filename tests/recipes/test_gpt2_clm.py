@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_in_one_folder(tmp_path):
     metrics = json.loads(run.metrics.read_text())
     assert metrics["eval_loss"] == lines[-1]["eval_loss"] == result.metrics["eval_loss"]
     assert run.curve.read_bytes()[:4] == b"\x89PNG" and next(run.tensorboard.iterdir()).stat().st_size > 100
-    assert [path.name for path in run.whole_checkpoints()] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in run.complete_checkpoints()] == ["checkpoint-1", "checkpoint-2"]
     assert not list(run.path.rglob("training_args.bin"))
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert model.config.use_cache and AutoTokenizer.from_pretrained(run.model).vocab_size == 2048

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from dsrecipes.recipes.seq_classification import NUMBER, ONE, SEVERAL, SeqClassification, kind_and_names, target
+from dsrecipes.recipes.seq_classification import SeqClassification
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
@@ -23,6 +23,7 @@ from dsrecipes import UserError, load_recipe
 from dsrecipes.cli import main
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.collate import TOKEN_COUNTS, PaddingCollator
+from dsrecipes.data.labels import NUMBER, ONE, SEVERAL, kind_and_names, target
 from dsrecipes.data.sequences import PADDING_ROW, Sequences
 from dsrecipes.evaluation.evaluate import evaluate
 from dsrecipes.evaluation.rows import EvaluationRows

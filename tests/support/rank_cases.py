@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import io
 import json
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from support import disturbances
 from support.flash import flash_attention
 from transformers import TrainerCallback
 
-from dsrecipes import UserError, load_recipe
+from dsrecipes import UserError, base, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
 from dsrecipes.config.layers import layer
 from dsrecipes.data import window
@@ -27,6 +29,17 @@ from dsrecipes.runs.log import read_log
 from dsrecipes.train import first_step, run_folder
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.zero.shards import Shards
+
+
+@contextlib.contextmanager
+def _no_pictures() -> Iterator[None]:
+    """Runs without loss_curve.png and report.html: half the time of a small run, and no test of a pool reads them."""
+    draw, write = base.draw_curve, RecipeBase._write_page
+    base.draw_curve = RecipeBase._write_page = lambda *_: None  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        base.draw_curve, RecipeBase._write_page = draw, write  # type: ignore[method-assign]
 
 
 def _run(recipe: str, values: dict[str, Any]) -> tuple[RecipeBase, RecipeTrainer, RunResult]:
@@ -41,7 +54,8 @@ def _run(recipe: str, values: dict[str, Any]) -> tuple[RecipeBase, RecipeTrainer
         return made[0]
 
     story.build_trainer = keep  # type: ignore[method-assign]
-    result = story.run()
+    with _no_pictures():
+        result = story.run()
     return story, made[0], result
 
 
@@ -239,7 +253,8 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
 
     story.build_trainer = with_events  # type: ignore[method-assign]
     try:
-        result = story.run()
+        with _no_pictures():
+            result = story.run()
     except (RunStopped, UserError) as stopped:
         return {"stopped": type(stopped).__name__, "why": str(stopped), "said": said.getvalue()}
     finally:
@@ -251,7 +266,7 @@ def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
     """Run a recipe with one of tests/support/fault_injection.py's faults; returns what it ends with."""
     gc.collect()
     story = load_recipe(recipe, **values)
-    with getattr(importlib.import_module("support.fault_injection"), spoil)(story):
+    with getattr(importlib.import_module("support.fault_injection"), spoil)(story), _no_pictures():
         try:
             return f"step {story.run().step}"
         except UserError as error:
@@ -261,15 +276,15 @@ def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
 def shares(recipe: str, values: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Run a recipe; (held, whole) bytes of each part that the first step's audit counted on this rank."""
     found: list[Shards] = []
-    count = first_step.shards
+    count = first_step.measure_shards
 
     def keep(*given: Any) -> Shards:
         found.append(count(*given))
         return found[-1]
 
-    first_step.shards = keep
+    first_step.measure_shards = keep
     try:
         train(recipe, values)
     finally:
-        first_step.shards = count
+        first_step.measure_shards = count
     return {part: found[0].share(part) for part in ("weights", "gradients", "states")}

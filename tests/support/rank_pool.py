@@ -1,4 +1,4 @@
-"""Real ranks for tests: worker processes that start once, since importing everything takes ten seconds, and take cases.
+"""Real ranks for tests: worker processes that start once and take cases.
 
 A case is a function of tests/support/rank_cases.py by name. Every rank runs it with the same values and sends back what it returns.
 """
@@ -6,25 +6,38 @@ A case is a function of tests/support/rank_cases.py by name. Every rank runs it 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib
+import itertools
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import traceback
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from support.fork_server import Forked, fork_server
 from support.reaper import TAG
 
 from dsrecipes import UserError
 
+_IMPORTED_UNDER = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 _GRACE = 20
 """Seconds that the other ranks have to answer after one rank's case has raised."""
+
+
+_ports = itertools.cycle(range(20_000 + 100 * (os.getpid() % 100), 30_000))
+
+
+def free_port() -> int:
+    """A port that no other test of this session gets, below those that the kernel gives out by itself."""
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 class CaseError(Exception):
@@ -37,7 +50,7 @@ class Ranks:
     def __init__(self, world: int, folder: Path) -> None:
         """`folder` gets one log a rank."""
         self.world, self.folder = world, folder
-        self.workers: list[tuple[subprocess.Popen, Connection]] = []
+        self.workers: list[tuple[Forked, Connection]] = []
 
     def run(self, case: str, *, timeout: float = 240, **values: Any) -> list[Any]:
         """What the case returns on each rank, rank 0 first.
@@ -87,33 +100,26 @@ class Ranks:
         return (self.folder / f"rank{rank}.log").read_text(errors="replace")[-4000:]
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder.mkdir(parents=True, exist_ok=True)
         for rank in range(self.world):
             ours, theirs = Pipe()
-            env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")} | {
+            env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")} | _IMPORTED_UNDER | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
                 "LOCAL_WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                TAG: os.environ.get(TAG, "").partition("/")[0] + "/", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+                TAG: os.environ.get(TAG, "").partition("/")[0] + "/",
             }  # fmt: skip
             with (self.folder / f"rank{rank}.log").open("ab") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "support.rank_pool", str(theirs.fileno())], env=env, stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()], cwd=self.folder,
-                    start_new_session=True,
-                )  # fmt: skip
+                process = fork_server(**_IMPORTED_UNDER).start(
+                    {"rank": True}, self.folder, env, log.fileno(), log.fileno(), theirs.fileno()
+                )
             theirs.close()
             self.workers.append((process, ours))
 
     def kill(self) -> None:
         """End the workers where they stand."""
         for process, pipe in self.workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()
             pipe.close()
         self.workers = []
 
@@ -128,7 +134,7 @@ class Ranks:
         self.kill()
 
 
-def _work(pipe: Connection) -> None:
+def work(pipe: Connection) -> None:
     """A worker: answer cases until told to end, or until the test session is gone."""
     from dsrecipes.zero.process import end_process_group
 
@@ -144,8 +150,3 @@ def _work(pipe: Connection) -> None:
                 answer = ("raised", traceback.format_exc())
             pipe.send(answer)
     end_process_group()
-
-
-if __name__ == "__main__":
-    faulthandler.register(signal.SIGUSR1)
-    _work(Connection(int(sys.argv[1])))

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState
 from dsrecipes.io.console import Console
 from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.log import keep_until, read_log
+from dsrecipes.runs.log import read_log, truncate_log
 from dsrecipes.train.recorder import Recorder
 
 
@@ -18,11 +18,11 @@ def test_lines_after_the_resumed_step_are_forgotten(tmp_path):
     lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)] + [{"step": 4, "eval_loss": 0.5}]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')  # the last one cut off by a death
     assert read_log(log) == lines
-    keep_until(log, 3)
+    truncate_log(log, 3)
     assert read_log(log) == lines[:3]
-    keep_until(log, 0)
+    truncate_log(log, 0)
     assert read_log(log) == []
-    keep_until(tmp_path / "none.jsonl", 3)
+    truncate_log(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
 
 

@@ -10,12 +10,12 @@ from support.tiny import SHARED, needs_shared
 
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
-from dsrecipes.config.schema import TrainConfig
+from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.errors import UserError
-from dsrecipes.runs.manifest import seal
+from dsrecipes.runs.checkpoint_manifest import write_manifest
 from dsrecipes.train.setup import resolve_setup
 from dsrecipes.zero.limits import check_zeropp
-from dsrecipes.zero.process import hardware
+from dsrecipes.zero.process import describe_hardware
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,7 +46,7 @@ def test_one_process_on_a_cpu():
         "zero": 2,
         "sequences": 8,
         "layout": [None, False, False],
-        "hardware": hardware("cpu"),
+        "hardware": describe_hardware("cpu"),
     }
     plain = place(deepspeed="none")
     assert plain.zero is None and plain.name() == "plain PyTorch" and "RANK" not in os.environ
@@ -194,7 +194,7 @@ def resumed(tmp_path, made, world, monkeypatch, **values):
     """The place of a run that goes on from a checkpoint written elsewhere."""
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
-    seal(tmp_path, {}, made, {})
+    write_manifest(tmp_path, {}, made, {})
     config = build_config(
         layer(
             {"recipe": "gpt2_clm", "profile": "starter", "use_cpu": True, "resume_from_checkpoint": str(tmp_path), **values}

@@ -13,8 +13,8 @@ from support.rank_pool import Ranks
 
 from dsrecipes import UserError
 from dsrecipes.publish.reshape import reshape
+from dsrecipes.runs.checkpoint_manifest import is_complete
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.runs.manifest import is_whole
 
 pytestmark = pytest.mark.ranks
 
@@ -123,7 +123,7 @@ def test_four_ranks_go_on_where_two_began(
     resumed = four_ranks.run("train", **case)[0]
     resumed["log"] = [line for line in resumed["log"] if line["step"] > 5]
     same(resumed, whole)
-    assert is_whole(RunFolder(folder).checkpoints / "checkpoint-10")
+    assert is_complete(RunFolder(folder).checkpoints / "checkpoint-10")
 
 
 def test_the_batch_stays_as_large_as_the_checkpoints(

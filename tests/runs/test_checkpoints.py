@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from dsrecipes.errors import UserError
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
+from dsrecipes.runs.checkpoint_manifest import MANIFEST, find_problem, hash_files, is_complete, list_files, write_manifest
 from dsrecipes.runs.folder import RunFolder, find_checkpoints
-from dsrecipes.runs.manifest import MANIFEST, choose, damage, facts_of, fault, files_of, is_whole, seal
 
 MADE_BY, CONTRACT = {"ranks": 1, "zero": 2}, {"seed": 42}
 
@@ -27,7 +28,7 @@ def checkpoint(run: Path, step: int, whole: bool = True) -> Path:
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (path / "latest").write_text(f"global_step{step}")
     if whole:
-        seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
+        write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
     return path
 
 
@@ -44,20 +45,20 @@ KINDS = ("model.safetensors", "global_step5/bf16_optim_states.pt", "rng_state.pt
 @pytest.mark.parametrize("name", KINDS)
 def test_one_bit_of_any_file_is_found_and_the_file_named(tmp_path, name):
     path = checkpoint(tmp_path, 5)
-    assert is_whole(path) and damage(path) is None
+    assert is_complete(path) and find_damage(path) is None
     middle = (path / name).stat().st_size // 2
     flip(path / name, middle)
-    problem = fault(path) or damage(path)
+    problem = find_problem(path) or find_damage(path)
     assert problem is not None and name in problem
     flip(path / name, middle)
-    assert is_whole(path) and damage(path) is None
+    assert is_complete(path) and find_damage(path) is None
 
 
 def test_each_rank_looks_at_a_part_and_together_at_all(tmp_path):
     path = checkpoint(tmp_path, 5)
-    for name in files_of(path):
+    for name in list_files(path):
         flip(path / name, 3)
-        found = [damage(path, part, 2) for part in range(2)]
+        found = [find_damage(path, part, 2) for part in range(2)]
         assert sum(each is not None for each in found) == 1 and name in "".join(filter(None, found))
         flip(path / name, 3)
 
@@ -67,18 +68,18 @@ def test_a_missing_shorter_or_further_file_is_found_by_its_name_and_size(tmp_pat
     path = checkpoint(tmp_path, 5)
     with (path / name).open("rb+") as file:
         file.truncate((path / name).stat().st_size // 2)
-    assert name in fault(path)
+    assert name in find_problem(path)
     (path / name).unlink()
-    assert f"{name} is missing" in fault(path)
+    assert f"{name} is missing" in find_problem(path)
 
 
 def test_a_file_that_was_not_saved_is_found(tmp_path):
     path = checkpoint(tmp_path, 5)
     torch.save({}, path / "scaler.pt")
-    assert fault(path) == f"scaler.pt is not in its {MANIFEST.split('.')[0]}"
+    assert find_problem(path) == f"scaler.pt is not in its {MANIFEST.split('.')[0]}"
     (path / "scaler.pt").unlink()
     (path / "scheduler.pt").symlink_to(path / "latest")
-    assert "scheduler.pt" in fault(path)
+    assert "scheduler.pt" in find_problem(path)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_file_that_was_not_saved_is_found(tmp_path):
 def test_a_manifest_that_is_none(tmp_path, text):
     path = checkpoint(tmp_path, 5)
     (path / MANIFEST).write_text(text)
-    assert MANIFEST in fault(path)
+    assert MANIFEST in find_problem(path)
 
 
 class Canary:
@@ -104,12 +105,12 @@ class Canary:
 def test_a_pickle_that_runs_code_is_refused_though_its_manifest_matches(tmp_path, name):
     path = checkpoint(tmp_path, 5)
     torch.save({"state": Canary(tmp_path / "canary")}, path / name)
-    seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
-    assert is_whole(path)
-    assert damage(path) == f"{name} would run posix.mkdir when it is loaded"
+    write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
+    assert is_complete(path)
+    assert find_damage(path) == f"{name} would run posix.mkdir when it is loaded"
     (path / name).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
-    seal(path, facts_of(path, files_of(path)), MADE_BY, CONTRACT)
-    assert "is no file of torch.save" in damage(path)
+    write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
+    assert "is not a file of torch.save" in find_damage(path)
     assert not (tmp_path / "canary").exists()
 
 
@@ -119,17 +120,17 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path
     five, hundred, newest = checkpoint(tmp_path, 5), checkpoint(tmp_path, 100), checkpoint(tmp_path, 150)
     checkpoint(tmp_path, 200, whole=False)
     (tmp_path / "checkpoints" / "writing" / "checkpoint-250").mkdir(parents=True)
-    assert run.whole_checkpoints() == [five, hundred, newest]
+    assert run.complete_checkpoints() == [five, hundred, newest]
     for asked in ("auto", "true", str(tmp_path)):
         assert find_checkpoints(asked, run, told.append) == [newest, hundred, five]
     assert len(told) == 3 and "checkpoint-200: manifest.json is missing" in told[0] and "left alone" in told[0]
     assert find_checkpoints("step5", run, told.append) == [five] == find_checkpoints(str(five), None, told.append)
     flip(newest / "model.safetensors", 100)
     told.clear()
-    assert choose([newest, hundred, five], damage, told.append) == hundred
+    assert first_intact([newest, hundred, five], find_damage, told.append) == hundred
     assert len(told) == 1 and "checkpoint-150: model.safetensors is damaged" in told[0]
     with pytest.raises(UserError, match=r"checkpoint-150: model.safetensors is damaged.*No other"):
-        choose([newest], damage, told.append)
+        first_intact([newest], find_damage, told.append)
     assert newest.is_dir() and (tmp_path / "checkpoints" / "checkpoint-200").is_dir()
 
 
