@@ -22,7 +22,7 @@ from dsrecipes.errors import UserError, coded
 NO_REASONING = coded("DSR143", "the chat template does not show the reasoning of answers, which is not trained on")
 NO_TOOLS = coded("DSR144", "the chat template does not show the definitions of tools")
 NO_TEXT = coded(
-    "DSR145", "the chat template does not show the text of an answer beside its tool calls, which is not trained on"
+    "DSR145", "the chat template does not show the text of an answer next to its tool calls, which is not trained on"
 )
 MARK = "\ue000"
 """Stands for the text of an answer: a character of the private use area, with which no template and no user text begins."""
@@ -75,21 +75,23 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses short chats.
         """
-        asked, unasked = self.prompt(question), self.render(question, False)
+        prompted, without = self.prompt(question), self.render(question, False)
         chat = [*question, {"role": "assistant", "content": MARK}]
         answered, continued = self.render(chat, False), self.render([*chat, *question], False)
         if MARK not in answered:
             return
         tail = answered.rpartition(MARK)[2]
-        if asked == unasked and not continued.startswith(answered.rstrip()):
+        # A template that writes the header of an answer without being asked may write one behind the last answer too. It is
+        # recognized by its absence where a user turn follows.
+        if prompted == without and not continued.startswith(answered.rstrip()):
             self.next_header = self._find_next_header(tail, continued.rpartition(MARK)[2])
             tail = tail.removesuffix(self.next_header)
         tail = tail.rstrip()
         self.ends += [token.content for token in _added(self.tokenizer) if tail and tail.endswith(token.content)]
         if not tail:  # then another special token at the end of an answer is a part of the answer
             self.ends = [token for token in self.ends if token == self.tokenizer.eos_token]
-        header = answered[common_length(asked, answered) : answered.find(MARK)]
-        self.ignores = asked == unasked and bool(header.strip())
+        header = answered[common_length(prompted, answered) : answered.find(MARK)]
+        self.ignores = prompted == without and bool(header.strip())
         self.opening = "" if self.ignores else header
 
     def _find_next_header(self, tail: str, continued: str) -> str:

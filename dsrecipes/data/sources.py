@@ -84,7 +84,7 @@ def source_rows(data: DataConfig, load: LoadRows) -> list[SourceRows]:
 
 def _loaded(source: Source, data: DataConfig, load: LoadRows) -> dict[str, Iterable[Row]]:
     """The rows of a source, under the names that --columns gives their columns."""
-    return dict(renamed(load(source), data.columns))
+    return renamed(dict(load(source)), data.columns)
 
 
 def _training_rows(source: Source, data: DataConfig, load: LoadRows) -> SourceRows:

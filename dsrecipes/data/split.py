@@ -127,7 +127,7 @@ def refuse_empty(stats: dict[str, SplitStats], splits: Mapping[str, Iterable[Row
 
 def _only_file(rows: object) -> str:
     """`FILE: ` where the rows are those of one file."""
-    files = getattr(getattr(rows, "rows", rows), "files", ())
+    files: tuple[Path, ...] = getattr(getattr(rows, "rows", rows), "files", ())
     return f"{files[0]}: " if len(files) == 1 else ""
 
 

@@ -29,8 +29,15 @@ ALIASES = {
 }
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases}
 _KNOWN_KEYS = {
-    *_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_WEIGHT_KEYS, "tool_calls", "function_call", "name", "tool_call_id",
-}  # fmt: skip
+    *_ROLE_KEYS,
+    *_CONTENT_KEYS,
+    *_REASONING_KEYS,
+    *_WEIGHT_KEYS,
+    "tool_calls",
+    "function_call",
+    "name",
+    "tool_call_id",
+}
 
 
 def raw_turns(value: Any, name: str) -> list[Any]:

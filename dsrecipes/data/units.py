@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -216,7 +217,7 @@ def _counted(rows: Iterator[tuple[str, Row]], position: Position | None) -> Iter
 class _Lines:
     """Yields the lines of an open UTF-8 file from an offset on, and records the byte at which each begins."""
 
-    def __init__(self, file: io.BufferedReader, offset: int, line: int) -> None:
+    def __init__(self, file: BinaryIO, offset: int, line: int) -> None:
         self.file, self.offset, self.line = file, offset, line
         self.starts: dict[int, int] = {}
 
@@ -255,7 +256,7 @@ def _lines(path: Path, position: Position) -> Iterator[Piece]:
             yield rows, None
 
 
-def _rows_from(file: io.BufferedReader, path: Path, position: Position) -> tuple[_Lines, Iterator[tuple[str, Row]]]:
+def _rows_from(file: BinaryIO, path: Path, position: Position) -> tuple[_Lines, Iterator[tuple[str, Row]]]:
     """The rows of an open file of lines from a position on, and the lines that they are read from."""
     kind, first = suffix(path), position["line"]
     head = list(islice(_Lines(file, 0, 1), 1000)) if first > 1 and kind != ".txt" else []
