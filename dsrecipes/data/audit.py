@@ -82,6 +82,7 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: 
         )
     if not expected_logits.isfinite().all():
         return ""  # the weights hold NaN, which the first step reports
+    # in standard deviations of the logits: as much as rounding to 32 or to 16 bits may explain
     limit = 1e-4 if sample.exact else 0.1
     largest = ((logits - expected_logits).abs().max() / expected_logits.std().clamp(min=1e-9)).item()
     if largest <= limit and abs(loss - expected_loss) <= limit * max(abs(expected_loss), 1e-9):

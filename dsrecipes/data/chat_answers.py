@@ -86,6 +86,7 @@ def render_chat(template: ChatTemplate, chat: dict, options: EncodeOptions) -> t
     learned = [index for index in answers if weights[index] * row_weight > 0]
     if not learned:
         return [RenderedChat(template.render(turns[: answers[-1] + 1], False, tools))], notes
+    # each answer is located in the rendering up to it, as a server would render it, and not in that of the whole chat
     pieces = [replace(_piece(template, turns, index, tools), weight=weights[index] * row_weight) for index in learned]
     notes = [*notes, *_notes(template, [turns[index] for index in learned], pieces)]
     return _joined(pieces), notes
@@ -138,6 +139,7 @@ def _end_of_prompt(asked: str, text: str, last: Turn, header: str) -> int | None
 
     Where the template rewrites the last turn itself (Hermes' tool results), that is the header that the prompt ends with.
     """
+    # compared from the end, because it is the beginning of the prompt that templates rewrite
     best, end = 0, None
     for position in range(len(text), -1, -1):
         size = common_length(asked[::-1], text[:position][::-1])

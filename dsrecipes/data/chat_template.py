@@ -63,6 +63,7 @@ class ChatTemplate:
         """The header of a next answer, where the template writes it behind the last answer even without being asked."""
         self.ends = _end_tokens(tokenizer)
         question = [{"role": "user", "content": _WORD}]
+        # rendered with and without, because no field of a tokenizer says so; False must be set for the first rendering
         self.takes_parts = False
         """The template takes contents only as lists of parts, as those of models that see pictures may."""
         self.takes_parts = not self._shows_text(question) and self._shows_text(as_parts(question))

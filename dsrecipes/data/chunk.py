@@ -74,6 +74,7 @@ class Chunk:
 
 def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
     """Divide rows into groups; an error while reading is raised after the rows before it."""
+    # characters bound a group too: 512 rows can be a kilobyte or a gigabyte
     group: Group = []
     size = 0
     try:
@@ -120,6 +121,7 @@ class Encoding:
         formatted = list(records)
         chunk = Chunk(records.dropped.get("bad row", 0), len(formatted), seen=records.seen)
         if self.keyed:
+            # computed here, in the worker, because hashing takes as long as encoding short rows
             chunk.keys = np.fromiter((record_hash(record) for _, record in formatted), np.uint64)
         if formatted:
             columns, good = encode_group(self.recipe, formatted, self.tokenizer, self.options, self.skip_bad_rows)

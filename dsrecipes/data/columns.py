@@ -50,6 +50,7 @@ class ColumnWriter:
         batch = batch if batch.schema == self._schema else batch.cast(self._schema)
         self._hash(batch)
         self.rows += len(batch)
+        # hashed before batches are joined, and each column by itself, so that the fingerprint does not depend on the batches
         self._waiting.append(batch)
         self._size += batch.nbytes
         if self._size >= self._piece:
@@ -120,6 +121,7 @@ def _array(name: str, values: list) -> pa.Array:
     kind, depth = array.type, 0
     while pa.types.is_list(kind):
         kind, depth = kind.value_type, depth + 1
+    # 32 bits hold all token ids, and halve the file and the memory that maps it
     if pa.types.is_int64(kind):
         small = pa.int32()
     elif depth and pa.types.is_null(kind):  # only empty lists in this batch; others may have numbers

@@ -196,12 +196,14 @@ def match_row(row: Row) -> Match | None:
 
     In files of several formats each row has all columns, and those of the other formats are empty.
     """
+    # cached by columns, because the rows of a file have few combinations of columns
     matches = _matches_of(row)
     if len(matches) < 2:
         return matches[0] if matches else None
-    asked = [match for match in matches if dict.get(row, match.prompt) not in EMPTY]
-    answered = [match for match in asked if match.answer is None or dict.get(row, match.answer) not in EMPTY]
-    return (answered or asked or list(matches))[0]
+    # dict.get, because row.get would count the column as used (usage.ReadRow)
+    with_prompt = [match for match in matches if dict.get(row, match.prompt) not in EMPTY]
+    answered = [match for match in with_prompt if match.answer is None or dict.get(row, match.answer) not in EMPTY]
+    return (answered or with_prompt or list(matches))[0]
 
 
 def _matches_of(row: Row) -> tuple[Match, ...]:
@@ -216,6 +218,7 @@ def matches(columns: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[Match, .
         columns: of a row.
         mapped: those that --columns names, which come before all others.
     """
+    # reversed, so that the first of two columns with the same name in lower case counts
     by_name = {str(column).strip().lower(): column for column in reversed(columns)}
 
     def find(aliases: tuple[str, ...]) -> Any:

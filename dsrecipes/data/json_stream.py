@@ -34,6 +34,8 @@ class JsonStream:
         """Drop what was used, and read at least as much as is left, so that a long value is not decoded too often."""
         used = self._text[: self._at]
         self._line, self._column = self._place(self._at)
+        # as much again as is left, because the decoder starts a value from its beginning each time: so a long value costs
+        # twice its length in all, and not its square
         piece = self._file.read(max(_PIECE, len(self._text) - len(used)))
         self._text, self._at, self._ended = self._text[self._at :] + piece, 0, not piece
 

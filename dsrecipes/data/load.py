@@ -21,6 +21,7 @@ _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_d
 def split_of(path: Path) -> str | None:
     """Return the split in the name of a file or of its folder: train, validation, test, or None."""
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0].lower()
+    # the last word that is a split counts: train_test.csv is a test split
     for word in reversed(re.split(r"[^a-z]+", stem)):
         if word in SPLITS:
             return SPLITS[word]
@@ -61,6 +62,7 @@ def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Itera
 
 def _load_from_hub(dataset: str, config_name: str | None, path: Path) -> dict[str, Iterable[Row]]:
     """Load a data set by its name on the hub (UserError: it looks like a path)."""
+    # a misspelled path must not be looked up on the hub, where the message would be about the network
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or suffix(path) in SUFFIXES
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         raise UserError("DSR112", f"--dataset {dataset}: no such file or folder")

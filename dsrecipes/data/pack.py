@@ -59,7 +59,8 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     by_space: dict[int, list[_Bunch]] = {}
-    filled = 0  # bit s is set where a bin with s free tokens exists
+    # bit s is set where a bin with s free tokens exists: the lowest bit from `length` on is the fullest bin that fits
+    filled = 0
     counts = np.bincount(lengths)
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
@@ -112,6 +113,7 @@ def _rows_of(bunches: list[_Bunch], lengths: np.ndarray) -> Bins:
 
 def packed(path: Path, lengths: np.ndarray, capacity: int) -> Bins:
     """Return the bins of a prepared split's rows, from a file next to it if that fits, else packed and written there."""
+    # the file is found by its name and trusted by the hash of the lengths: another version may have prepared other rows here
     file = path.with_name(f"{path.stem}.packed-{capacity}.npz")
     digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).data).digest(), np.uint8)
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as saved:

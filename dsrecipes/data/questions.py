@@ -52,6 +52,7 @@ def question_record(row: Row) -> dict:
     """
     fields = LowerNames(row)
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
+    # Chinese files also write the letter in its wide form
     letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
     if letter not in tuple(LETTERS):
         raise ValueError(f"field 'answer' must be A, B, C or D, found {fields['answer']!r}")

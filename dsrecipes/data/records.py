@@ -57,6 +57,7 @@ def bad_row(place: str, error: Exception) -> UserError:
 def record_hash(record: dict) -> int:
     """Hash a record without its weights to 64 bits: records with equal hashes must be on the same side of a split."""
     text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
+    # md5 for speed: the hash only has to spread records, nobody attacks it
     return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])
 
 
@@ -96,6 +97,7 @@ def encode_group(
     try:
         return recipe.encode([record for _, record in group], tokenizer, options), list(range(len(group)))
     except (ValueError, TypeError) as failure:
+        # a tokenizer says which text it refuses, but not of which row, so the records are tried one by one
         good = []
         for index, (place, record) in enumerate(group):
             try:

@@ -76,6 +76,7 @@ def source_rows(data: DataConfig, load: LoadRows) -> list[SourceRows]:
     Raises:
         UserError: a data set cannot be read, or lacks the requested split.
     """
+    # a plain data set keeps hold_out, which meets the share exactly; several need a choice that does not depend on the others
     if not data.is_mixture:
         return [SourceRows(data.sources[0], data, _loaded(data.sources[0], data, load), holds_out=True, hold_out=hold_out)]
     training = [_training_rows(source, data, load) for source in data.sources]

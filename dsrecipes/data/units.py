@@ -158,6 +158,7 @@ def _jsonl(path: Path, start: int) -> Rows:
     rows: Rows = []
     with path.open("rb", buffering=_HEAD) as file:
         if start:
+            # from one byte before, so that a line that begins exactly at `start` is not skipped
             file.seek(start - 1)
             file.readline()  # the rest of a line that belongs to the unit before
         offset = file.tell()
@@ -173,7 +174,7 @@ def _jsonl(path: Path, start: int) -> Rows:
 def _object(text: str, place: BytePlace) -> Row:
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # json.loads is faster, and parse_json has the message
         row = parse_json(text, str(place))  # raises, with the line and the column
     return row if isinstance(row, dict) else row_of(row, str(place))
 

@@ -138,7 +138,8 @@ class ColumnUsage:
         columns = self.columns.setdefault(row.format, {})
         read = row.read
         for name, value in dict.items(row):
-            if value or not isinstance(value, _CAN_BE_EMPTY):  # 0 and false are something
+            # 0 and false are values; an empty text or list is what files write for a missing one
+            if value or not isinstance(value, _CAN_BE_EMPTY):
                 counts = columns if name in read else self.unused
                 key = name if type(name) is str else str(name)
                 counts[key] = counts.get(key, 0) + 1

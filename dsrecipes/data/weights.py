@@ -115,6 +115,7 @@ def class_weights(words: list[str], labels: np.ndarray, names: list[str]) -> np.
         counts = np.bincount(labels, minlength=len(names))
         present = counts > 0
         weights[present] = len(labels) / (present.sum() * counts[present])
+    # a mean over weights that are all 0 would be NaN
     if not weights[np.unique(labels)].any():
         raise UserError("DSR173", f"--class_weights {' '.join(words)}: every class with training rows has the weight 0")
     return weights.astype(np.float32)

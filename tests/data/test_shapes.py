@@ -1,4 +1,4 @@
-"""Rows and files in the forms that people have them, as the records that a recipe trains on."""
+"""Rows and files in the formats that are in use, as the records that a recipe trains on."""
 
 import json
 
@@ -197,7 +197,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_row_at_fault_says_what_was_expected(name):
+def test_a_faulty_row_gets_a_message_with_what_was_expected(name):
     row, problem = WRONG[name]
     with pytest.raises(ValueError, match=problem):
         instruction_record(row)
@@ -217,7 +217,7 @@ def test_a_text_recipe_takes_texts_and_names_the_recipe_for_others():
         Gpt2Clm.format_row({"title": "t"})
 
 
-def test_rows_without_an_answer_can_be_asked():
+def test_an_answer_is_added_to_rows_without_one():
     for row, column in (
         ({"prompt": "p"}, "completion"),
         ({"query": "q", "response": ""}, "response"),
@@ -291,7 +291,7 @@ def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
         ({"train": PAIR, "extra": PAIR}, "lists of rows train, extra, which are not all splits"),
     ],
 )
-def test_other_json_says_what_was_expected(value, problem, tmp_path):
+def test_json_of_another_shape_is_refused(value, problem, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=f"rows.json.*{problem}"):
         read(tmp_path / "rows.json")
@@ -347,14 +347,14 @@ def test_columns_under_other_names(tmp_path):
         "prompts and completions (prompt, output, context)",
         "unused columns: n (in 1 row), output (replaced by --columns) (in 1 row)",
     ]
-    with pytest.raises(UserError, match=r"--columns output=anser: .*a.jsonl has no column 'anser'.*it has q, a, output, n"):
+    with pytest.raises(UserError, match=r"--columns output=anser: .*a.jsonl .*'anser'.*q, a, output, n.*DSR130"):
         read(path, columns={"output": "anser"})
     chats = write_rows(tmp_path / "b.jsonl", [{"messages": TURNS, "question": "i", "reply": "o"}])
     assert read(chats, columns={"answer": "reply"})[0]["train"] == [alpaca("i", "o")]  # what is mapped is what is trained on
     assert read(chats, Gpt2Clm, {"text": "reply"})[0]["train"] == [{"text": "o", "end": True}]
     both = write_rows(tmp_path / "c.jsonl", [{"instruction": "i", "q": "p", "a": "o"}])
     assert read(both, columns={"prompt": "q", "completion": "a"})[0]["train"] == [alpaca("p", "o")]
-    with pytest.raises(UserError, match=r"--columns instrution=.*not used.*\(did you mean instruction\?\)"):
+    with pytest.raises(UserError, match=r"--columns instrution=.*\(did you mean instruction\?\).*DSR131"):
         read(both, columns={"instrution": "q", "output": "a"})
 
 
@@ -376,7 +376,7 @@ def test_an_index_of_pandas_that_is_no_number_is_a_column(orient, tmp_path):
     assert read(tmp_path / "a.json")[1].describe()[1:] == ["unused columns: index"]
 
 
-def test_forms_and_unused_columns_are_counted_and_merged():
+def test_formats_and_unused_columns_are_counted_and_merged():
     rows = [{"instruction": "i", "output": "o", "id": 0}, {"messages": [TURNS[0] | {"time": 5}, TURNS[1]], "source": ""}]
     parts = [ColumnUsage(), ColumnUsage()]
     for part, row in zip(parts, rows, strict=True):
@@ -389,7 +389,7 @@ def test_forms_and_unused_columns_are_counted_and_merged():
     ]
 
 
-def test_a_recipe_of_ones_own_has_its_columns_observed():
+def test_the_columns_of_a_users_own_recipe_are_observed():
     own = ColumnUsage()
     for row in ({"title": "t", "body": "b", "id": 3}, {"title": "t", "body": None, "id": 0}):
         own.format(lambda row: {"text": row["title"] + (row.get("body") or "")}, row)
