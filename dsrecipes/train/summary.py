@@ -15,10 +15,10 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.seen import Seen
 from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split, describe_dropped
 from dsrecipes.data.stream import Stream
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import plural
 from dsrecipes.model.bundled import needs_conversion
 from dsrecipes.runs.figures import FIGURES
@@ -60,10 +60,10 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
 
 def _seen(splits: dict[str, Split]) -> list[str]:
     """The forms of the rows, and columns that are not used, over all splits."""
-    seen = Seen()
+    seen = ColumnUsage()
     for split in splits.values():
         seen.merge(split.stats.seen)
-    return seen.words()
+    return seen.describe()
 
 
 def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
