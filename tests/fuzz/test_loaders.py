@@ -435,14 +435,14 @@ def verifiable(folder: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dsrecipes.runs.reference import _saved_tensors, logits_of, random_inputs, tokenizer_facts
+    from dsrecipes.runs.reference import logits_of, random_inputs, saved_fingerprints, tokenizer_facts
 
     run = made_run(folder / "verifiable", "gpt2_clm", tiny_gpt2(), dataset="starter:data/prose.txt", max_length=64)
     ids = random_inputs("AutoModelForCausalLM", 2048, 16, 0)
     logits = logits_of(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32), ids, "AutoModelForCausalLM")
     facts = {
         "step": 1, "auto_class": "AutoModelForCausalLM", "precision": "fp32", "dtype": "float32", "learned": True,
-        "tokenizer": tokenizer_facts(AutoTokenizer.from_pretrained(run / "model")), "weights": _saved_tensors(run / "model"),
+        "tokenizer": tokenizer_facts(AutoTokenizer.from_pretrained(run / "model")), "weights": saved_fingerprints(run / "model"),
         "files": {},
     }  # fmt: skip
     kept = {"random ids/input_ids": ids["input_ids"], "random ids/logits": logits}
