@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
+from dsrecipes.train.loaders import sequences_of_step
 from dsrecipes.train.state import Run
 from dsrecipes.zero.shards import check_shards, gradient_bytes, measure_shards
 
@@ -85,7 +86,7 @@ class FirstStep(TrainerCallback):
             "sick": self.sick,
             "losses": [loss.item() for loss in trainer.losses],
             "rows": RankRows(
-                len(trainer.callback_handler.train_dataloader), sum(trainer.sequences_of_step(state.global_step), [])
+                len(trainer.callback_handler.train_dataloader), sum(sequences_of_step(trainer, state.global_step), [])
             ),
             "unlabelled": self._unlabelled(state.global_step),
             "shards": measure_shards(trainer.model, self._optimizer(), self.gradients),
@@ -96,7 +97,7 @@ class FirstStep(TrainerCallback):
         trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
         check_weights([each["sick"] for each in found])
         # else the loss is reported; a step whose rows all weigh 0 has no gradient
-        if trainer.step_weight != 0 and all(torch.tensor(each["losses"]).isfinite().all() for each in found):
+        if trainer.step_loss.weight != 0 and all(torch.tensor(each["losses"]).isfinite().all() for each in found):
             check_gradients(trained, [each["sizes"] for each in found], setup.precision == "fp16")
         zero = setup.zero
         line = check_shards(
@@ -106,7 +107,7 @@ class FirstStep(TrainerCallback):
 
     def _unlabelled(self, step: int) -> list[int]:
         data, missing = self.trainer.train_dataset, []
-        for batch, sequences in zip(self.trainer.batches, self.trainer.sequences_of_step(step), strict=False):
+        for batch, sequences in zip(self.trainer.batches, sequences_of_step(self.trainer, step), strict=False):
             missing += unlabelled(batch, [data.rows(index) for index in sequences])
         return missing
 
