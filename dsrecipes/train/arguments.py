@@ -10,10 +10,10 @@ import numpy as np
 from transformers import EvalPrediction
 
 from dsrecipes.base import Metrics
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.find import is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES
-from dsrecipes.config.parse import best_metric
-from dsrecipes.config.schema import TrainConfig
+from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.train.precheck import check_parts
 from dsrecipes.train.state import Prepared

@@ -11,7 +11,7 @@ from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.model.attention import isolate_examples
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.state import Run
-from dsrecipes.zero.process import report_gradient_norm
+from dsrecipes.zero.internals import report_gradient_norm
 
 
 class DryRunEnded(Exception):

@@ -13,7 +13,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-import dsrecipes
 from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.io.disk import is_write_error, put_in_place, sync
@@ -166,7 +165,7 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
         What is wrong, or None.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_") and key not in RANK_KEYS}
-    root = str(Path(dsrecipes.__file__).parents[1])
+    root = str(Path(__file__).parents[2])  # of a checkout, which need not be installed
     python_path = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
     command = [sys.executable, "-m", "dsrecipes.publish.verify", str(folder.path.absolute())]

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase, RunResult
-from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.schema import Config
+from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import MixedSplit, SourceRows

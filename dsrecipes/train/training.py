@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.base import Metrics, RecipeBase, RunResult
 from dsrecipes.config.flags import without_effect
-from dsrecipes.config.layers import seconds_of
-from dsrecipes.config.schema import TrainConfig
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import stop_at_ends
 from dsrecipes.data.streamable import check_streaming
 from dsrecipes.errors import UserError
@@ -238,8 +238,8 @@ class Training:
             folder.path,
             ranks.rank,
             range(first, first + ranks.local_world),
-            hang=args.hang_timeout,
-            patience=args.ddp_timeout,
+            hang_timeout=args.hang_timeout,
+            slow_timeout=args.ddp_timeout,
             error_fd=self.console.error_fd,
         )
         return self.environment.watchdog
