@@ -406,7 +406,7 @@ def test_recipes_without_classes(name: str, words: list[str], message: str, capf
 def test_a_collator_without_weights_is_refused(tmp_path: Path) -> None:
     own = recipe(tmp_path, "CausalLM")
     text = Path(own).read_text() + (
-        "\n    def collator(self):\n        collate = super().collator()\n"
+        "\n    def collator(self, model, tokenizer):\n        collate = super().collator(model, tokenizer)\n"
         "        return lambda items: {name: value for name, value in collate(items).items() if name != 'weights'}\n"
     )
     Path(own).write_text(text)
