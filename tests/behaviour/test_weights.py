@@ -386,7 +386,7 @@ def test_a_step_of_weight_0_has_no_gradient_and_class_weights_are_a_term_of_the_
     losses = [line["loss"] for line in read_log(result.path / "log.jsonl") if "loss" in line]
     assert losses[0] > 0 and losses[1:] == [0, 0, 0]
     assert "weights   classes LABEL_0 0, LABEL_1 5 · losses are weighted means" in capfd.readouterr().out
-    with pytest.raises(UserError, match=r"class_weights is \['0', '5'\] there and \['1', '5'\] here"):
+    with pytest.raises(UserError, match=r"class_weights is \[0.0, 5.0\] there and \[1.0, 5.0\] here.*DSR376"):
         load_recipe(own, **values | {"max_steps": 4}, class_weights=[1, 5], resume_from_checkpoint="auto").run()
 
 
