@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pygments.lexers.special import TextLexer
+from sphinx.pycode import ModuleAnalyzer
 
 import dsrecipes
 from dsrecipes import cli
@@ -23,6 +24,7 @@ from dsrecipes.config.find import find_zero, schema_path, zero_names
 from dsrecipes.config.flags import FIXED, REMOVED
 from dsrecipes.config.help import known_flags
 from dsrecipes.config.layers import ALIASES
+from dsrecipes.data.formats import documented
 from dsrecipes.messages import RANGES, load_layer
 from dsrecipes.zero.lint import key_table
 
@@ -65,6 +67,9 @@ _CHINESE = {
     "an entry of `dataset`": "`dataset` 的一項",
     "keys that are not flags": "不是旗標的鍵",
     "keys that are flags": "也是旗標的鍵",
+    "format": "格式",
+    "columns of the prompt": "提示的欄位",
+    "columns of the answer": "回答的欄位",
 }
 """Headings and columns of the Chinese pages; descriptions that the program prints are English on both."""
 
@@ -226,14 +231,36 @@ def api(_: Words) -> Iterator[str]:
     """The public names, with signature and docstring (autodoc)."""
     for name in dsrecipes.__all__:
         value = getattr(dsrecipes, name)
-        kind = "autoclass" if inspect.isclass(value) else "autofunction" if callable(value) else "autodata"
-        options = "   :members:\n" if inspect.isclass(value) else ""
-        yield f"```{{eval-rst}}\n.. {kind}:: dsrecipes.{name}\n{options}```\n"
+        if inspect.isclass(value):
+            lines = [f".. autoclass:: dsrecipes.{name}", "   :members:"]
+        elif inspect.isroutine(value):
+            lines = [f".. autofunction:: dsrecipes.{name}"]
+        else:  # a type's alias, whose own docstring is that of dict or Callable
+            module = f"dsrecipes.{dsrecipes._EXPORTS[name]}"
+            about = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name), [])
+            lines = [f".. py:data:: dsrecipes.{name}", "", f"   ``{value}``", "", *(f"   {line}" for line in about)]
+        yield "\n".join(("```{eval-rst}", *lines, "```", ""))
+
+
+def row_formats(words: Words) -> Iterator[str]:
+    """The formats of rows, with the names that their columns may have."""
+    yield table((words("format"), words("columns of the prompt"), words("columns of the answer")), documented())
 
 
 GENERATORS: dict[str, Callable[[Words], Iterator[str]]] = {
     function.__name__: function
-    for function in (flags, fixed_flags, removed_flags, commands, yaml_keys, zero_files, zero_keys, messages, api)
+    for function in (
+        flags,
+        fixed_flags,
+        removed_flags,
+        commands,
+        yaml_keys,
+        zero_files,
+        zero_keys,
+        messages,
+        api,
+        row_formats,
+    )
 }
 
 

@@ -28,15 +28,15 @@ _EXPORTS = {
     # a recipe of one's own
     "RecipeBase": "base",
     "Metrics": "base",
-    "Row": "data.files",
+    "Row": "data.rows",
     "EncodeOptions": "config.encoding",
     "Segments": "data.encode",
     "encode_segments": "data.encode",
     "encode_texts": "data.encode",
     "encode_chats": "data.chat",
-    "text_field": "data.formats",
-    "text_record": "data.formats",
-    "instruction_record": "data.formats",
+    "text_field": "data.fields",
+    "text_record": "data.parse",
+    "instruction_record": "data.parse",
     "row_weight": "data.weights",
     "row_weights": "data.weights",
     "Split": "data.split",
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from dsrecipes.data.encode import Segments as Segments
     from dsrecipes.data.encode import encode_segments as encode_segments
     from dsrecipes.data.encode import encode_texts as encode_texts
-    from dsrecipes.data.files import Row as Row
-    from dsrecipes.data.formats import instruction_record as instruction_record
-    from dsrecipes.data.formats import text_field as text_field
-    from dsrecipes.data.formats import text_record as text_record
+    from dsrecipes.data.fields import text_field as text_field
+    from dsrecipes.data.parse import instruction_record as instruction_record
+    from dsrecipes.data.parse import text_record as text_record
+    from dsrecipes.data.rows import Row as Row
     from dsrecipes.data.sources import MixedSplit as MixedSplit
     from dsrecipes.data.sources import SourceRows as SourceRows
     from dsrecipes.data.split import Split as Split

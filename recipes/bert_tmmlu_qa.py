@@ -13,9 +13,9 @@ from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBa
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.files import LocatedRows, Row, located
 from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
 from dsrecipes.data.questions import sources as question_sources
+from dsrecipes.data.rows import LocatedRows, Row, located
 from dsrecipes.data.sources import MixedSplit, SourceRows
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import WEIGHTS, row_weights
@@ -65,7 +65,7 @@ class BertTmmluQa(RecipeBase):
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             answers = np.argmax(prediction.predictions, axis=-1)
-            return accuracy(answers, prediction.label_ids, subjects) | {
+            return accuracy(answers, np.asarray(prediction.label_ids), subjects) | {
                 "accuracy_majority": float(np.mean(prediction.label_ids == most)),
                 "accuracy_random": 1 / len(LETTERS),
             }

@@ -39,8 +39,8 @@ def test_list_and_show_answer_at_once_without_torch(argv):
         f"import sys; from dsrecipes.cli import main; code = main({argv!r}); "
         "sys.exit(code or 10 * bool({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while min(seconds, default=1) >= 1 and len(seconds) < 10:  # other tests run beside this one
         began = time.perf_counter()
         assert run_command(sys.executable, "-c", code).returncode == 0
         seconds.append(time.perf_counter() - began)
@@ -129,20 +129,20 @@ def test_help_all_lists_every_flag_that_is_not_refused(capfd):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["trian", "gpt2_clm"], ["unknown command 'trian'", "did you mean train?", "list"]),
-        (["train"], ["no recipe given", "gpt2_clm"]),
-        (["train", "gpt2_cml"], ["unknown recipe 'gpt2_cml'", "did you mean gpt2_clm?", "qlora_zero3"]),
-        (["train", "gpt2_cml", "--help"], ["unknown recipe 'gpt2_cml'", "did you mean gpt2_clm?"]),
-        (["train", "gpt2_clm", "--procs", "none"], ["--procs none"]),
-        (["train", "gpt2_clm", "--procs", "0"], ["--procs 0"]),
-        (["train", "gpt2_clm", "--max_restarts", "often"], ["--max_restarts often"]),
-        (["train", "gpt2_clm", "again"], ["unexpected argument 'again'"]),
-        (["train", "gpt2_clm", "--max_step", "3"], ["unknown key 'max_step'", "max_steps"]),
-        (["train", "gpt2_clm", "--deepspeed", "zero7"], ["--deepspeed zero7", "zero3"]),
-        (["train", "--config", "no.yaml"], ["--config no.yaml", "alpaca_llama3"]),
-        (["show", "gpt3"], ["unknown recipe 'gpt3'"]),
-        (["show", "gpt2_clm", "--max_step", "3"], ["unknown key 'max_step'", "max_steps"]),
-        (["show", "gpt2_clm", "--all", "--max_steps", "x"], ["--max_steps", "'x'"]),
+        (["trian", "gpt2_clm"], ["'trian'", "did you mean train?", "list", "DSR641"]),
+        (["train"], ["gpt2_clm", "DSR035"]),
+        (["train", "gpt2_cml"], ["'gpt2_cml'", "did you mean gpt2_clm?", "qlora_zero3", "DSR030"]),
+        (["train", "gpt2_cml", "--help"], ["'gpt2_cml'", "did you mean gpt2_clm?", "DSR030"]),
+        (["train", "gpt2_clm", "--procs", "none"], ["--procs none", "DSR044"]),
+        (["train", "gpt2_clm", "--procs", "0"], ["--procs 0", "DSR044"]),
+        (["train", "gpt2_clm", "--max_restarts", "often"], ["--max_restarts often", "DSR642"]),
+        (["train", "gpt2_clm", "again"], ["'again'", "DSR033"]),
+        (["train", "gpt2_clm", "--max_step", "3"], ["'max_step'", "max_steps", "DSR040"]),
+        (["train", "gpt2_clm", "--deepspeed", "zero7"], ["--deepspeed zero7", "zero3", "DSR032"]),
+        (["train", "--config", "no.yaml"], ["--config no.yaml", "alpaca_llama3", "DSR031"]),
+        (["show", "gpt3"], ["'gpt3'", "DSR030"]),
+        (["show", "gpt2_clm", "--max_step", "3"], ["'max_step'", "max_steps", "DSR040"]),
+        (["show", "gpt2_clm", "--all", "--max_steps", "x"], ["--max_steps", "'x'", "DSR045"]),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, parts, capfd):
@@ -153,10 +153,10 @@ def test_a_wrong_command_is_one_line(argv, parts, capfd):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([COMMAND, "train", "alpaca_lama_sft"], ["unknown recipe", "did you mean alpaca_llama_sft?"]),
-        ([COMMAND, "train", "--config", "alpaca_lama3"], ["--config alpaca_lama3", "did you mean alpaca_llama3?"]),
-        ([COMMAND, "train", "--config", "setup.cfg"], ["setup.cfg, line 2"]),
-        ([COMMAND, "show", "gpt2_clm", "--max_step", "3"], ["unknown key 'max_step'", "did you mean max_steps?"]),
+        ([COMMAND, "train", "alpaca_lama_sft"], ["did you mean alpaca_llama_sft?", "DSR030"]),
+        ([COMMAND, "train", "--config", "alpaca_lama3"], ["--config alpaca_lama3", "did you mean alpaca_llama3?", "DSR031"]),
+        ([COMMAND, "train", "--config", "setup.cfg"], ["setup.cfg, line 2", "DSR004"]),
+        ([COMMAND, "show", "gpt2_clm", "--max_step", "3"], ["'max_step'", "did you mean max_steps?", "DSR040"]),
         ([COMMAND, "train", "bert_tmmlu_qa", "--subjects", "phisics"], ["--subjects phisics", "did you mean physics?"]),
         (
             [sys.executable, "-m", "dsrecipes.run", "--recipe", "gpt2_clm", "--dataset", "no/such/rows.jsonl"],

@@ -123,9 +123,10 @@ def judge(
 
 def _rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tuple[str, Json]]:
     """(where, row) of a file's rows, or of those that the run held out."""
-    from dsrecipes.data.files import SUFFIXES, located, suffix
+    from dsrecipes.data.decode import SUFFIXES, suffix
     from dsrecipes.data.load import load_splits
     from dsrecipes.data.renamed import OptionalColumns, renamed
+    from dsrecipes.data.rows import located
     from dsrecipes.evaluation.rows import EvaluationRows
 
     if prompts:
@@ -163,7 +164,7 @@ def _items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, Json]],
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
     """What was asked, without the marks of the model's prompt format where the row's form is known."""
-    from dsrecipes.data.formats import instruction_record, with_answer
+    from dsrecipes.data.parse import instruction_record, with_answer
     from dsrecipes.data.records import BAD_ROW
 
     with contextlib.suppress(*BAD_ROW):

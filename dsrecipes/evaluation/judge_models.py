@@ -98,7 +98,7 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply have no room in the model's positions.
         """
-        from dsrecipes.data.chat import chat_template
+        from dsrecipes.data.chat_template import chat_template
         from dsrecipes.inference.answers import positions
 
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from dsrecipes.data.chat import chat_template
+from dsrecipes.data.chat_template import chat_template
 from dsrecipes.errors import UserError
 from dsrecipes.inference.answers import generation_settings, positions
 from dsrecipes.inference.device import memory_errors

@@ -30,6 +30,7 @@ from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train.header import source_facts
 from dsrecipes.train.setup import RunSetup
 from dsrecipes.train.trainer import RecipeTrainer
+from dsrecipes.zero.internals import engine_config
 
 _PACKAGES = (
     "dsrecipes",
@@ -162,7 +163,7 @@ def _devices() -> list[str]:
 
 def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
     """Write ds_config.json as the engine took it; no `auto` is left in it."""
-    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    config = engine_config(trainer.accelerator)
     text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
     write_whole(folder.ds_config, text + "\n")
 

@@ -13,6 +13,7 @@ from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
 from dsrecipes.train.loaders import sequences_of_step
 from dsrecipes.train.state import Run
+from dsrecipes.zero.internals import local_shard
 from dsrecipes.zero.shards import Shards, check_shards, gradient_bytes, measure_shards
 
 _EXPERT = re.compile(r"(^|\.)experts\.")
@@ -142,7 +143,7 @@ class FirstStep(TrainerCallback):
 def nonfinite_weight(model: torch.nn.Module) -> str | None:
     """Find the first parameter, or this rank's part of one, that holds a NaN or infinite number."""
     for name, parameter in model.named_parameters():
-        values = getattr(parameter, "ds_tensor", parameter).detach()
+        values = local_shard(parameter).detach()
         if values.is_floating_point() and values.numel() and not torch.stack(values.aminmax()).isfinite().all():
             return name
     return None

@@ -12,21 +12,10 @@ from dsrecipes.base import RunResult
 from dsrecipes.config.schema import Config
 from dsrecipes.data.split import describe_dropped
 from dsrecipes.errors import plural
+from dsrecipes.runs.figures import FIGURES
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.reference import describe_verification
 from dsrecipes.train.header import line
-
-_FIGURES = {
-    "eval_loss": "validation loss",
-    "eval_perplexity": "perplexity",
-    "eval_accuracy": "accuracy",
-    "eval_macro_f1": "macro-F1",
-    "eval_pearson": "Pearson",
-    "test_loss": "test loss",
-    "test_accuracy": "test accuracy",
-    "test_macro_f1": "test macro-F1",
-    "test_pearson": "test Pearson",
-}
 
 
 def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float, data: dict[str, Any] | None = None) -> str:
@@ -57,11 +46,11 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float,
 def _describe_figures(config: Config, metrics: dict[str, Any]) -> list[str]:
     figures = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if "train_loss" in figures else []
-    for key, name in _FIGURES.items():
-        if key in figures:
+    for key, figure in FIGURES.items():
+        if figure.footer and key in figures:
             baseline = figures.get(f"{key}_majority")
             remark = f" (always the commonest answer: {baseline:.4g})" if baseline is not None else ""
-            shown.append(f"{name} {figures[key]:.4g}{remark}")
+            shown.append(f"{figure.footer} {figures[key]:.4g}{remark}")
     sources = config.data.eval_sources or config.data.sources
     losses = [
         f"{source.name} {figures[f'eval_{source.name}_loss']:.4g}"

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.config.schema import Config, ModelConfig
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.seen import Seen
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split, SplitStats, describe_dropped
 from dsrecipes.data.stream import Stream
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import plural
 from dsrecipes.model.bundled import needs_conversion
 from dsrecipes.model.task import count_parameters
@@ -126,11 +126,11 @@ def _row_lines(prepared: Prepared, trainer: RecipeTrainer) -> list[str]:
     splits = dict(prepared.rows.splits)
     if prepared.rows.stream:
         splits = {"train": Split(Path(), prepared.rows.stream.window.end.read), **splits}
-    seen = Seen()
+    usage = ColumnUsage()
     for split in splits.values():
-        seen.merge(split.stats.seen)
+        usage.merge(split.stats.seen)
     class_weights = trainer.train_dataset.sample.class_weights
-    return [line("rows", *seen.words()), *_weight_lines(splits, class_weights, trainer.model.config)]
+    return [line("rows", *usage.describe()), *_weight_lines(splits, class_weights, trainer.model.config)]
 
 
 def _weight_lines(

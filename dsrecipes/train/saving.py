@@ -21,6 +21,7 @@ from dsrecipes.io.disk import is_write_error, no_room, put_in_place
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.runs.checkpoint_manifest import FileFacts, hash_files, list_files, write_manifest
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.zero.internals import file_writer, full_numel
 
 PROGRESS = "progress.json"
 """What Trainer keeps between two steps and does not save."""
@@ -124,7 +125,7 @@ class CheckpointWriter:
                 self._clear_staging()
                 staged.mkdir(parents=True)
         self._refuse_failures(step)
-        with self.collect_errors(), self._staged_output(), _collecting(getattr(model, "checkpoint_engine", None), self):
+        with self.collect_errors(), self._staged_output(), _collecting(file_writer(model), self):
             write_state()
         self._write_progress(staged, step)
         facts = self._hash(staged, step)
@@ -253,7 +254,7 @@ class CheckpointWriter:
         if self._saved_bytes:
             return self._saved_bytes
         parameters = list(self.trainer.model.parameters()) if self.trainer.model is not None else []
-        counts = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+        counts = [full_numel(parameter) for parameter in parameters]
         trained = sum(count for parameter, count in zip(parameters, counts, strict=True) if parameter.requires_grad)
         saves_all = trained == sum(counts)  # an adapter is saved without its base
         weights = sum(
