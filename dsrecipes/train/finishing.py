@@ -160,7 +160,7 @@ def _write_page(run: Run) -> None:
 def _verify_apart(folder: RunFolder) -> UserError | None:
     """Verify a run in a new process on the CPU, because the accelerator is still full.
 
-    By module name: verification stands above training (publish/), and is itself a command.
+    By module name: verification is in a layer above training (publish/), and is a command itself.
 
     Returns:
         What is wrong, or None.
