@@ -91,8 +91,7 @@ class Training:
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to the trainer, which whoever calls this trains.
 
-        The environment is entered and not left: the trainer's callbacks refer to the run, which keeps lock and watchdog
-        alive as long as the trainer.
+        The environment is entered and not left: the trainer's callbacks refer to the run, which holds it.
         """
         self.environment.__enter__()
         return self.start(self.prepare()).trainer
@@ -221,6 +220,7 @@ class Training:
             signals=signals,
             watchdog=watchdog,
             trainer=trainer,
+            environment=self.environment,
         )
         self._add_callbacks(self.started)
         return self.started
