@@ -41,6 +41,7 @@ from dsrecipes.config.schema import Config, TrainConfig
 from dsrecipes.config.sources import Source
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator
+from dsrecipes.data.encode import Segments
 from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
@@ -132,6 +133,22 @@ class RecipeBase(ABC):
         index of each entry's record where a record becomes several entries or none; notes, a list of lines for the header
         for each record.
         """
+
+    @staticmethod
+    def prompt(record: dict, options: EncodeOptions) -> Segments | dict | None:
+        """Write what precedes a record's answer, for rows and typed texts that have none (chat, generate, judge).
+
+        Args:
+            record: as format_row gives it, perhaps with another answer in place of the missing one; or, where format_row
+                refuses a row without an answer, the row. Read fields with record[name]: where a text is typed, the record is
+                empty at first, and the KeyError names the field that the text fills.
+            options: what the rows were encoded with.
+
+        Returns:
+            Segments as encode_segments takes them, the last one True if the model continues it; or a chat, {"messages", perhaps
+            "tools"}, for the tokenizer's template. None, the default: only rows with an answer have prompts.
+        """
+        return None
 
     # ---- may be replaced ----
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.encode import encode_texts
+from dsrecipes.data.encode import Segments, encode_texts
 from dsrecipes.data.files import FileRows, LineRows, Row
 from dsrecipes.data.formats import text_record
 
@@ -32,3 +32,8 @@ class Gpt2Clm(RecipeBase):
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
         """Text as ids, all of them labels."""
         return encode_texts(records, tokenizer)
+
+    @staticmethod
+    def prompt(record: dict, options: EncodeOptions) -> Segments:
+        """The text itself, which the model continues."""
+        return [(record["text"], True)]

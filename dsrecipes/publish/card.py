@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from dsrecipes.inference.answers import prompt_of
+from dsrecipes.errors import UserError
 from dsrecipes.inference.finished import FinishedRun
+from dsrecipes.inference.prompting import find_prompt_field, prompt_of
 from dsrecipes.runs.log import read_log
 
 _MERGED = {
@@ -70,13 +71,14 @@ def _code(auto: str) -> str:
 
 
 def _prompt(run: FinishedRun) -> list[str]:
-    """How the recipe words an instruction, where it takes one."""
-    if not run.recipe.auto_class.endswith("ForCausalLM"):
-        return []
+    """How the recipe words a question, where its model answers one."""
     try:
-        prompt = prompt_of(run, {"instruction": "Name three colours."})
-    except ValueError:
+        field = find_prompt_field(run)
+    except UserError:
         return []
+    if field.continues:
+        return []
+    prompt = prompt_of(run, field.row("Name three colours."))
     return [f"## Prompt\n\nIt was trained to answer texts of this form:\n\n```text\n{prompt.text}\n```"]
 
 

@@ -138,7 +138,7 @@ def test_flips_are_counted_and_named():
         ("answers", ["--num_fewshot", "2"], "[DSR474]"),
         ("questions", ["--task", "loss"], "measured by --task choices [DSR472]"),
         ("text", ["--task", "answers"], "[DSR477]"),
-        ("answers", ["--split", "test"], "has no such rows; it has validation, train"),
+        ("answers", ["--split", "test"], "it has validation, train [DSR484]"),
         ("answers", ["--dataset", "nothing.jsonl"], "no such file"),
         ("answers", ["--limit", "0"], "at least 1"),
         ("answers", ["--out", "/nowhere/x.json"], "no such folder"),

@@ -156,7 +156,7 @@ def test_what_is_done_is_not_done_again(run, files, monkeypatch):
             judge(str(run), **asked)
         kept = Path(files["out"]).read_bytes()
         assert len(lines(files["out"], "judgement")) == 6
-        with pytest.raises(UserError, match="max_new_tokens: 12 there, 13 now"):
+        with pytest.raises(UserError, match="max_new_tokens: 12 there, 13 now.*DSR437"):
             judge(str(run), **asked | {"max_new_tokens": 13})
         result = judge(str(run), **asked)
         again = judge(str(run), **asked)
@@ -178,12 +178,12 @@ def test_without_a_file_of_prompts_the_rows_held_out_are_asked(run, files):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--judge", "nowhere"], "--judge nowhere: no folder with a model"),
+        (["--judge", "nowhere"], "[DSR500]"),
         (["--judge", "http://x/v1", "--against", "nowhere"], "nowhere: no such run folder"),
-        (["--judge", "http://x/v1", "--limit", "0"], "--limit 0: give 1 or more"),
-        (["--judge", "http://x/v1", "--prompts", "none.json"], "--prompts none.json: no such file"),
+        (["--judge", "http://x/v1", "--limit", "0"], "--limit 0: give 1 or more [DSR490]"),
+        (["--judge", "http://x/v1", "--prompts", "none.json"], "[DSR492]"),
         (["--judge", "http://x/v1", "--rubric", "none.txt"], "--rubric none.txt: cannot be read"),
-        (["--judge", "http://x/v1", "--verdict", "likelihood"], "likelihood is for a model folder"),
+        (["--judge", "http://x/v1", "--verdict", "likelihood"], "[DSR491]"),
         ([], "the following arguments are required: --judge"),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_wrong_command_line(run, flags, message, capfd):
 def test_rows_that_do_not_fit(run, tmp_path, capfd):
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?", "output": ""}])
     asked = ["judge", str(run), "--judge", "http://127.0.0.1:9/v1", "--prompts", rows]
-    assert "line 1: the row has no answer of its own" in refusal(main, [*asked, "--against", "reference"], capfd)
+    assert (message := refusal(main, [*asked, "--against", "reference"], capfd)).endswith("[DSR494]\n"), message
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?"}, {"title": "Why?"}])
     assert "line 2: no known form of rows: the row has title" in refusal(main, asked, capfd)
 

@@ -30,7 +30,7 @@ pytest.importorskip("gradio")
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from dsrecipes.inference.web import Page, Talk  # noqa: E402
+from dsrecipes.inference.web import BrowserChat, Page  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WORDS = {"max_new_tokens": 6, "suppress_tokens": list(range(300)), "no_repeat_ngram_size": 1}
@@ -144,7 +144,7 @@ def test_what_the_page_takes_back_is_forgotten(runs: dict[str, FinishedRun]):
     """Retry, undo and clear: the number of a message says what the page still shows before it."""
     run = runs["chat"]
     speakers = _speakers(run, False, False)
-    talk = Talk(lambda terminal: _session(run, speakers, terminal, None, WORDS), both=False)
+    talk = BrowserChat(lambda terminal: _session(run, speakers, terminal, None, WORDS), both=False)
 
     def said(message: str, number: int) -> list[str]:
         talk.hear(message, number)
@@ -181,13 +181,13 @@ def test_mistakes_are_told_before_there_is_a_page(
     path = str(runs["alpaca"].folder.path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert "taken already" in refusal(main, ["chat", path, "--web", "--port", port], capfd)
-    assert "only with --web" in refusal(main, ["chat", path, "--port", "8000"], capfd)
-    assert "65535" in refusal(main, ["chat", path, "--web", "--port", "70000"], capfd)
+        assert "[DSR452]" in refusal(main, ["chat", path, "--web", "--port", port], capfd)
+    assert "[DSR452]" in refusal(main, ["chat", path, "--port", "8000"], capfd)
+    assert "65535 [DSR452]" in refusal(main, ["chat", path, "--web", "--port", "70000"], capfd)
     text = str(runs["text"].folder.path)
-    assert "no place for a system text" in refusal(main, ["chat", text, "--web", "--system", "Be brief."], capfd)
+    assert "[DSR447]" in refusal(main, ["chat", text, "--web", "--system", "Be brief."], capfd)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'gradio>=6.31'" in refusal(main, ["chat", path, "--web"], capfd)
+    assert "pip install 'gradio>=6.31'` [DSR458]" in refusal(main, ["chat", path, "--web"], capfd)
 
 
 def test_the_command_ends_with_ctrl_c(runs: dict[str, FinishedRun], capfd: pytest.CaptureFixture[str]):
