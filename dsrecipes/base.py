@@ -32,13 +32,16 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.config.find import RecipeFiles, is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES, without_effect
-from dsrecipes.config.layers import Layers, layer, seconds_of
-from dsrecipes.config.parse import best_metric, build_config
-from dsrecipes.config.schema import Config, TrainConfig
+from dsrecipes.config.layers import Layers, layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import check_ends, packed_sample, stop_at_ends
 from dsrecipes.data.collate import CausalCollator, PaddingCollator
 from dsrecipes.data.encode import Segments
@@ -95,7 +98,8 @@ from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.train.training import verify_apart
 from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
-from dsrecipes.zero.process import check_started, report_gradient_norm
+from dsrecipes.zero.internals import report_gradient_norm
+from dsrecipes.zero.process import check_started
 from dsrecipes.zero.rank_group import rank_group
 
 
@@ -577,8 +581,8 @@ class RecipeBase(ABC):
         ranks = self.place.ranks
         first = ranks.rank - ranks.local_rank
         return Watchdog(
-            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang=self.args.hang_timeout,
-            patience=self.args.ddp_timeout, error_fd=self.console.error_fd,
+            self.folder.path, ranks.rank, range(first, first + ranks.local_world), hang_timeout=self.args.hang_timeout,
+            slow_timeout=self.args.ddp_timeout, error_fd=self.console.error_fd,
         )  # fmt: skip
 
     def places_of(self, rows: list[int]) -> str:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import reaper
@@ -26,6 +27,8 @@ _INHERITED = re.compile(
     "MAKEFLAGS|MAKELEVEL|MAKEOVERRIDES|PYTHONOPTIMIZE|PYTHONUNBUFFERED|PYTHONWARNINGS|(HF|TRANSFORMERS|HUGGING_FACE|DSRECIPES)_.*"
 )
 """Variables of the shell, the job or the `make` that the session runs in, which would reach what the tests start."""
+
+_USE_RUNS = tuple(f"test_{name}.py" for name in "disk export parity resume saved_model stopping verify".split())
 
 # before anything imports the hub's library, which reads these once
 _CACHE = Path(tempfile.mkdtemp(prefix="dsrecipes-tests-"))
@@ -73,16 +76,23 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2`: the long tests first, and in one process what shares fixtures: a module, or runs of a recipe."""
-    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
-    for item in items:
-        group = item.nodeid.partition("::")[0]
-        if {"runs", "two_ranks"} <= set(getattr(item, "fixturenames", ())):
-            values = item.callspec.params if hasattr(item, "callspec") else {}
-            group = f"runs of {values.get('name', 'gpt2')}"
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Beside another process (`pytest -n 2`) the long tests come first, so that both end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share fixtures go to one process: those of a file, and those of all files that use `runs`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "runs" if file.endswith(_USE_RUNS) else file
+
+    config.option.loadscopereorder = False  # files with many tests are not the long ones
+    return Together(config, log)
 
 
 def _ranks(world: int, folder: Path) -> Iterator[Ranks]:

@@ -111,7 +111,7 @@ def test_help_all_lists_every_flag_that_is_not_refused(capfd):
     from dsrecipes.config.flags import FIXED
     from dsrecipes.config.help import known_flags
     from dsrecipes.config.layers import ALIASES
-    from dsrecipes.config.schema import CONFIG_CLASSES
+    from dsrecipes.config.train_config import CONFIG_CLASSES
 
     fields = {field.name: field for config in CONFIG_CLASSES for field in dataclasses.fields(config) if field.init}
     assert known_flags().keys() == fields.keys()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dsrecipes
+from dsrecipes.messages import load_all
 
 from support.readme_blocks import LANGUAGES, Block, blocks, blocks_of, pages, toctree  # isort: skip
 from support.tiny import ROOT  # isort: skip
@@ -49,6 +50,8 @@ def test_both_languages_have_the_same_pages() -> None:
     for language in LANGUAGES:
         folder = ROOT / "docs" / language
         assert sorted(page.stem for page in folder.glob("*.md")) == sorted(page.stem for page in pages(language)[1:])
+        linked = re.findall(r"\]\(([\w/-]+)\.md\)", (folder / "index.md").read_text(encoding="utf-8"))
+        assert linked == toctree(language)
 
 
 @pytest.mark.parametrize(("english", "chinese"), BOTH)
@@ -62,14 +65,19 @@ def test_both_languages_of_a_page_have_the_same_headings_and_blocks(english: Pat
 
 @pytest.mark.parametrize(("english", "chinese"), BOTH)
 def test_both_languages_of_a_page_name_the_same_flags_files_and_ids(english: Path, chinese: Path) -> None:
-    """Tables have as many rows, and what stands in backticks is the same, in any order."""
-    for page in (english, chinese):
-        assert page.read_text(encoding="utf-8").strip()
-    rows = [len(re.findall(r"^\|", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in (english, chinese)]
-    assert rows[0] == rows[1]
-    # words of a sentence in backticks may be translated, as in `--hang_timeout SECONDS`
-    named = [set(re.findall(r"`[^`\n]*?((?:--|DSR)\w+|[\w/]+\.[a-z]\w*)", text_of(page))) for page in (english, chinese)]
-    assert named[0] == named[1]
+    """Tables have as many rows, and flags, file names and message ids in code spans are the same."""
+    assert table_rows(english) == table_rows(chinese)
+    assert names(english) == names(chinese)
+
+
+def table_rows(page: Path) -> int:
+    return len(re.findall(r"^\|", text_of(page), re.MULTILINE))
+
+
+def names(page: Path) -> set[str]:
+    """Flags, file names and message ids in code spans; other words of a span, such as SECONDS, may be translated."""
+    spans = re.findall(r"`([^`\n]+)`", text_of(page))
+    return {name for span in spans for name in re.findall(r"(?:--|DSR)\w+|[\w/-]+\.[a-z]\w*", span)}
 
 
 def text_of(page: Path) -> str:
@@ -129,3 +137,8 @@ def test_the_readme_shows_a_part_of_the_whole_recipe() -> None:
     recipe = next(block.text for block in blocks() if block.file == "mine.py")
     part = next(block.text for block in blocks_of(pages()[0]) if block.language == "python")
     assert part in recipe
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_the_ids_of_messages_that_a_page_names_exist(page: Path) -> None:
+    assert set(re.findall(r"DSR\d{3}", page.read_text(encoding="utf-8"))) <= set(load_all())

@@ -1,4 +1,4 @@
-"""LoRA settings: which layers get an adapter, and an adapter folder that is given as a model."""
+"""Which layers get a LoRA adapter, and which settings hold where the model is an adapter folder?"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dsrecipes.io.text import read_text
 
 CONFIG = "adapter_config.json"
 _KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules"}
-"""Flag -> its name in adapter_config.json."""
+"""Flag -> key of adapter_config.json."""
 HEAD = "head_config.json"
-"""Beside the adapter of a classifier: what its head needs of the model's configuration, which is the base's own otherwise."""
+"""File next to a classifier's adapter: labels and pad token, which the base model's configuration does not know."""
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
@@ -25,7 +25,7 @@ def lora_targets(values: list[str]) -> list[str] | str:
     """Convert --lora_target_modules for peft: names of layers, one regular expression, or all-linear.
 
     Raises:
-        ValueError: empty text, not a regular expression, or all-linear together with other values.
+        UserError: empty text, not a regular expression, or all-linear together with other values.
     """
     is_given = bool(values)
     if len(values) == 1 and values[0].lstrip().startswith("["):
@@ -33,10 +33,10 @@ def lora_targets(values: list[str]) -> list[str] | str:
             values = [str(name) for name in json.loads(values[0])]
     names = [part.strip() for value in values for part in value.split(",") if part.strip()]
     if is_given and not names:
-        raise ValueError("--lora_target_modules is empty: give names of layers, or all-linear")
+        raise UserError("DSR055", "--lora_target_modules is empty: give names of layers, or all-linear")
     if "all-linear" in names or not names:
         if len(names) > 1:
-            raise ValueError("--lora_target_modules: all-linear means all of them; give it alone")
+            raise UserError("DSR055", "--lora_target_modules: all-linear means all of them; give it alone")
         return "all-linear"
     if all(map(_PLAIN_NAME.fullmatch, names)):
         return names
@@ -44,13 +44,13 @@ def lora_targets(values: list[str]) -> list[str] | str:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"--lora_target_modules {value}: not a regular expression ({error})") from None
+            raise UserError("DSR055", f"--lora_target_modules {value}: not a regular expression ({error})") from None
     patterns = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
     return values[0] if len(values) == 1 else "|".join(patterns)
 
 
 def adapter_folder(name: str | None) -> Path | None:
-    """The adapter folder that a model's name points to; None for the name of a whole model."""
+    """The adapter folder that a model's name means; None for the name of a full model."""
     path = user_path(starter_path(name)) if name else Path()
     is_adapter = (path / CONFIG).is_file() and not (path / "config.json").is_file()
     return path if name and is_adapter else None
@@ -60,35 +60,39 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     """Read and check an adapter's own configuration.
 
     Raises:
-        UserError: it is damaged, is not LoRA, has no safetensors, or does not name its base.
+        UserError: it is damaged, is not LoRA, has no safetensors, or does not name its base model.
     """
     where = f"--model_name_or_path {folder}"
     try:
         values = json.loads(read_text(folder / CONFIG))
         kind, base = values["peft_type"], values["base_model_name_or_path"]
-        typed = type(values["r"]) is int and values["r"] >= 1 and isinstance(values["target_modules"], (list, str))
+        is_valid = type(values["r"]) is int and values["r"] >= 1 and isinstance(values["target_modules"], (list, str))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: {CONFIG} is damaged ({error})") from error
+        raise UserError("DSR056", f"{where}: {CONFIG} is damaged ({error})") from error
     if kind != "LORA":
-        raise UserError(f"{where}: this is a {kind} adapter; only LoRA adapters can be trained further")
-    if not typed:
-        raise UserError(f"{where}: {CONFIG} is damaged (r must be a whole number from 1, target_modules a list or a text)")
+        raise UserError("DSR057", f"{where}: this is a {kind} adapter; only LoRA adapters can be trained further")
+    if not is_valid:
+        expected = "r must be a whole number from 1, target_modules a list or a text"
+        raise UserError("DSR056", f"{where}: {CONFIG} is damaged ({expected})")
     if not base or not isinstance(base, str):
-        raise UserError(f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there")
+        raise UserError(
+            "DSR056", f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{where}: adapter_model.safetensors is missing")  # peft would take a pickle, or ask the hub
+        # peft would load a pickle instead, or ask the hub
+        raise UserError("DSR056", f"{where}: adapter_model.safetensors is missing")
     return values
 
 
 def head_settings(config: Any) -> dict[str, Any]:
-    """What a classifier's head needs of the model's configuration."""
+    """The part of a model's configuration that a classifier's head needs."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     pad = config.get_text_config().pad_token_id
     return {"names": names, "problem_type": config.problem_type, "pad_token_id": pad}
 
 
 def set_head(config: Any, settings: dict[str, Any]) -> None:
-    """Give a configuration another's head_settings."""
+    """Copy another configuration's head_settings into this one."""
     names = [str(name) for name in settings["names"]]
     config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     config.problem_type = settings["problem_type"]
@@ -96,13 +100,13 @@ def set_head(config: Any, settings: dict[str, Any]) -> None:
 
 
 def read_head(folder: Path, config: Any) -> None:
-    """Give the base's configuration what an adapter folder's HEAD says, where there is one (UserError: it is damaged)."""
+    """Apply an adapter folder's HEAD, if it has one, to the base's configuration (UserError: it is damaged)."""
     if not (folder / HEAD).is_file():
         return
     try:
         set_head(config, json.loads(read_text(folder / HEAD)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / HEAD} is damaged ({error})") from error
+        raise UserError("DSR056", f"{folder / HEAD} is damaged ({error})") from error
 
 
 def base_model(name: str) -> str:
@@ -120,44 +124,55 @@ def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> 
         notes: gets a line on what was overridden.
 
     Raises:
-        UserError: the user asked for something that contradicts the adapter.
+        UserError: the user gave a value that contradicts the adapter.
     """
     folder = adapter_folder(str(merged.get("model_name_or_path", ("",))[0] or ""))
     if folder is None:
         return
     values, origin, overridden = read_adapter(folder), str(folder / CONFIG), []
-    explicit = {key: value for key, value in merged.items() if key in by_user}
-    if is_true(explicit.get("from_scratch", (False,))[0]):
-        raise UserError(f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag")
-    if str(explicit.get("lora_r", (1,))[0]) == "0":
-        raise UserError(
-            f"--lora_r 0 trains all weights, but {folder} is a LoRA adapter: merge it into its base first with "
-            f"`dsrecipes export RUN --to DIR`, and give --model_name_or_path DIR"
-        )
-    for key, name in _KEYS.items():
-        own = values.get(name, 0.0)
-        if key in explicit and (key == "lora_dropout" or _same(explicit[key][0], own)):
+    given = {key: value for key, value in merged.items() if key in by_user}
+    _refuse_full_training(folder, given)
+    for flag, key in _KEYS.items():
+        setting = values.get(key, 0.0)
+        if flag in given and (flag == "lora_dropout" or _same(given[flag][0], setting)):
             continue
-        if key in explicit:
+        if flag in given:
+            value, source = given[flag]
             raise UserError(
-                f"--{key} {_words(explicit[key][0])} ({explicit[key][1]}), but the adapter {folder} has {_words(own)}: drop the flag; "
-                "training continues with the adapter as it is"
+                "DSR058",
+                f"--{flag} {_as_text(value)} ({source}), but the adapter {folder} has {_as_text(setting)}: drop the flag; "
+                "training continues with the adapter as it is",
             )
-        if key in merged and not _same(merged[key][0], own):
-            overridden.append(f"{key} {_words(merged[key][0])}")
-        merged[key] = (own if isinstance(own, list) or key != "lora_target_modules" else [own], origin)
+        if flag in merged and not _same(merged[flag][0], setting):
+            overridden.append(f"{flag} {_as_text(merged[flag][0])}")
+        is_pattern = flag == "lora_target_modules" and not isinstance(setting, list)
+        merged[flag] = ([setting] if is_pattern else setting, origin)
     instead = f"; its own settings override the recipe's {', '.join(overridden)}" if overridden else ""
     notes.append(f"training continues from the adapter {folder} of {values['base_model_name_or_path']}{instead}")
 
 
-def _same(value: Any, own: Any) -> bool:
-    """Whether a value as it was written equals the adapter's own."""
+def _refuse_full_training(folder: Path, given: Merged) -> None:
+    """Refuse flags that train all weights: an adapter folder does not hold them (UserError)."""
+    if is_true(given.get("from_scratch", (False, ""))[0]):
+        raise UserError(
+            "DSR058", f"--from_scratch: {folder} is a LoRA adapter, which needs the weights of its base; drop the flag"
+        )
+    if str(given.get("lora_r", (1, ""))[0]) == "0":
+        raise UserError(
+            "DSR058",
+            f"--lora_r 0 trains all weights, but {folder} is a LoRA adapter: merge it into its base first with "
+            f"`dsrecipes export RUN --to DIR`, and give --model_name_or_path DIR",
+        )
+
+
+def _same(value: Any, setting: Any) -> bool:
+    """Whether a value as it was written equals the adapter's setting."""
     try:
-        if isinstance(own, (list, str)):
+        if isinstance(setting, (list, str)):
             names = list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
-            return _as_set(lora_targets(names)) == _as_set(own)
-        return float(value) == float(own)
-    except (TypeError, ValueError):
+            return _as_set(lora_targets(names)) == _as_set(setting)
+        return float(value) == float(setting)
+    except (TypeError, ValueError, UserError):
         return False
 
 
@@ -165,5 +180,5 @@ def _as_set(targets: list[str] | str) -> set[str]:
     return {targets} if isinstance(targets, str) else set(targets)
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ",".join(sorted(map(str, value))) if isinstance(value, (list, tuple)) else str(value)

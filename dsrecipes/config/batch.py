@@ -1,6 +1,6 @@
-"""The batch of a step: sequences = micro batch x accumulation x ranks, where the user's own numbers hold.
+"""How large is the batch of a step? global batch = micro batch x accumulation x ranks; the user's own numbers win.
 
-It imports neither torch nor transformers, because `dsrecipes show` prints the batch too.
+Imports neither torch nor transformers, because `dsrecipes show` prints the batch too.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsrecipes.config.layers import Layers, accelerators
+from dsrecipes.config.layers import Layers
 from dsrecipes.errors import UserError
+from dsrecipes.io.devices import accelerators
 
 TOTAL, MICRO, ACCUMULATION = "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
 BATCH_KEYS = (TOTAL, MICRO, ACCUMULATION)
 _MICRO_DEFAULT = 8
-"""Of transformers.TrainingArguments."""
+"""Default of transformers.TrainingArguments."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one forward pass, and forward passes of a step on each rank."""
+    """Sequences of one forward pass, forward passes of a step, and ranks."""
 
     micro: int
     accumulation: int
@@ -27,7 +28,7 @@ class Batch:
 
     @property
     def total(self) -> int:
-        """Sequences of a step, over all ranks."""
+        """Sequences of a step over all ranks."""
         return self.micro * self.accumulation * self.ranks
 
     def values(self) -> dict[str, int]:
@@ -58,23 +59,23 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
     if ACCUMULATION in fixed or not total:
         return Batch(micro, accumulation or 1, ranks)
     if MICRO not in fixed:
-        micro = largest_divisor(total // ranks, micro) if total % ranks == 0 else min(micro, max(1, total // ranks))
+        share = total // ranks
+        micro = largest_divisor(share, micro) if total % ranks == 0 else min(micro, max(1, share))
     return Batch(micro, max(1, round(total / (micro * ranks))), ranks)
 
 
 def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], ranks: int, micro: int) -> Batch:
+    """Solve for a global batch that the user gave, which must come out exactly."""
     share, remainder = divmod(fixed[TOTAL], ranks)
     if remainder == 0:
         if MICRO not in fixed:
-            passes = fixed.get(ACCUMULATION, 0)
-            micro = share // passes if passes else largest_divisor(share, micro)
+            accumulation = fixed.get(ACCUMULATION, 0)
+            micro = share // accumulation if accumulation else largest_divisor(share, micro)
         batch = Batch(micro, fixed.get(ACCUMULATION, share // micro if micro else 0), ranks)
         if batch.total == fixed[TOTAL]:
             return batch
-    equation = " x ".join(
-        [f"{key} {fixed[key]} ({given[key]})" if key in fixed else f"{key} ?" for key in (MICRO, ACCUMULATION)]
-        + [f"ranks {ranks}"]
-    )
+    factors = [f"{key} {fixed[key]} ({given[key]})" if key in fixed else f"{key} ?" for key in (MICRO, ACCUMULATION)]
+    equation = " x ".join([*factors, f"ranks {ranks}"])
     raise UserError(
         "DSR042",
         f"the batch does not divide: {TOTAL} {fixed[TOTAL]} ({given[TOTAL]}) = {equation} has no whole solution. Change one "
@@ -83,12 +84,13 @@ def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], rank
 
 
 def _hint(fixed: Mapping[str, int], ranks: int) -> str:
+    """Global batch sizes that would work."""
     unit = fixed.get(MICRO, 1) * fixed.get(ACCUMULATION, 1) * ranks
     return f"; {TOTAL} can be a multiple of {unit}" if len(fixed) < len(BATCH_KEYS) else f"; {TOTAL} would be {unit}"
 
 
 def changed_defaults(values: Mapping[str, int | None], given: Mapping[str, str], batch: Batch) -> str | None:
-    """Describe which defaults were changed; None if none was."""
+    """One line on the defaults that were adjusted; None where none was."""
     changed = [
         f"{key} {values[key]} became {number}"
         for key, number in batch.values().items()
@@ -100,17 +102,19 @@ def changed_defaults(values: Mapping[str, int | None], given: Mapping[str, str],
 def ranks_of(procs: str | None, layers: Layers) -> int:
     """The ranks that `dsrecipes train` starts: --procs, or one for each accelerator."""
     if procs is not None and not (procs.isdecimal() and len(procs) < 6 and int(procs) > 0):
-        raise UserError(f"--procs {procs}: give a number of ranks, 1 or more")
-    return int(procs) if procs else max(1, 0 if layers.is_on("use_cpu") else accelerators())
+        raise UserError("DSR044", f"--procs {procs}: give a number of ranks, 1 or more")
+    if procs:
+        return int(procs)
+    return 1 if layers.is_on("use_cpu") else max(1, accelerators())
 
 
 def batch_of(layers: Layers, ranks: int) -> dict[str, int]:
-    """The batch of a step by flag."""
+    """The batch of a step by flag; empty where a number is malformed, which the parser refuses by name."""
     merged = layers.merged()
     try:
         values = {key: int(str(merged[key][0])) for key in BATCH_KEYS if key in merged}
     except ValueError:
         values = {MICRO: 0}
     if min(values.values(), default=1) < 1:
-        return {}  # the parser will refuse it, naming the value
+        return {}
     return divide_batch(values, layers.by_user(), ranks).values()

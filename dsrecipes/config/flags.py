@@ -1,6 +1,7 @@
-"""What each flag of transformers.TrainingArguments does here: it works, has one fixed value, or was removed.
+"""Which flags of transformers.TrainingArguments work here, which have one fixed value, and which were removed?
 
-Imports neither torch nor transformers, like layers.py. tests/test_flags.py fails where a field is in no table.
+Imports neither torch nor transformers, like layers.py. tests/config/test_flags.py fails where a field is in no table, so
+a flag that a new transformers adds cannot slip through undecided.
 """
 
 from __future__ import annotations
@@ -8,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dsrecipes.errors import UserError, nearest
+from dsrecipes.errors import UserError, coded, nearest
 from dsrecipes.io.paths import starter_path, user_path
 
 Merged = dict[str, tuple[Any, str]]
 """Key -> (value, origin), as the layers of a configuration give them."""
 JUDGED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow a metric of the evaluations."""
+"""Learning rate schedules that follow a metric of the evaluations."""
 
 _EXPORT = "nothing is uploaded while training; afterwards `dsrecipes export RUN --to DIR`, then `hf upload NAME DIR`"
-_LOADER = "rows are laid out by step, and depend on seed and step alone"
+_LOADER = "rows are assigned to steps beforehand, from the seed and the step alone"
 _EVALUATION = "the evaluation sums losses over labels and keeps what the recipe's metrics need"
-_ONE_WAY = "there is no other way here"
+_ONE_WAY = "it has no replacement; leave it out"
 
 FIXED: dict[str, tuple[Any, str]] = {
     "accelerator_config": (None, f"{_LOADER}; the batch is set by --global_batch_size"),
-    "auto_find_batch_size": (False, "the rows of a step are laid out beforehand; give --per_device_train_batch_size"),
-    "average_tokens_across_devices": (True, "false would weigh the tokens of the ranks unequally"),
+    "auto_find_batch_size": (False, "the rows of a step are assigned beforehand; give --per_device_train_batch_size"),
+    "average_tokens_across_devices": (True, "false would weight the tokens of the ranks unequally"),
     "batch_eval_metrics": (False, "a recipe's metrics see all rows at once"),
     "bf16_full_eval": (False, "evaluation runs in the precision of the training"),
-    "dataloader_drop_last": (False, "a short step is filled with empty rows, so nothing need be dropped"),
+    "dataloader_drop_last": (False, "the last step is padded with empty rows, so nothing is dropped"),
     "dataloader_in_order": (True, _LOADER),
-    "do_eval": (True, "validation rows are always evaluated when training ends; --eval_strategy says when else"),
+    "do_eval": (True, "validation rows are always evaluated when training ends; --eval_strategy adds evaluations"),
     "do_predict": (False, "`dsrecipes generate RUN` writes answers, `dsrecipes evaluate RUN` scores them"),
     "do_train": (True, "this command trains; `dsrecipes evaluate RUN` evaluates without training, --dry_run stops before the first step"),
     "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 save a checkpoint without it; see also --time_limit"),
@@ -45,11 +46,11 @@ FIXED: dict[str, tuple[Any, str]] = {
     "hub_revision": (None, _EXPORT),
     "hub_strategy": ("every_save", _EXPORT),
     "hub_token": (None, "nothing is uploaded while training; to read gated models set HF_TOKEN or run `hf auth login`"),
-    "ignore_data_skip": (False, "a resumed run continues with the rows that come next, which costs no time here"),
+    "ignore_data_skip": (False, "a resumed run continues with the next rows, which takes no time here"),
     "include_for_metrics": (None, "a recipe's metrics see logits and labels"),
-    "include_num_input_tokens_seen": ("no", "log.jsonl has tokens_per_second, padding left out"),
+    "include_num_input_tokens_seen": ("no", "log.jsonl has tokens_per_second, without padding"),
     "label_names": (None, "the labels of a recipe are its column `labels`"),
-    "label_smoothing_factor": (0, "the loss is computed where the labels are, which Trainer's label smoothing does not know"),
+    "label_smoothing_factor": (0, "the loss is computed only at labeled positions, which Trainer's label smoothing does not support"),
     "length_column_name": ("length", "lengths are counted when the rows are tokenized"),
     "liger_kernel_config": (None, "Liger's kernels are not used; see --use_liger_kernel"),
     "local_rank": (-1, "the launcher sets the rank; `--procs N` starts N of them"),
@@ -59,13 +60,13 @@ FIXED: dict[str, tuple[Any, str]] = {
     "restore_callback_states_from_checkpoint": (True, "a resumed run restores everything"),
     "save_on_each_node": (False, "all machines write into one shared run folder"),
     "skip_memory_metrics": (True, "log.jsonl has peak_memory_gb"),
-    "use_cache": (False, "training needs no cache, and with a cache packed examples would attend to each other"),
+    "use_cache": (False, "training needs no key-value cache, and with one packed examples would attend to each other"),
     "use_liger_kernel": (
         False,
-        "Liger's fused loss does not support logits_to_keep; logits are computed here only where a label asks for them",
+        "Liger's fused loss does not support logits_to_keep, and logits are computed only at labeled positions here",
     ),
 }  # fmt: skip
-"""Flags that have one value here -> (that value, why, and what to use instead)."""
+"""Flag with one value here -> (that value, why, and what to use instead)."""
 
 WORKS = frozenset(
     "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
@@ -81,7 +82,7 @@ WORKS = frozenset(
     "train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
     "ddp_backend ddp_timeout deepspeed debug resume_from_checkpoint".split()
 )
-"""Flags that do what transformers says, and remove_unused_columns, whose values mean the same: rows are tokens alone."""
+"""Flags that do what transformers documents; both values of remove_unused_columns do the same, since rows hold only tokens."""
 
 REMOVED = {
     "adafactor": "--optim adafactor",
@@ -116,7 +117,7 @@ REMOVED = {
     "use_mps_device": _ONE_WAY,
     "warmup_ratio": "--warmup_steps 0.1: below 1 it is a share of all steps",
 }
-"""Flags that transformers had, and tutorials still give -> what to use instead."""
+"""Flag that transformers had and tutorials still use -> what to use instead."""
 
 _OFF = ("false", "no", "off", "none", "null", "0", "")
 
@@ -132,25 +133,27 @@ def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
         if key in known:
             continue
         if key in REMOVED:
-            raise UserError(f"transformers has removed {key!r} ({origin}): {REMOVED[key]}")
-        raise UserError(f"unknown key {key!r} ({origin}){nearest(key, known)}; `dsrecipes train --help all` lists all")
+            raise UserError("DSR041", f"transformers has removed {key!r} ({origin}): {REMOVED[key]}")
+        hint = nearest(key, known)
+        raise UserError("DSR040", f"unknown key {key!r} ({origin}){hint}; `dsrecipes train --help all` lists all")
 
 
 def refuse_unsuited(merged: Merged) -> None:
     """Refuse a value that would have no effect (UserError: why, and what to use instead)."""
     for key, (value, origin) in merged.items():
         if key in FIXED and not _means(value, FIXED[key][0]):
-            raise UserError(f"--{key} {_shown(key, value)}: {FIXED[key][1]} ({origin})")
+            raise UserError("DSR043", f"--{key} {_shown(key, value)}: {FIXED[key][1]} ({origin})")
 
 
 def _shown(key: str, value: Any) -> str:
+    """The value for a message, without secrets: a log may be shared."""
     if "token" in key:
         return "..."
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _means(value: Any, fixed: Any) -> bool:
-    """Whether a value as it was written is the one in effect."""
+    """Whether a value as it was written equals the fixed one."""
     text = str(value).strip().lower()
     if fixed is None or fixed is False:
         return text in _OFF or value == {}
@@ -165,58 +168,95 @@ def _means(value: Any, fixed: Any) -> bool:
 
 
 def without_effect(values: Mapping[str, Any], own: Mapping[str, str], zero: bool) -> list[str]:
-    """A line for each value that the user gave and that has no effect because of another value.
+    """One line for each value that the user gave and that another value makes ineffective.
 
     Args:
         values: model, data and training values by flag.
-        own: key -> origin of those that the user gave.
+        own: key -> origin of the values that the user gave.
         zero: whether DeepSpeed runs.
     """
     reasons = idle_values(values, zero)
-    return [f"{key} has no effect: {reasons[key]} ({origin})" for key, origin in own.items() if key in reasons]
+    return [
+        coded("DSR065", f"{key} has no effect: {reasons[key]} ({origin})") for key, origin in own.items() if key in reasons
+    ]
 
 
 def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
-    """Flag -> why it has no effect, given the other values."""
-    schedule, trackers = values["lr_scheduler_type"], values["report_to"] or []
-    judged = (
+    """Flag -> why it has no effect, given the other values.
+
+    Args:
+        values: model, data and training values by flag.
+        zero: whether DeepSpeed runs.
+    """
+    reasons = _idle_steps(values) | _idle_schedule(values) | _idle_engine(values, zero) | _idle_tracking(values)
+    if user_path(starter_path(str(values["model_name_or_path"]))).is_dir():
+        reasons["model_revision"] = "model_name_or_path is a folder"
+    if not values["lora_r"]:
+        reasons |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), "lora_r is 0")
+    if not values["load_in_4bit"]:
+        reasons |= dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), "load_in_4bit is false")
+    return reasons
+
+
+def _idle_steps(values: Mapping[str, Any]) -> dict[str, str]:
+    """Flags on when to evaluate, save and log."""
+    reasons: dict[str, str] = {}
+    for name in ("eval", "save", "logging"):
+        strategy = values[f"{name}_strategy"]
+        if strategy != "steps":
+            reasons[f"{name}_steps"] = f"{name}_strategy is {strategy}"
+    if values["eval_strategy"] == "no":
+        reasons["eval_delay"] = "eval_strategy is no"
+    if values["save_strategy"] == "no":
+        reasons["save_total_limit"] = "save_strategy is no"
+    if values["max_steps"] > 0:
+        reasons["num_train_epochs"] = f"max_steps {values['max_steps']} sets the length"
+    return reasons
+
+
+def _idle_schedule(values: Mapping[str, Any]) -> dict[str, str]:
+    """Flags on the learning rate schedule, the optimizer and the best model."""
+    schedule = values["lr_scheduler_type"]
+    reasons: dict[str, str] = {}
+    needs_best = (
         values["load_best_model_at_end"]
         or values["early_stopping_patience"]
         or values["save_strategy"] == "best"
         or schedule in JUDGED_SCHEDULES
     )
-    unjudged = None if judged else "nothing asks for the best model; see --load_best_model_at_end"
-    reasons: dict[str, str | None] = {
-        "activation_checkpointing_kwargs": None if values["activation_checkpointing"] else "activation_checkpointing is off",
-        "metric_for_best_model": unjudged,
-        "greater_is_better": unjudged,
-        "eval_delay": "eval_strategy is no" if values["eval_strategy"] == "no" else None,
-        "save_total_limit": "save_strategy is no" if values["save_strategy"] == "no" else None,
-        "num_train_epochs": f"max_steps {values['max_steps']} sets the length" if values["max_steps"] > 0 else None,
-        "run_name": None if set(trackers) - {"none", "tensorboard"} else "report_to names no tracker that shows it",
-    }
-    if user_path(starter_path(str(values["model_name_or_path"]))).is_dir():
-        reasons["model_revision"] = "model_name_or_path is a folder"
-    for name in ("backend", "mode"):  # either alone turns torch_compile on
-        if not values["torch_compile"] and values[f"torch_compile_{name}"] is None:
-            reasons[f"torch_compile_{name}"] = "torch_compile is false"
-    for name in ("eval", "save", "logging"):
-        strategy = values[f"{name}_strategy"]
-        reasons[f"{name}_steps"] = None if strategy == "steps" else f"{name}_strategy is {strategy}"
-    if schedule in ("constant", *JUDGED_SCHEDULES):
-        reasons["warmup_steps"] = f"lr_scheduler_type is {schedule}" if values["warmup_steps"] else None
+    if not needs_best:
+        unused = "nothing needs the best model; see --load_best_model_at_end"
+        reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), unused)
+    if schedule in ("constant", *JUDGED_SCHEDULES) and values["warmup_steps"]:
+        reasons["warmup_steps"] = f"lr_scheduler_type is {schedule}"
     if schedule in ("constant", "constant_with_warmup"):
         reasons["lr_scheduler_kwargs"] = f"lr_scheduler_type is {schedule}"
     if not str(values["optim"]).startswith(("galore", "apollo")):
         reasons["optim_target_modules"] = f"optim is {values['optim']}"
+    return reasons
+
+
+def _idle_engine(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
+    """Flags on compilation, activation checkpointing and DDP."""
+    reasons: dict[str, str] = {}
+    if not values["activation_checkpointing"]:
+        reasons["activation_checkpointing_kwargs"] = "activation_checkpointing is off"
+    for name in ("backend", "mode"):  # either one alone turns torch_compile on
+        if not values["torch_compile"] and values[f"torch_compile_{name}"] is None:
+            reasons[f"torch_compile_{name}"] = "torch_compile is false"
     if zero:
         for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph", "backend"):
             reasons[f"ddp_{name}"] = "DeepSpeed runs, not DDP"
-    if not {"trackio", "all"} & set(trackers):
-        for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
-            reasons[name] = "report_to does not name trackio"
-    if not values["lora_r"]:
-        reasons |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), "lora_r is 0")
-    if not values["load_in_4bit"]:
-        reasons |= dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"), "load_in_4bit is false")
-    return {name: reason for name, reason in reasons.items() if reason}
+    return reasons
+
+
+def _idle_tracking(values: Mapping[str, Any]) -> dict[str, str]:
+    """Flags that only some experiment trackers read."""
+    trackers = set(values["report_to"] or [])
+    reasons: dict[str, str] = {}
+    if not trackers - {"none", "tensorboard"}:
+        reasons["run_name"] = "report_to names no tracker that shows it"
+    if not {"trackio", "all"} & trackers:
+        names = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+        reasons |= dict.fromkeys(names, "report_to does not name trackio")
+    return reasons

@@ -1,11 +1,12 @@
-"""`dsrecipes train --help`: the most used flags with the values that would run; `--help all` lists all of them.
+"""Which flags are there, and with which values would this command line run? The text of `dsrecipes train --help`.
 
-Read from the source of the dataclasses, because importing them takes ten seconds.
+The fields of transformers.TrainingArguments are read from its source, because importing it takes ten seconds.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import textwrap
@@ -19,53 +20,54 @@ from dsrecipes.config.batch import batch_of, ranks_of
 from dsrecipes.config.find import recipe_names
 from dsrecipes.config.flags import FIXED
 from dsrecipes.config.layers import ALIASES, Layers, layer, parse_flags
+from dsrecipes.config.schema import DataConfig, ModelConfig, RunConfig
 from dsrecipes.errors import printable
 
-_WIDTH, _COLUMN = 100, 52
+_WIDTH, _COLUMN = 80, 36
 _HEAD = """\
 usage: dsrecipes train RECIPE [--flag value ...]
        LAUNCHER -m dsrecipes.run --recipe RECIPE [--flag value ...]
 """
 _OWN = {"config": None, "profile": "auto", "procs": None, "max_restarts": "0"}
-"""Flags of the command itself, and their defaults."""
+"""Flag of the command itself -> its default."""
 _SHORT: dict[str, dict[str, tuple[str, str]]] = {
     "start": {
         "config": ("FILE|NAME", "YAML of flags, or a shipped variant"),
         "profile": ("", "auto, full or starter (small, offline)"),
-        "procs": ("N", "ranks that dsrecipes train starts"),
-        "max_restarts": ("N", "restarts after a rank was killed or hung"),
-        "dry_run": ("", "check everything up to the first step"),
+        "procs": ("N", "Ranks to start; default one for each GPU"),
+        "max_restarts": ("N", "Restarts after a rank was killed or hung"),
+        "dry_run": ("", "Check everything up to the first step"),
     },
     "model": {
-        "model_name_or_path": ("MODEL", "hub id or folder"),
+        "model_name_or_path": ("MODEL", "Hub id or folder"),
         "lora_r": ("", "LoRA rank; 0 trains all weights"),
         "load_in_4bit": ("", "4-bit base weights (needs --lora_r)"),
     },
     "data": {
-        "dataset": ("DATA", "hub id, file or folder; several are mixed"),
-        "eval_dataset": ("DATA", "validation rows; also --validation_split"),
-        "max_length": ("", "longest sequence, in tokens"),
-        "packing": ("", "several examples in one sequence"),
+        "dataset": ("DATA", "Hub id, file or folder; several are mixed"),
+        "eval_dataset": ("DATA", "Validation rows; also --validation_split"),
+        "max_length": ("", "Longest sequence, in tokens"),
+        "packing": ("", "Several examples in one sequence"),
     },
     "optimization": {
-        "num_train_epochs": ("", "passes over the data"),
-        "max_steps": ("", "optimizer steps; above 0 overrides epochs"),
-        "global_batch_size": ("N", "sequences a step over all ranks"),
-        "per_device_train_batch_size": ("", "sequences a rank computes at once"),
-        "learning_rate": ("", "peak learning rate"),
-        "warmup_steps": ("", "steps up to the peak"),
-        "seed": ("", "of data order, dropout, new weights"),
+        "num_train_epochs": ("", "Passes over the data"),
+        "max_steps": ("", "Optimizer steps; above 0 overrides epochs"),
+        "global_batch_size": ("N", "Sequences per step, over all ranks"),
+        "per_device_train_batch_size": ("", "Sequences in a rank's forward pass"),
+        "learning_rate": ("", "Peak learning rate"),
+        "warmup_steps": ("", "Steps up to the peak; below 1: a share"),
+        "seed": ("", "Seed of row order, dropout, new weights"),
     },
     "engine": {
         "deepspeed": ("", "zero0 to zero3, *_offload, a JSON, or none"),
-        "bf16": ("true|false", "unset: on if the GPU supports it"),
-        "activation_checkpointing": ("true|false", "less memory, a third slower"),
+        "bf16": ("true|false", "Default: on if the GPU supports it"),
+        "activation_checkpointing": ("true|false", "Saves memory; a third slower"),
     },
     "evaluation, saving, resume": {
-        "eval_steps": ("N", "steps between evaluations"),
-        "save_steps": ("", "steps between checkpoints"),
-        "output_dir": ("DIR", "run folder; default runs/RECIPE/TIME"),
-        "resume_from_checkpoint": ("auto|stepN|DIR", "auto: the newest, if there is one"),
+        "eval_steps": ("N", "Steps between evaluations"),
+        "save_steps": ("", "Steps between checkpoints"),
+        "output_dir": ("DIR", "Run folder; default runs/RECIPE/TIME"),
+        "resume_from_checkpoint": ("auto|stepN|DIR", "auto: the newest checkpoint, if any"),
     },
 }
 """Group -> flag -> (placeholder of a value that is not set, what the flag does)."""
@@ -91,12 +93,12 @@ _OF_RUN = {
     "logging": ("verbose",),
     "resume and robustness": ("resume_from_checkpoint",),
 }
-"""Group -> fields without a heading; the others that TrainConfig adds belong to resume and robustness."""
+"""Group -> fields without a heading; the other fields of RunConfig belong to resume and robustness."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A field of one of the dataclasses, as its source defines it."""
+    """A field of one of the configuration's dataclasses."""
 
     group: str
     default: Any
@@ -105,58 +107,60 @@ class Flag:
 
 @cache
 def known_flags() -> dict[str, Flag]:
-    """Every field of the dataclasses: the keys that a YAML or a command line may have."""
-    theirs = importlib.util.find_spec("transformers")
-    assert theirs is not None and theirs.origin
-    flags: dict[str, Flag] = {}
-    for path in (Path(theirs.origin).with_name("training_args.py"), Path(__file__).with_name("schema.py")):
-        text = path.read_text("utf-8")
-        headings = {number: line for number, line in enumerate(text.splitlines(), 1) if line.startswith("    # --- ")}
-        for node in _classes(text):
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    name, heading = field.target.id, _last_before(headings, field.lineno)
-                    group = flags[name].group if name in flags else _group(node.name, name, heading)
-                    default, about = _default_and_about(field.value)
-                    short = node.name == "TrainingArguments" and _SHORT_ABOUT.get(name)
-                    flags[name] = Flag(group, default, short or about)
+    """Every flag by name: the keys that a YAML or a command line may have."""
+    flags = dict(_trainer_flags())
+    for config_class in (ModelConfig, DataConfig, RunConfig):
+        for field in dataclasses.fields(config_class):
+            overridden = flags.get(field.name)
+            group = overridden.group if overridden else _group(config_class, field.name)
+            default = None if field.default is dataclasses.MISSING else field.default
+            flags[field.name] = Flag(group, default, field.metadata["help"])
     return flags
 
 
-def _classes(text: str) -> Iterator[ast.ClassDef]:
-    names = ("TrainingArguments", "ModelConfig", "DataConfig", "TrainConfig")
-    yield from (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name in names)
-
-
-def _last_before(headings: dict[int, str], line: int) -> str:
-    return next((headings[number].strip(" #-") for number in sorted(headings, reverse=True) if number < line), "")
-
-
-def _group(owner: str, name: str, heading: str) -> str:
-    if owner == "ModelConfig":
-        return "LoRA and 4 bits" if name.startswith(("lora_", "bnb_", "load_in_4bit")) else "model"
-    if owner == "DataConfig":
+def _group(config_class: type[Any], name: str) -> str:
+    if config_class is DataConfig:
         return "data"
-    named = next((group for group, names in _OF_RUN.items() if name in names), None)
-    if named or owner == "TrainConfig":
-        return named or "resume and robustness"
-    return next((group for group, own in _GROUPS.items() if heading in own.split("|") and heading), [*_GROUPS][-1])
+    if config_class is ModelConfig:
+        return "LoRA and 4 bits" if name.startswith(("lora_", "bnb_", "load_in_4bit")) else "model"
+    return next((group for group, names in _OF_RUN.items() if name in names), "resume and robustness")
+
+
+def _trainer_flags() -> Iterator[tuple[str, Flag]]:
+    """The fields of transformers.TrainingArguments, from its source."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin
+    text = Path(package.origin).with_name("training_args.py").read_text("utf-8")
+    headings = {
+        number: line.strip(" #-") for number, line in enumerate(text.splitlines(), 1) if line.startswith("    # --- ")
+    }
+    fields = next(n.body for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    for field in fields:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            name = field.target.id
+            heading = next((headings[number] for number in sorted(headings, reverse=True) if number < field.lineno), "")
+            default, about = _default_and_about(field.value)
+            yield name, Flag(_trainer_group(name, heading), default, _SHORT_ABOUT.get(name) or about)
+
+
+def _trainer_group(name: str, heading: str) -> str:
+    by_name = next((group for group, names in _OF_RUN.items() if name in names), None)
+    by_heading = next((group for group, own in _GROUPS.items() if heading and heading in own.split("|")), [*_GROUPS][-1])
+    return by_name or by_heading
 
 
 def _default_and_about(value: ast.expr | None) -> tuple[Any, str]:
-    """The default and the help text of `field(default=..., metadata={"help": ...})`, or of config.py's shorter forms."""
+    """The default and the help text of `field(default=..., metadata={"help": ...})`."""
     if not isinstance(value, ast.Call):
         return None, ""
-    words = {keyword.arg: keyword.value for keyword in value.keywords}
-    if not words:
-        literals = [_literal(argument) for argument in value.args]
-        return (literals[1] if len(literals) > 1 else None), str(literals[0] if literals else "")
-    metadata = _literal(words.get("metadata"))
+    arguments = {keyword.arg: keyword.value for keyword in value.keywords}
+    metadata = _literal(arguments.get("metadata"))
     about = metadata.get("help", "") if isinstance(metadata, dict) else ""
-    return _literal(words.get("default")), " ".join(str(about).split())
+    return _literal(arguments.get("default")), " ".join(str(about).split())
 
 
 def _literal(value: ast.expr | None) -> Any:
+    """The value of an expression that is a literal, else None."""
     try:
         return ast.literal_eval(value) if value is not None else None
     except ValueError:  # an expression, such as a name of a constant
@@ -169,7 +173,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def help_text(argv: list[str]) -> str:
-    """The help for a command line: recipe, profile, --config and flags in it give the values.
+    """The help for a command line, with the values that its recipe, profile, --config and flags give.
 
     Raises:
         UserError: no such recipe, profile or file.
@@ -188,20 +192,21 @@ def help_text(argv: list[str]) -> str:
 
 def _about(layers: Layers | None) -> Iterator[str]:
     if layers is None:
-        yield textwrap.fill(f"RECIPE: {', '.join(recipe_names())}, or a .py file of yours.", _WIDTH)
-        yield "These are the defaults; with a RECIPE, its own values are shown."
+        yield textwrap.fill(f"RECIPE: {', '.join(recipe_names())}, or the path of your own .py file.", _WIDTH)
+        yield "These are the defaults. Name a RECIPE to see its values."
     else:
-        yield f"{layers.recipe.name}, profile {layers.profile} ({layers.why_profile}). These values would run:"
+        yield f"{layers.recipe.name}, profile {layers.profile} ({layers.why_profile}). It would run with these values:"
 
 
 def _values(flags: dict[str, Any], layers: Layers | None) -> dict[str, Any]:
-    """Flag -> its value on the command line and in what that names, else its default."""
+    """Flag -> its value by the command line and the files that this names, else its default."""
     merged = {key: value for key, (value, _) in layers.merged().items()} if layers else {}
-    own = {key: flags.get(key, default) for key, default in _OWN.items()}
+    own: dict[str, Any] = {key: flags.get(key, default) for key, default in _OWN.items()}
     if layers:
         own["profile"] = layers.profile
-        own["procs"] = ranks_of(own["procs"], layers)
-        merged |= batch_of(layers, own["procs"])
+        ranks = ranks_of(own["procs"], layers)
+        own["procs"] = ranks
+        merged |= batch_of(layers, ranks)
     defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}  # the device decides
     return defaults | merged | own
 
@@ -210,13 +215,16 @@ def _short(values: dict[str, Any], layers: Layers | None) -> Iterator[str]:
     for group, flags in _SHORT.items():
         yield f"\n{group}"
         for name, (unset, about) in flags.items():
-            yield f"{_flag(name, values[name], unset)} {about}"
+            yield from _lines(name, values[name], about, unset)
     rest = [f"--{key} {_word(values[key])}" for key in (layers.merged() if layers else ()) if key not in _SHORT_ABOUT]
     if rest:
         yield "\nalso set"
-        line = textwrap.fill("  ".join(rest).replace(" ", "\0").replace("\0\0", "  "), _WIDTH - 2, break_long_words=False)
-        yield textwrap.indent(line.replace("\0", " "), "  ")
-    yield "\n`--help all` lists every flag; `dsrecipes show RECIPE` shows where each value comes from."
+        # A flag and its value stay on one line: \0 stands for the spaces inside them.
+        pairs = "  ".join(pair.replace(" ", "\0") for pair in rest)
+        lines = textwrap.fill(pairs, _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+        yield textwrap.indent(lines.replace("\0", " "), "  ")
+    yield "\n`dsrecipes train RECIPE --help all` lists every flag."
+    yield "`dsrecipes show RECIPE` shows where each value comes from."
 
 
 def _all(values: dict[str, Any]) -> Iterator[str]:
@@ -228,19 +236,30 @@ def _all(values: dict[str, Any]) -> Iterator[str]:
         else:
             lines = {n: flag.about for n, flag in known_flags().items() if flag.group == group and n not in hidden}
         for name, about in lines.items():
+            # the first sentence of transformers' help, which may go on for a page
             sentence = re.split(r"(?<!e\.g)(?<!i\.e)(?<=[\w)`'])\.(?:\s|$)", about, maxsplit=1)[0]
-            first, *more = textwrap.wrap(sentence, _WIDTH - _COLUMN - 1) or [""]
-            yield f"{_flag(name, values[name], '')} {first}".rstrip()
-            yield from (f"{'':<{_COLUMN}} {line}" for line in more)
+            yield from _lines(name, values[name], sentence)
+
+
+def _lines(name: str, value: Any, about: str, unset: str = "") -> Iterator[str]:
+    """`  --name value  about` in columns; a flag that is too long for its column has a line of its own."""
+    flag = _flag(name, value, unset)
+    first, *more = textwrap.wrap(about, _WIDTH - _COLUMN) or [""]
+    if len(flag) + 2 > _COLUMN:
+        yield flag
+        yield f"{'':{_COLUMN}}{first}".rstrip()
+    else:
+        yield f"{flag:<{_COLUMN}}{first}".rstrip()
+    yield from (f"{'':{_COLUMN}}{line}" for line in more)
 
 
 def _flag(name: str, value: Any, unset: str) -> str:
-    """`  --name value`, the value shortened to the column."""
+    """`  --name value`, with the middle of a long value cut out."""
     shown = unset if value in (None, "") else _word(value)
-    room = _COLUMN - len(name) - 6
+    room = _WIDTH - len(name) - 5
     if len(shown) > room:
         shown = f"{shown[: room // 2 - 2]}...{shown[-(room - room // 2 - 1) :]}"
-    return f"{f'  --{name} {shown}':<{_COLUMN}}"
+    return f"  --{name} {shown}".rstrip()
 
 
 def _word(value: Any) -> str:

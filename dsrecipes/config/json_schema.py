@@ -19,30 +19,27 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+from dsrecipes.config.checks import ABOVE_ZERO, NOT_NEGATIVE, SAMPLING, SEEDS
 from dsrecipes.config.flags import FIXED
 from dsrecipes.config.help import known_flags
 from dsrecipes.config.layers import PROFILES
-from dsrecipes.config.parse import _POSITIVE
-from dsrecipes.config.schema import CONFIG_CLASSES, DataConfig
+from dsrecipes.config.schema import DataConfig
 from dsrecipes.config.sources import SPLITS
+from dsrecipes.config.train_config import CONFIG_CLASSES
 
 Json = dict[str, Any]
 
 _TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object", type(None): "null"}
-_NOT_NEGATIVE = (
-    "lora_r learning_rate weight_decay max_grad_norm warmup_steps hang_timeout neftune_noise_alpha seed data_seed".split()
-)
-_ABOVE_ZERO = (*_POSITIVE, "lora_alpha", "global_batch_size", "early_stopping_patience")
 _RANGES: dict[str, Json] = {
-    **{name: {"minimum": 0} for name in _NOT_NEGATIVE},
-    **{name: {"exclusiveMinimum": 0} for name in _ABOVE_ZERO},
+    **{name: {"minimum": 0} for name in (*NOT_NEGATIVE, *SEEDS, "lora_r")},
+    **{name: {"exclusiveMinimum": 0} for name in (*ABOVE_ZERO, "lora_alpha")},
     "max_length": {"minimum": 2},
     "max_steps": {"minimum": -1, "not": {"const": 0}},
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
     "validation_split": {"minimum": 0, "exclusiveMaximum": 1},
-    "train_sampling_strategy": {"enum": ["random", "sequential", None]},
+    "train_sampling_strategy": {"enum": [*SAMPLING, None]},
 }
-"""The range checks of config.py that concern one key; a test asks the parser to refuse what these refuse."""
+"""The range checks that concern one key; a test asks the parser to refuse what these refuse."""
 _ABOUT: dict[str, Json] = {
     "about": {"type": "string", "description": "What it is, in a line of `dsrecipes list`."},
     "machine": {"type": "string", "description": "The hardware that it was written for, for `dsrecipes list`."},

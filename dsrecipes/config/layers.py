@@ -1,23 +1,20 @@
-"""The values of a run before types are checked: recipe, profile, --config and flags in layers, later ones winning.
+"""Which value wins: recipe, profile, --config or flag? Layers of values before types are checked; later ones win.
 
-Like find.py this imports neither torch nor transformers: `dsrecipes list` and `show` answer in under a second.
+Like find.py this imports neither torch nor transformers, so that `dsrecipes list` and `show` answer in under a second.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsrecipes.config.find import RecipeFiles, find_config, find_recipe, find_zero, is_shipped, recipe_names
-from dsrecipes.config.flags import REMOVED, is_true
+from dsrecipes.config.flags import REMOVED, Merged, is_true
 from dsrecipes.config.zero_values import contradiction, zero_values
-from dsrecipes.errors import UserError, plural
+from dsrecipes.errors import UserError, coded, plural
+from dsrecipes.io.devices import accelerators
 from dsrecipes.io.text import read_yaml
 
 PROFILES = ("auto", "full", "starter")
@@ -31,57 +28,53 @@ BELONGS_TO = {
     "global_batch_size": ("gradient_accumulation_steps",),
     "gradient_accumulation_steps": ("global_batch_size",),
 }
-"""Keys that depend on another: a new value of that one in a higher layer drops what lower layers said of them.
+"""Key -> keys that make sense only with its value: a higher layer that changes it drops the lower layers' values of them.
 
-Values of a ZeRO JSON are not dropped: they hold, or the run is refused.
+Values of a ZeRO JSON are not dropped: they apply, or the run is refused.
 """
 LENGTHS = (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs"))
-"""Flag that sets the length of a run -> the other such flag, which a lower layer may set and which is dropped then."""
+"""Flag that sets the length of a run -> the other such flag, which is dropped where a lower layer sets it."""
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Old names of transformers, which it reads only where the new name is not set."""
-_YES, _NO = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
+"""Old name in transformers -> new name; transformers reads the old one only where the new one is not set."""
+_YES = ("true", "yes", "on", "1", "t", "y")
+_NO = ("false", "no", "off", "0", "f", "n")
 """Words that turn a switch on and off."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one place; `origin` is what `dsrecipes show` prints beside them."""
+    """Values from one origin, which `dsrecipes show` prints next to them."""
 
     origin: str
     values: Mapping[str, Any]
     default: bool = False
-    """From a recipe, a profile or a shipped variant: gives way to whatever the user gives."""
+    """From a recipe, a profile or a shipped variant: any value of the user's overrides it."""
     zero: bool = False
     """From a ZeRO JSON."""
     note: str = ""
-    """What of it this machine cannot do."""
+    """What this machine cannot do of it, with an id."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a run is asked for, before types are checked: later layers win, None removes a key."""
+    """The requested values of a run before types are checked: later layers win, None removes a key."""
 
     recipe: RecipeFiles
     profile: str
     layers: tuple[Layer, ...]
     why_profile: str
 
-    def merged(self) -> dict[str, tuple[Any, str]]:
-        """key -> (value, origin) after layering."""
-        result: dict[str, tuple[Any, str]] = {}
+    def merged(self) -> Merged:
+        """Key -> (value, origin) after layering."""
+        result: Merged = {}
         for layer in self.layers:
-            for owner, belongings in BELONGS_TO.items():
-                if owner in layer.values and layer.values[owner] != result.get(owner, (None,))[0]:
-                    result = {
-                        key: (value, origin)
-                        for key, (value, origin) in result.items()
-                        if key not in belongings or origin == self.zero_json().origin
-                    }
+            self._drop_dependents(result, layer)
             for key, rival in LENGTHS:
-                if str(layer.values.get(key, "-1")) not in ("-1", "None") and rival not in layer.values:
+                sets_length = str(layer.values.get(key, "-1")) not in ("-1", "None")
+                if sets_length and rival not in layer.values:
                     result.pop(rival, None)
             for key, value in layer.values.items():
                 result.pop(key, None)
@@ -89,12 +82,21 @@ class Layers:
                     result[key] = (value, layer.origin)
         return result
 
+    def _drop_dependents(self, merged: Merged, layer: Layer) -> None:
+        """Remove the values that belonged to what this layer changes: another data set has other columns."""
+        for owner, dependents in BELONGS_TO.items():
+            if owner not in layer.values or layer.values[owner] == merged.get(owner, (None,))[0]:
+                continue
+            for key in dependents:
+                if key in merged and merged[key][1] != self.zero_json().origin:
+                    del merged[key]
+
     def is_on(self, key: str) -> bool:
-        """Whether a true/false key is on; defaults are off."""
+        """Whether a switch is on; one that no layer sets is off."""
         return _is_on(list(self.layers), key)
 
     def first_line(self) -> str:
-        """Which recipe and profile, and how to get the other one."""
+        """The header's line on recipe and profile, with the flag that selects the other profile."""
         other = {
             "starter": " · the real model and data: --profile full",
             "full": " · a small offline one: --profile starter",
@@ -103,16 +105,16 @@ class Layers:
         return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
 
     def by_user(self) -> dict[str, str]:
-        """Key -> origin of the values that the user gave: in a flag, a YAML, Python or a ZeRO JSON."""
+        """Key -> origin of the values that the user gave by flag, YAML, Python or ZeRO JSON."""
         origins = {layer.origin for layer in self.layers if not layer.default}
         return {key: origin for key, (_, origin) in self.merged().items() if origin in origins}
 
     def zero_json(self) -> Layer:
-        """The layer of the run's ZeRO JSON, empty where there is none, or where it leaves everything to the run."""
+        """The layer of the run's ZeRO JSON; empty where there is no JSON, or where it leaves every value open."""
         return next((layer for layer in self.layers if layer.zero), Layer("", {}))
 
     def notes(self) -> list[str]:
-        """What the run's ZeRO JSON changes of the defaults, and what of it this machine cannot do."""
+        """What the run's ZeRO JSON changes of the defaults, and what this machine cannot do of it."""
         zero = self.zero_json()
         notes = [zero.note] if zero.note else []
         defaults = Layers(self.recipe, self.profile, tuple(layer for layer in self.layers if layer.default), "").merged()
@@ -124,9 +126,9 @@ class Layers:
         if changes:
             notes.append(f"{zero.origin} sets {', '.join(changes)}")
         if unused:
-            notes.append(
-                f"{zero.origin} does not use {', '.join(unused)}: its optimizer and scheduler have values of their own"
-            )
+            keys = ", ".join(unused)
+            reason = "its optimizer and scheduler have values of their own"
+            notes.append(coded("DSR066", f"{zero.origin} does not use {keys}: {reason}"))
         return notes
 
     def removed(self) -> set[str]:
@@ -148,58 +150,38 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_flags(argv: Iterable[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key` and `--key a b` as a mapping of strings, `true` and lists.
+    """`--key value`, `--key=value`, `--key` and `--key a b` as a mapping to text, `true` and lists.
 
-    Types, choices and unknown keys are the business of the one parser in dsrecipes.config.schema.
+    Types, choices and unknown keys are left to the one parser in dsrecipes.config.parse.
+
+    Raises:
+        UserError: a word that no flag precedes.
     """
-    flags: dict[str, Any] = {}
-    key = None
-    for token in argv:
-        if token.startswith("--") and len(token) > 2:
-            name, has_value, value = token[2:].partition("=")
-            key = name.replace("-", "_")
-            flags[key] = [value] if has_value else []
+    flags: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, has_value, value = word[2:].partition("=")
+            flags[name.replace("-", "_")] = values = [value] if has_value else []
             if has_value:
-                key = None
-        elif key is None:
-            raise UserError(f"unexpected argument {token!r}: flags are written --name value")
+                values = None
+        elif values is None:
+            raise UserError("DSR033", f"unexpected argument {word!r}: flags are written --name value")
         else:
-            flags[key].append(token)
+            values.append(word)
     return {name: values[0] if len(values) == 1 else values or "true" for name, values in flags.items()}
 
 
-def accelerators() -> int:
-    """Number of visible accelerators; asks torch where it is loaded, else the drivers (NVIDIA, AMD)."""
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return listed_accelerators()
-
-
-def listed_accelerators() -> int:
-    """Number of GPUs that the drivers list (NVIDIA, AMD), less those that a variable hides; torch may find fewer."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-        count = len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
-        if re.search(r"^\s+MIG ", listing, flags=re.MULTILINE):
-            count = 1  # CUDA gives a process one MIG instance, however many there are
-    except (OSError, subprocess.TimeoutExpired):
-        count = len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
-    if not count and Path("/dev/kfd").exists() and os.environ.get("HIP_VISIBLE_DEVICES", "all").strip() not in ("", "-1"):
-        count = len(list(Path("/dev/dri").glob("renderD*")))
-    return min(count, len(visible.split(","))) if visible else count
-
-
-def _profile(asked: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
-    if asked not in PROFILES:
-        raise UserError(f"--profile {asked}: choose from {', '.join(PROFILES)}")
-    if asked == "starter" and not has_starter:
-        raise UserError("--profile starter: this recipe's YAML has no `starter:` section")
-    if asked != "auto" or not has_starter:
-        return ("full", "the only one") if not has_starter else (asked, "asked for")
+def _profile(requested: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
+    """The profile that runs, and why."""
+    if requested not in PROFILES:
+        raise UserError("DSR034", f"--profile {requested}: choose from {', '.join(PROFILES)}")
+    if requested == "starter" and not has_starter:
+        raise UserError("DSR034", "--profile starter: this recipe's YAML has no `starter:` section")
+    if not has_starter:
+        return "full", "the only one"
+    if requested != "auto":
+        return requested, "asked for"
     if use_cpu:
         return "starter", "--use_cpu"
     count = accelerators()
@@ -207,12 +189,12 @@ def _profile(asked: str, has_starter: bool, use_cpu: bool) -> tuple[str, str]:
 
 
 def _recipe(flag: Any, in_config: Any, config_path: Path | None) -> RecipeFiles:
-    """The recipe that the flag or the --config YAML names; refused where they name two."""
+    """The recipe that the flag or the --config YAML names (UserError: neither does, or they name two)."""
     if not (flag or in_config):
-        raise UserError(f"no recipe given: --recipe NAME. The recipes are: {', '.join(recipe_names())}")
+        raise UserError("DSR035", f"no recipe given: --recipe NAME. The recipes are: {', '.join(recipe_names())}")
     recipe = find_recipe(str(flag or in_config))
     if flag and in_config and str(flag) != str(in_config) and find_recipe(str(in_config)) != recipe:
-        raise UserError(f"the recipe is {flag}, but {config_path} has `recipe: {in_config}`: drop one of them")
+        raise UserError("DSR036", f"the recipe is {flag}, but {config_path} has `recipe: {in_config}`: drop one of them")
     return recipe
 
 
@@ -220,12 +202,12 @@ def _starter(values: Mapping[str, Any], path: Path | None) -> dict[str, Any] | N
     """The starter section of a YAML."""
     starter = values.get("starter")
     if starter is not None and not isinstance(starter, dict):
-        raise UserError(f"{path}: `starter:` must hold `key: value` lines")
+        raise UserError("DSR037", f"{path}: `starter:` must hold `key: value` lines")
     return starter
 
 
 def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
-    """Layer recipe YAML, profile, --config and flags into what the run is asked for.
+    """Layer recipe YAML, profile, --config and flags into the requested values of a run.
 
     Args:
         flags: values by name, with `recipe`, `config` and `profile` among them.
@@ -237,48 +219,63 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     flags = dict(flags)
     for key in ("recipe", "config", "profile"):
         if isinstance(flags.get(key), list):
+            extra = flags[key][1]
             raise UserError(
-                f"unexpected argument {flags[key][1]!r}: --{key} takes one value, and flags are written --name value"
+                "DSR033", f"unexpected argument {extra!r}: --{key} takes one value, and flags are written --name value"
             )
     flags.pop("local_rank", None)  # the deepspeed launcher appends it; the rank is read from the environment
-    config_path = find_config(str(flags.pop("config"))) if flags.get("config") else None
-    flags.pop("config", None)
+    config_name = flags.pop("config", None)
+    config_path = find_config(str(config_name)) if config_name else None
     config = read_yaml(config_path) if config_path else {}
     recipe = _recipe(flags.pop("recipe", None), config.get("recipe"), config_path)
     base = read_yaml(recipe.yaml) if recipe.yaml else {}
     starters = (_starter(base, recipe.yaml), _starter(config, config_path))
-    asked = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
+    requested = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
     use_cpu = is_true(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", False))))
-    profile, why = _profile(asked, starters != (None, None), use_cpu)
+    profile, why = _profile(requested, starters != (None, None), use_cpu)
+    is_starter = profile == "starter"
 
-    def values(mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return _named({key: value for key, value in mapping.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
-
-    layers = [Layer("recipe", values(base), default=True)]
-    if profile == "starter":
-        layers.append(Layer("profile", values(starters[0] or {}), default=True))
+    layers = [Layer("recipe", _flag_values(base), default=True)]
+    if is_starter:
+        layers.append(Layer("profile", _flag_values(starters[0] or {}), default=True))
     if config_path:
-        layers.append(Layer(str(config_path), values(config), default=is_shipped(config_path)))
-    if profile == "starter" and starters[1]:
-        layers.append(Layer(f"{config_path}, starter", values(starters[1]), default=is_shipped(config_path)))
+        shipped = is_shipped(config_path)
+        layers.append(Layer(str(config_path), _flag_values(config), default=shipped))
+        if is_starter and starters[1]:
+            layers.append(Layer(f"{config_path}, starter", _flag_values(starters[1]), default=shipped))
     layers.append(Layer(origin, _named(flags)))
     return Layers(recipe, profile, tuple(_with_zero_json(layers)), why)
 
 
+def _flag_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a YAML that are flags."""
+    return _named({key: value for key, value in values.items() if key not in (*ABOUT_KEYS, "recipe", "profile")})
+
+
 def _with_zero_json(layers: list[Layer]) -> list[Layer]:
-    """The layers with what the run's ZeRO JSON says, above the defaults and below what the user gives elsewhere.
+    """The layers with the values of the run's ZeRO JSON, above the defaults and below what the user gives elsewhere.
 
     Raises:
         UserError: the user gives a value that contradicts the JSON's; both are shown with their origins.
     """
     name = next((layer.values["deepspeed"] for layer in reversed(layers) if "deepspeed" in layer.values), None)
     if isinstance(name, dict) or str(name).lstrip().startswith("{"):
-        raise UserError("--deepspeed takes a name or a path: write the JSON into a file and give its path")
+        raise UserError("DSR038", "--deepspeed takes a name or a path: write the JSON into a file and give its path")
     path = find_zero(str(name or "none"))
     values = zero_values(path) if path else {}
     if not values:
         return layers
     given = [layer for layer in layers if not layer.default]
+    _refuse_contradictions(given, values, path)
+    note = ""
+    if values.get("fp16") is True and (_is_on(layers, "use_cpu") or not accelerators()):
+        values["fp16"] = False
+        note = coded("DSR066", f"{path} asks for fp16, which needs a GPU: the CPU computes in fp32")
+    return [*(layer for layer in layers if layer.default), Layer(str(path), values, zero=True, note=note), *given]
+
+
+def _refuse_contradictions(given: list[Layer], values: Mapping[str, Any], path: Path | None) -> None:
+    """Refuse values of the user's that differ from those in a ZeRO JSON (UserError)."""
     clashes = [
         f"{key} is {_in_json(key, values)} in {path}, but {layer.values[key]} ({layer.origin})"
         for layer in given
@@ -292,15 +289,11 @@ def _with_zero_json(layers: list[Layer]) -> list[Layer]:
         if values.get(other) is True and is_true(layer.values.get(mine))
     ]
     if clashes:
-        raise UserError("; ".join(clashes) + '. Set the JSON\'s value to "auto", or drop the other one')
-    note = ""
-    if values.get("fp16") is True and (_is_on(layers, "use_cpu") or not accelerators()):
-        values["fp16"], note = False, f"{path} asks for fp16, which needs a GPU: the CPU computes in fp32"
-    return [*(layer for layer in layers if layer.default), Layer(str(path), values, zero=True, note=note), *given]
+        raise UserError("DSR039", "; ".join(clashes) + '. Set the JSON\'s value to "auto", or drop the other one')
 
 
 def _in_json(key: str, values: Mapping[str, Any]) -> str:
-    """A value of a ZeRO JSON in words; None is a flag that its optimizer or scheduler does not take."""
+    """A value of a ZeRO JSON for a message; None is a flag that its optimizer or scheduler does not take."""
     if values[key] is not None:
         return str(values[key])
     return f"not taken by {values['optim'] if key == 'optim_args' else values['lr_scheduler_type']}"
@@ -308,18 +301,3 @@ def _in_json(key: str, values: Mapping[str, Any]) -> str:
 
 def _is_on(layers: list[Layer], key: str) -> bool:
     return is_true(next((layer.values[key] for layer in reversed(layers) if key in layer.values), False))
-
-
-def seconds_of(text: str) -> float:
-    """A duration such as 3h50m, 90m, 45s, 1d2h, 3:50:00, or a number of seconds.
-
-    Raises:
-        ValueError: it is none, or not above 0.
-    """
-    named = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d)", text.strip())
-    parts = named.groups("0") if named else ("0", *clock.groups()) if clock else ("0",) * 4
-    seconds = sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True))
-    if not seconds:
-        raise ValueError(f"--time_limit {text}: give a duration such as 3h50m, 90m or 3:50:00")
-    return float(seconds)

@@ -1,22 +1,25 @@
-"""Parse values of flags that are lists or mappings."""
+"""How are flags read whose values have a syntax of their own: columns, weights of classes, durations?"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from dsrecipes.errors import UserError
 from dsrecipes.io.text import parse_json
+
+_MAX_WEIGHT = 3.4028234663852886e38
+"""The largest float32 number, the type of the loss; numpy would know it and takes long to import."""
 
 
 def parse_columns(value: Any) -> dict[str, str]:
     """`prompt=question,output=answer` (also several such words, a mapping, or JSON) as {recipe's name: file's column}.
 
     Raises:
-        ValueError: none of these, or a name twice.
+        UserError: none of these, or a name twice.
     """
     if isinstance(value, Mapping):
         pairs = [(str(name), str(column) if isinstance(column, str | int) else "") for name, column in value.items()]
@@ -24,28 +27,27 @@ def parse_columns(value: Any) -> dict[str, str]:
         words = [value] if isinstance(value, str) else list(value or ())
         if len(words) == 1 and words[0].lstrip().startswith("{"):
             return parse_columns(parse_json(words[0], f"columns {words[0]}"))
-        parts = [part for word in words for part in str(word).split(",") if part.strip()]
-        pairs = [(name, column) for name, _, column in (part.partition("=") for part in parts)]
-    pairs = [(name.strip(), column.strip()) for name, column in pairs]
-    names = [name for name, _ in pairs]
-    if not all(name and column for name, column in pairs) or len(set(names)) < len(names):
-        raise ValueError(
-            f"columns {value}: give each of the recipe's names once with a column of the file, such as prompt=question,output=answer"
+        entries = [entry for word in words for entry in str(word).split(",") if entry.strip()]
+        pairs = [(name, column) for name, _, column in (entry.partition("=") for entry in entries)]
+    columns = {name.strip(): column.strip() for name, column in pairs}
+    if len(columns) < len(pairs) or not all(columns) or not all(columns.values()):
+        raise UserError(
+            "DSR062",
+            f"columns {value}: give each of the recipe's names once with a column of the file, such as "
+            "prompt=question,output=answer",
         )
-    return dict(pairs)
+    return columns
 
 
 BALANCED = "balanced"
-
-
 _FORMS = "numbers by class (1 5), NAME=NUMBER or INDEX=NUMBER (0=1,1=5), or balanced"
 
 
 def as_weight(value: Any, name: str = "field 'weight'") -> float:
-    """A weight as a number; true is 1, false is 0, and None or empty text, which tables have for a missing cell, is 1.
+    """A weight as a number: true is 1, false is 0; None and empty text, a missing cell of a table, are 1.
 
     Raises:
-        ValueError: not a finite number of 0 or more.
+        ValueError: not a finite number of 0 or more. A row hook calls this, and its caller adds file and row.
     """
     text = value.strip().lower() if isinstance(value, str) else value
     if text in (None, "", "true"):
@@ -54,7 +56,7 @@ def as_weight(value: Any, name: str = "field 'weight'") -> float:
         weight = 0.0 if text == "false" else float(text)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not 0 <= weight <= float(np.finfo(np.float32).max):
+    if not 0 <= weight <= _MAX_WEIGHT:
         raise ValueError(f"{name} must be a weight (a number of 0 or more, true or false), found {value!r}")
     return weight
 
@@ -63,7 +65,7 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
     """The value of --class_weights: BALANCED, weights in label order, or weights by class name or index.
 
     Raises:
-        ValueError: neither of these; a weight that is negative or not finite; no weight above 0.
+        UserError: none of these; a weight that is negative or not finite; no weight above 0.
     """
     text = " ".join(words).strip()
     if text.lower() == BALANCED:
@@ -72,11 +74,11 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
     weights = [_class_weight(text, weight) for _, weight in pairs]
     names = [name for name, _ in pairs if name is not None]
     if not any(weights) and not names:  # a class that is not named weighs 1
-        raise ValueError(f"--class_weights {text}: no class would be trained on; give one a weight above 0")
+        raise UserError("DSR063", f"--class_weights {text}: no class would be trained on; give one a weight above 0")
     if not names:
         return weights
     if len(set(names)) < len(pairs):
-        raise ValueError(f"--class_weights {text}: give each class one weight, all by name or all in order")
+        raise UserError("DSR063", f"--class_weights {text}: give each class one weight, all by name or all in order")
     return dict(zip(names, weights, strict=True))
 
 
@@ -87,10 +89,10 @@ def _pairs(words: list[str]) -> list[tuple[str | None, Any]]:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"--class_weights {text}: not JSON ({error}); give {_FORMS}") from None
+            raise UserError("DSR063", f"--class_weights {text}: not JSON ({error}); give {_FORMS}") from None
         return list(value.items()) if isinstance(value, dict) else [(None, weight) for weight in value]
     parts = [part.strip() for word in words for part in word.split(",")]
-    # a name may hold spaces: only several entries in one word are cut at them
+    # A class name may hold spaces, so a word is split at them only where it holds several entries.
     entries = [entry for part in parts for entry in ([part] if part.count("=") == 1 else part.split())]
     triples = [entry.rpartition("=") for entry in entries]
     return [(name.strip() if equals else None, weight) for name, equals, weight in triples]
@@ -98,8 +100,27 @@ def _pairs(words: list[str]) -> list[tuple[str | None, Any]]:
 
 def _class_weight(text: str, value: Any) -> float:
     if value in (None, ""):
-        raise ValueError(f"--class_weights {text}: give {_FORMS}")
+        raise UserError("DSR063", f"--class_weights {text}: give {_FORMS}")
     try:
         return as_weight(value, "a weight")
     except ValueError as error:
-        raise ValueError(f"--class_weights {text}: {error}; give {_FORMS}") from None
+        raise UserError("DSR063", f"--class_weights {text}: {error}; give {_FORMS}") from None
+
+
+def seconds_of(text: str) -> float:
+    """A duration such as 3h50m, 90m, 45s, 1d2h, 3:50:00, or a number of seconds.
+
+    Raises:
+        UserError: not a duration, or not above 0.
+    """
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d)", text.strip())
+    parts: tuple[str, ...] = ("0",) * 4
+    if units:
+        parts = units.groups("0")
+    elif clock:
+        parts = ("0", *clock.groups())
+    seconds = sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True))
+    if not seconds:
+        raise UserError("DSR053", f"--time_limit {text}: give a duration such as 3h50m, 90m or 3:50:00")
+    return float(seconds)

@@ -45,9 +45,9 @@ class FinishedRun:
     @cached_property
     def config(self) -> Config:
         """The configuration that the run recorded, checked again."""
-        from dsrecipes.config.parse import build_config
+        from dsrecipes.config.parse import read_config
 
-        return build_config(self.layers())
+        return read_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
         """The run's values in layers, some of them changed; without its ZeRO JSON, which matters only in training and may be gone."""

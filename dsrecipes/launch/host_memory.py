@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NEAR = 0.95
+_NEARLY_ALL = 0.95
+"""Share of the memory from which on it counts as exhausted: the kernel kills before all of it is used."""
 _UNLIMITED = 1 << 60
 """Version 1 of control groups writes "no limit" as about 2**63."""
 
 
-def _number(path: Path, key: str = "") -> int | None:
-    """A number in a file of the kernel, or the one beside `key`; None where there is none."""
+def _read_number(path: Path, key: str = "") -> int | None:
+    """The first number in a file of the kernel, or the one after `key`; None where there is none."""
     try:
         words = path.read_text().split()
         return int(words[words.index(key) + 1] if key else words[0])
@@ -19,66 +20,70 @@ def _number(path: Path, key: str = "") -> int | None:
         return None
 
 
-def _groups() -> list[Path]:
-    """Folders of this process's control group for memory and of the ones that it is in, innermost first."""
+def _control_groups() -> list[Path]:
+    """Folders of this process's control group for memory and of its ancestors, innermost first."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found: list[Path] = []
+    groups: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
+        if controllers in ("", "memory"):  # "": version 2 has one hierarchy for all controllers
             root = Path("/sys/fs/cgroup", controllers)
-            inner = root / path.strip("/")  # in a container it may be out of sight: then the root is the container's
-            found += [each for each in (inner, *inner.parents) if each.is_relative_to(root) and each.is_dir()]
-    return found
+            # In a container the path may not be visible below the root; the root then is the container's own group.
+            innermost = root / path.strip("/")
+            groups += [group for group in (innermost, *innermost.parents) if group.is_relative_to(root) and group.is_dir()]
+    return groups
 
 
 def _limit(group: Path) -> int | None:
-    limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+    limit = _read_number(group / "memory.max") or _read_number(group / "memory.limit_in_bytes")
     return limit if limit and limit < _UNLIMITED else None
 
 
-def _kills(groups: list[Path]) -> int:
+def _count_kills(groups: list[Path]) -> int:
     """Processes that the kernel has killed for memory so far."""
-    files = [Path("/proc/vmstat"), *(each / name for each in groups for name in ("memory.events", "memory.oom_control"))]
-    return sum(_number(path, "oom_kill") or 0 for path in files)
+    names = ("memory.events", "memory.oom_control")
+    files = [Path("/proc/vmstat"), *(group / name for group in groups for name in names)]
+    return sum(_read_number(path, "oom_kill") or 0 for path in files)
 
 
 @dataclass
 class HostMemory:
-    """Looked at now and then; what is free after a process was killed says nothing."""
+    """Samples of free memory during a run: what is free after a process was killed says nothing."""
 
-    groups: list[Path] = field(default_factory=_groups)
-    least: int | None = None
-    """Least memory that was free, in bytes."""
+    groups: list[Path] = field(default_factory=_control_groups)
+    least_free: int | None = None
+    """Smallest free memory of all samples, in bytes."""
 
     def __post_init__(self) -> None:
-        """Count from here."""
-        self.before = _kills(self.groups)
-        self.look()
+        """Count the kernel's kills from here on."""
+        self.kills_before = _count_kills(self.groups)
+        self.sample()
 
-    def look(self) -> None:
-        """Keep the least free memory."""
-        free = _number(Path("/proc/meminfo"), "MemAvailable:")
-        if free is not None:
-            self.least = min(self.least or free * 1024, free * 1024)
+    def sample(self) -> None:
+        """Record the free memory if it is the smallest so far."""
+        kilobytes = _read_number(Path("/proc/meminfo"), "MemAvailable:")
+        if kilobytes is not None:
+            free = kilobytes * 1024
+            self.least_free = min(self.least_free or free, free)
 
     def report(self) -> tuple[bool, str]:
-        """Whether memory ran out or nearly did, and the numbers."""
-        ran_out, words = _kills(self.groups) > self.before, []
+        """Whether memory ran out or nearly did, and the figures in words."""
+        facts = []
+        ran_out = _count_kills(self.groups) > self.kills_before
         if ran_out:
-            words.append("the kernel has killed a process for memory since the start")
-        total = (_number(Path("/proc/meminfo"), "MemTotal:") or 0) * 1024
-        if total and self.least is not None:
-            ran_out |= self.least < (1 - _NEAR) * total
-            words.append(f"of the machine's {total / 1e9:.1f} GB at least {self.least / 1e9:.1f} GB were free")
+            facts.append("the kernel has killed a process for memory since the start")
+        total = (_read_number(Path("/proc/meminfo"), "MemTotal:") or 0) * 1024
+        if total and self.least_free is not None:
+            ran_out |= self.least_free < (1 - _NEARLY_ALL) * total
+            facts.append(f"of the machine's {total / 1e9:.1f} GB at least {self.least_free / 1e9:.1f} GB were free")
         limits = [(limit, group) for group in self.groups if (limit := _limit(group))]
         if limits:
             limit, group = min(limits)
-            peak = _number(group / "memory.peak") or _number(group / "memory.max_usage_in_bytes")
-            ran_out |= peak is not None and peak >= _NEAR * limit
+            peak = _read_number(group / "memory.peak") or _read_number(group / "memory.max_usage_in_bytes")
+            ran_out |= peak is not None and peak >= _NEARLY_ALL * limit
             used = f", of which {peak / 1e9:.1f} GB were used" if peak else ""
-            words.append(f"the control group {group} has a limit of {limit / 1e9:.1f} GB{used}")
-        return ran_out, "; ".join(words)
+            facts.append(f"the control group {group} has a limit of {limit / 1e9:.1f} GB{used}")
+        return ran_out, "; ".join(facts)

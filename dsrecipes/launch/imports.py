@@ -1,4 +1,4 @@
-"""Import the training libraries without what the run does not need."""
+"""How the training libraries are imported without what the run does not need."""
 
 from __future__ import annotations
 
@@ -7,57 +7,66 @@ import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dsrecipes.config.layers import Layers
 
+_QUANTIZED_OPTIMIZERS = ("8bit", "bnb", "paged")
+
 
 def unneeded_packages(layers: Layers) -> list[str]:
-    """Packages that transformers imports wherever it finds them, and that this process has no use for."""
+    """Packages that transformers imports wherever they are installed, and that this process does not use."""
     if Path(sys.argv[0]).name not in ("dsrecipes", "run.py"):
-        return []  # not our own command: what follows in this process may need them
+        return []  # not our own command: what runs later in this process may need them
     values = {key: str(value) for key, (value, _) in layers.merged().items()}
     if not str(layers.recipe.module).startswith("dsrecipes.recipes."):
-        return ["scipy"]  # a recipe of the user's own may give Trainer a Dataset, or a model an adapter
-    if values.get("lora_r", "0") == "0" and not any(word in values.get("optim", "") for word in ("8bit", "bnb", "paged")):
+        return ["scipy"]  # a user's own recipe may give Trainer a Dataset, or a model an adapter
+    optimizer = values.get("optim", "")
+    needs_bitsandbytes = any(part in optimizer for part in _QUANTIZED_OPTIMIZERS)
+    if values.get("lora_r", "0") == "0" and not needs_bitsandbytes:
         return ["scipy", "datasets", "peft", "bitsandbytes"]
     return ["scipy", "datasets"]
 
 
-def _read_models_once() -> None:
-    """Let transformers keep the names in its model files, which it reads twice when it is imported: half a second."""
+def _scan_models_once() -> None:
+    """Let transformers scan its model files once instead of twice during its import: half a second.
+
+    transformers 5.23 scans models/ and then models/__init__.py, with equal results, and caches them by path.
+    """
     from transformers.utils import import_utils
 
-    read = getattr(import_utils, "create_import_structure_from_path", None)
-    if hasattr(read, "cache_info"):  # 5.23: cached by path; first models/, then models/__init__.py, with equal results
+    scan: Any = getattr(import_utils, "create_import_structure_from_path", None)
+    if hasattr(scan, "cache_info"):  # the cache of 5.23; another version may have another function
 
-        def read_once(path: str | Path) -> object:
-            return read(Path(path).parent if Path(path).name == "__init__.py" else Path(path))
+        def scan_once(path: str | Path) -> object:
+            return scan(Path(path).parent if Path(path).name == "__init__.py" else Path(path))
 
-        import_utils.create_import_structure_from_path = read_once
+        setattr(import_utils, "create_import_structure_from_path", scan_once)  # noqa: B010 (typed as the cached function)
 
 
 @contextlib.contextmanager
 def hide_packages(packages: list[str]) -> Iterator[None]:
-    """Let packages seem not installed for a while."""
-    names = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(names))
+    """Make packages appear not installed for the duration of a block."""
+    modules: dict[str, Any] = sys.modules  # None in it makes an import raise ModuleNotFoundError
+    names = [name for name in packages if name not in modules]
+    modules.update(dict.fromkeys(names))
     try:
         yield
     finally:
         for name in names:
-            del sys.modules[name]
+            del modules[name]
 
 
 @contextlib.contextmanager
 def quick_imports(unneeded: list[str]) -> Iterator[None]:
-    """Import without what is not needed, and without garbage collection: it finds nothing to free.
+    """Import without unneeded packages, and without garbage collection, which finds nothing to free.
 
     Both took a third of the time to the first step.
     """
     gc.disable()
     try:
         with hide_packages(unneeded):
-            _read_models_once()
+            _scan_models_once()
             yield
     finally:
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Ranks of launchers that start N processes and give them variables of their own: srun, mpirun and others.
+"""Which rank a process has under launchers with variables of their own: srun, mpirun, jsrun and flux.
 
 It imports nothing heavy, because the rank must be known before torch is loaded.
 """
@@ -11,17 +11,17 @@ import zlib
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, coded
 
 Environment = MutableMapping[str, str]
 TORCHRUN = "torchrun --nnodes N --nproc_per_node M --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m dsrecipes.run ..."
 _PORTS = range(15000, 30000)
-"""Ports for the ranks to meet at: below those that Linux gives to outgoing connections."""
+"""Candidates for the rendezvous port: below those that Linux uses for outgoing connections."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """This process among those that the launcher started."""
+    """This process among those that a launcher started."""
 
     launcher: str
     rank: int
@@ -29,7 +29,7 @@ class Task:
     local_rank: int
     local_world: int
     host: str | None
-    """Where rank 0 is; None where the launcher does not say."""
+    """Machine of rank 0; None where the launcher does not say."""
     job: str
     """The same text in all of these processes and in no other job's; empty where the launcher has none."""
 
@@ -65,8 +65,9 @@ def _mpi_task(env: Environment) -> Task | None:
             continue  # srun --mpi=pmi2, whose own variables say more
         if local_rank is None or local_world is None:
             raise UserError(
+                "DSR303",
                 f"{launcher} started {world} processes and does not say which of them run on this machine "
-                f"({keys[2]}, {keys[3]}). Start the ranks with `{TORCHRUN}`"
+                f"({keys[2]}, {keys[3]}). Start the ranks with `{TORCHRUN}`",
             )
         job = next((env[key] for key in _MPI_JOBS if env.get(key)), "")
         return Task(launcher, rank, world, local_rank, local_world, None, job)
@@ -93,8 +94,9 @@ def _slurm_task(env: Environment) -> Task | None:
     tasks = [int(task) for task in env.get("SLURM_GTIDS", "").split(",") if task.isdecimal()]
     if local_world > 1 and tasks and tasks != list(range(tasks[0], tasks[0] + local_world)):
         raise UserError(
-            f"srun gave this machine the tasks {env['SLURM_GTIDS']}, and the ranks of a machine must follow each other: "
-            "give srun --distribution=block"
+            "DSR304",
+            f"srun gave this machine the tasks {env['SLURM_GTIDS']}, but the ranks of a machine must be consecutive: "
+            "give srun --distribution=block",
         )
     job = ".".join(filter(None, (env.get("SLURM_JOB_ID") or env.get("SLURM_JOBID"), env.get("SLURM_STEP_ID"))))
     return Task("srun", rank, world, local_rank, local_world, nodes[0] if nodes else None, job)
@@ -106,7 +108,7 @@ def _tasks_of_node(env: Environment, world: int, nodes: int) -> int:
         return world
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):  # 2(x3),1: three machines with 2, one with 1
         counts += [int(count)] * int(times or 1)
     node = _number(env, "SLURM_NODEID")
     if len(counts) == nodes and (node is not None or len(set(counts)) == 1):
@@ -115,14 +117,15 @@ def _tasks_of_node(env: Environment, world: int, nodes: int) -> int:
     if per_node and per_node * nodes == world:
         return per_node
     raise UserError(
+        "DSR303",
         f"srun started {world} tasks on {nodes} machines and does not say how many run on this one "
         f"(SLURM_STEP_TASKS_PER_NODE={text}, SLURM_NODEID={env.get('SLURM_NODEID', '')}). Start the ranks with `srun "
-        f"--ntasks-per-node 1 {TORCHRUN}`"
+        f"--ntasks-per-node 1 {TORCHRUN}`",
     )
 
 
 def expand_host_list(text: str) -> list[str]:
-    """The names in a Slurm list of machines: `node[01-03,7],gpu1` is node01, node02, node03, node7, gpu1."""
+    """Expand a Slurm list of machines: `node[01-03,7],gpu1` is node01, node02, node03, node7, gpu1."""
     names: list[str] = []
     for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
         expanded = [""]
@@ -133,7 +136,7 @@ def expand_host_list(text: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> list[str]:
-    """`01-03,7` as 01, 02, 03, 7."""
+    """Expand `01-03,7` into 01, 02, 03, 7."""
     numbers: list[str] = []
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
@@ -146,7 +149,8 @@ def idle_tasks_note(env: Environment) -> str | None:
     tasks = _number(env, "SLURM_NTASKS") or 1
     if "RANK" in env or tasks < 2 or find_task(env) is not None:
         return None
-    return f"1 rank, although Slurm gave this job {tasks} tasks: `srun python -m dsrecipes.run ...` starts a rank for each"
+    note = f"1 rank, although Slurm gave this job {tasks} tasks: `srun python -m dsrecipes.run ...` starts a rank for each"
+    return coded("DSR307", note)
 
 
 def refuse_tasks(env: Environment) -> None:
@@ -154,9 +158,10 @@ def refuse_tasks(env: Environment) -> None:
     task = find_task(env)
     if task is not None:
         raise UserError(
+            "DSR305",
             f"{task.launcher} started {task.world} copies of `dsrecipes train`, which starts the ranks itself, so each copy "
             "would train a model of its own. Let it start the ranks: give it `python -m dsrecipes.run --recipe RECIPE ...`; "
-            "or give `dsrecipes train` one task"
+            "or give `dsrecipes train` one task",
         )
 
 
@@ -171,17 +176,27 @@ def adopt_ranks(env: Environment) -> None:
     task = find_task(env)
     if task is None:
         return
-    alone = task.local_world == task.world
-    host = env.get("MASTER_ADDR") or ("127.0.0.1" if alone else task.host)
-    job = task.job or (str(os.getppid()) if alone else "")  # on one machine all of them have the same parent
-    port = env.get("MASTER_PORT") or (str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)]) if job else None)
-    if host is None or port is None:
+    one_machine = task.local_world == task.world
+    host = env.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else task.host)
+    # All ranks must compute the same port, without a message between them: it is derived from what they have in common.
+    job = task.job or (str(os.getppid()) if one_machine else "")
+    port = env.get("MASTER_PORT")
+    if not port and job:
+        port = str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)])
+    if not host or not port:
         raise UserError(
+            "DSR306",
             f"{task.launcher} started {task.world} processes on several machines and does not say where they meet: set "
             f"MASTER_ADDR to the machine of rank 0 and MASTER_PORT to a free port of it (the same for all), or start them "
-            f"with `{TORCHRUN}`"
+            f"with `{TORCHRUN}`",
         )
-    env |= {
-        "RANK": str(task.rank), "WORLD_SIZE": str(task.world), "LOCAL_RANK": str(task.local_rank),
-        "LOCAL_WORLD_SIZE": str(task.local_world), "MASTER_ADDR": host, "MASTER_PORT": port,
-    }  # fmt: skip
+    env.update(
+        {
+            "RANK": str(task.rank),
+            "WORLD_SIZE": str(task.world),
+            "LOCAL_RANK": str(task.local_rank),
+            "LOCAL_WORLD_SIZE": str(task.local_world),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }
+    )

@@ -1,8 +1,9 @@
-"""Each rank records where it stands, and watches the ranks of its machine: killed, stopped or hanging ones are named.
+"""How a rank's death is noticed: each rank records its progress and watches the ranks of its machine.
 
-A collective waits for a rank that does not come for 30 minutes (ddp_timeout), and then does not say which one it was.
-Only ranks of the same machine are looked at, for process ids mean nothing elsewhere; the others have their own watchers,
-and where the run folder is shared, a fault that one machine finds ends the ranks of all.
+A collective waits 30 minutes (ddp_timeout) for a rank that does not come, and then does not say which one it was. A
+watchdog names a rank that was killed, was stopped or hangs within seconds, and ends the run. It looks only at ranks of
+its own machine, since process ids mean nothing elsewhere; each machine has its own watchdogs, and where the run folder is
+shared, a fault that one machine finds ends the ranks of all.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from dsrecipes.errors import RESUME_CODE
+from dsrecipes.errors import RESUME_CODE, coded
 from dsrecipes.launch.environment import RUN_FOLDER_FILE
 from dsrecipes.launch.heartbeat import (
-    ASLEEP,
     FAULT,
     LAYOUT,
     PHASES,
+    SUSPENDED_SECONDS,
     Fault,
     Heartbeat,
     find_stalled,
@@ -36,84 +37,98 @@ from dsrecipes.launch.heartbeat import (
     thread_stack,
 )
 
-_TICK = 0.5
-"""Seconds between two looks."""
-_NEVER = -1.0
+_INTERVAL = 0.5
+"""Seconds between two checks."""
+_NOT_COMPLETED = -1.0
 
 
 def resume_hint(run: Path | str) -> str:
-    """How a run that ended is continued."""
-    return f"The same command with --output_dir {run} --resume_from_checkpoint auto goes on from the last checkpoint, if one was saved"
+    """How a run that ended early is resumed."""
+    return (
+        f"The same command with --output_dir {run} --resume_from_checkpoint auto resumes from the last checkpoint, if one was "
+        "saved"
+    )
 
 
 def end_with_launcher() -> None:
-    """End this process, as SIGTERM does, when the launcher that started it is gone."""
+    """End this process, as SIGTERM does, when the launcher that started it has ended."""
     parent = os.getppid()
 
-    def look() -> None:
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     if os.environ.get(RUN_FOLDER_FILE):
-        threading.Thread(target=look, name="launcher", daemon=True).start()
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 class Watchdog:
-    """This rank's record, and the thread that looks at the others'."""
+    """This rank's heartbeat, and the thread that checks the other ranks'."""
 
-    def __init__(self, run: Path, rank: int, mates: range, *, hang: float, patience: float, error_fd: int) -> None:
-        """Begin the record at "starting", and watch.
+    def __init__(
+        self, run: Path, rank: int, local_ranks: range, *, hang_timeout: float, slow_timeout: float, error_fd: int
+    ) -> None:
+        """Record "starting", and start the thread.
 
         Args:
-            run: the run folder; records lie in its folder `ranks`.
-            rank: this process's.
-            mates: ranks of this machine, this one among them.
-            hang: seconds that a rank may stand still while the others wait; 0: that is not looked at.
-            patience: the same for starting, saving, finishing and a phase's first time.
-            error_fd: where a person reads errors.
+            run: the run folder; records are in its folder `ranks`.
+            rank: of this process.
+            local_ranks: ranks of this machine, including this one.
+            hang_timeout: seconds without progress while the others wait; 0: hanging is not checked.
+            slow_timeout: the same for starting, saving, finishing and a phase's first time.
+            error_fd: file descriptor for messages to the user.
         """
-        self.run, self.folder, self.rank, self.mates = run, run / "ranks", rank, mates
-        self.hang, self.patience, self.error_fd = hang, patience, error_fd
-        self.launched = os.environ.get(RUN_FOLDER_FILE)
-        born = process_stat(os.getpid())
-        self._who = (host_id(), os.getpid(), born[1] if born else 0, threading.main_thread().ident or 0)
-        self._phase, self._step, self._micro, self._count, self._since = 0, 0, 0, 0, time.monotonic()
-        self._longest = [_NEVER] * len(PHASES)
+        self.run, self.folder, self.rank, self.local_ranks = run, run / "ranks", rank, local_ranks
+        self.hang_timeout, self.slow_timeout, self.error_fd = hang_timeout, slow_timeout, error_fd
+        self.run_folder_file = os.environ.get(RUN_FOLDER_FILE)
+        stat = process_stat(os.getpid())
+        self._identity = (host_id(), os.getpid(), stat[1] if stat else 0, threading.main_thread().ident or 0)
+        self._phase, self._step, self._micro_batch, self._count, self._since = 0, 0, 0, 0, time.monotonic()
+        self._longest = [_NOT_COMPLETED] * len(PHASES)
         self._done = threading.Event()
         self._file = self._stack_file = -1
-        with contextlib.suppress(OSError):  # the training is worth more than its watch
-            self.folder.mkdir(exist_ok=True)
-            self._file = os.open(self.folder / f"rank_{rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            self._stack_file = os.open(self._stack_path(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-            if hasattr(faulthandler, "register") and threading.current_thread() is threading.main_thread():
-                faulthandler.register(signal.SIGUSR2, file=self._stack_file, all_threads=True)
-            if self.launched and rank == 0:
-                Path(self.launched).write_text(str(run.absolute()), "utf-8")
+        with contextlib.suppress(OSError):  # training continues without a watchdog where the folder cannot be written
+            self._open_files()
         self._write()
-        if len(mates) > 1 and self._file >= 0:
+        if len(local_ranks) > 1 and self._file >= 0:
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _open_files(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self._file = os.open(self.folder / f"rank_{self.rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        self._stack_file = os.open(self._stack_path(self.rank), flags, 0o644)
+        if hasattr(faulthandler, "register") and threading.current_thread() is threading.main_thread():
+            faulthandler.register(signal.SIGUSR2, file=self._stack_file, all_threads=True)
+        if self.run_folder_file and self.rank == 0:
+            Path(self.run_folder_file).write_text(str(self.run.absolute()), "utf-8")
 
     @staticmethod
     def remove_records(run: Path) -> None:
-        """Remove what an earlier start left; on rank 0, before any rank of this start writes its record."""
+        """Remove the records of an earlier start; rank 0 calls it before any rank of this start writes its own."""
         shutil.rmtree(run / "ranks", ignore_errors=True)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """This rank begins `phase`; every rank must call it in the same order. Takes a few microseconds."""
+        """Record that this rank begins `phase` (a few microseconds); all ranks must call it in the same order.
+
+        Args:
+            step: number of the step that begins with this phase, from 1.
+        """
         now, index = time.monotonic(), PHASES.index(phase)
         longest = self._longest[self._phase]
+        # The first time of a phase is not typical: it compiles, allocates, fills caches.
         self._longest[self._phase] = 0.0 if longest < 0 else max(longest, now - self._since)
         self._count += 1
         if step is not None:
-            self._step, self._micro, self._count = step, 0, 0
+            self._step, self._micro_batch, self._count = step, 0, 0
         if phase in ("forward", "evaluating"):
-            self._micro += 1
+            self._micro_batch += 1
         self._phase, self._since = index, now
         self._write()
 
     def end(self, failed: bool) -> None:
-        """This rank stops as it should, or has told why; the records of a run that ended well are removed."""
+        """Record that this rank ends as intended, or has reported why it fails; a successful run's records are removed."""
         self._done.set()
         self._write(ended=True)
         if self._file < 0:
@@ -130,14 +145,13 @@ class Watchdog:
         self._file = -1
 
     def exit_if_peer_left(self, error: BaseException) -> None:
-        """End this process without a word where `error` only says that another rank has left: that is told elsewhere."""
-        words = str(error).lower()
-        if len(self.mates) < 2 or not any(name in words for name in ("gloo", "nccl", "connection", "socket")):
+        """End this process silently where `error` only says that another rank has left, which reports the reason itself."""
+        text = str(error).lower()
+        if len(self.local_ranks) < 2 or not any(name in text for name in ("gloo", "nccl", "connection", "socket")):
             return
-        for _ in range(25):  # the watcher ends this process where a rank died
-            if any(
-                record.ended for rank in self.mates if rank != self.rank and (record := read_heartbeat(self.folder, rank))
-            ):
+        for _ in range(25):  # five seconds: where a rank died, the thread ends this process within that time
+            records = (read_heartbeat(self.folder, rank) for rank in self.local_ranks if rank != self.rank)
+            if any(record.ended for record in records if record):
                 os._exit(RESUME_CODE)
             time.sleep(0.2)
 
@@ -145,8 +159,8 @@ class Watchdog:
         if self._file < 0:
             return
         with contextlib.suppress(OSError):
-            place = (self._since, self._step, self._micro, self._count)
-            os.pwrite(self._file, LAYOUT.pack(*self._who, self._phase, ended, *place, *self._longest), 0)
+            position = (self._since, self._step, self._micro_batch, self._count)
+            os.pwrite(self._file, LAYOUT.pack(*self._identity, self._phase, ended, *position, *self._longest), 0)
 
     def _stack_path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.stack"
@@ -154,62 +168,82 @@ class Watchdog:
     # ---- the thread ----
 
     def _watch(self) -> None:
-        tick = awake = time.monotonic()
-        before: list[tuple[int, str]] = []
-        while not self._done.wait(_TICK):
+        checked = awake_since = time.monotonic()
+        previous: list[tuple[int, str]] = []
+        while not self._done.wait(_INTERVAL):
             now = time.monotonic()
-            awake, tick = (now if now - tick > ASLEEP else awake), now
+            if now - checked > SUSPENDED_SECONDS:
+                awake_since = now
+            checked = now
             if (self.folder / FAULT).exists():
-                self._leave()
-            records = {rank: record for rank in self.mates if (record := read_heartbeat(self.folder, rank))}
-            records = {r: each for r, each in records.items() if each.host == self._who[0] and not each.ended}
+                self._exit_after_report()
+            records = self._read_records()
             states = {rank: process_state(record) for rank, record in records.items()}
-            faults = find_stalled(records, states, now, awake=awake, hang=self.hang, patience=self.patience)
-            seen = [(each.rank, each.what) for each in faults]
-            if faults and seen == before:  # twice, for a record may be read while it is written
-                self._act(faults, records)
-                awake = now  # nobody could be named; look again when as much time has passed
-            before = seen
+            faults = find_stalled(
+                records,
+                states,
+                now,
+                awake_since=awake_since,
+                hang_timeout=self.hang_timeout,
+                slow_timeout=self.slow_timeout,
+            )
+            current = [(fault.rank, fault.what) for fault in faults]
+            if faults and current == previous:  # seen twice, since a record may be read while it is written
+                self._handle(faults, records)
+                awake_since = now  # nobody could be blamed: check again after as much time
+            previous = current
 
-    def _act(self, faults: list[Fault], records: dict[int, Heartbeat]) -> None:
-        """Find the one at fault, name it and end the run, if no other watcher does."""
+    def _read_records(self) -> dict[int, Heartbeat]:
+        """Records of this machine's ranks that have not ended."""
+        records = {rank: read_heartbeat(self.folder, rank) for rank in self.local_ranks}
+        return {
+            rank: record
+            for rank, record in records.items()
+            if record and record.host == self._identity[0] and not record.ended
+        }
+
+    def _handle(self, faults: list[Fault], records: dict[int, Heartbeat]) -> None:
+        """Find the rank at fault, report it and end the run, unless another watchdog does."""
         stacks: dict[int, list[str]] = {}
         if faults[0].what == "hangs":
-            stacks = {each.rank: self._stack(records[each.rank], each.rank) for each in faults}
+            stacks = {fault.rank: self._request_stack(records[fault.rank], fault.rank) for fault in faults}
             if len(faults) > 1:
-                faults = [each for each in faults if not is_in_collective(stacks[each.rank])]
+                faults = [fault for fault in faults if not is_in_collective(stacks[fault.rank])]
             if not faults or len(faults) == len(records):
-                return  # all wait, or all work: who is at fault cannot be told
+                return  # all wait, or all compute: who is at fault cannot be told
         fault = faults[0]
         if fault.rank == self.rank and len(records) > 1:
             return
-        innocent = [rank for rank in records if rank != fault.rank]
-        time.sleep(0.3 * innocent.index(self.rank) if self.rank in innocent else 0)
-        text = self._message(fault, records[fault.rank], stacks.get(fault.rank, []))
-        found = json.dumps(vars(fault) | {"text": text})
-        try:
-            with (self.folder / FAULT).open("x", encoding="utf-8") as file:
-                file.write(found)
-        except FileExistsError:
-            self._leave()
-        except OSError:
-            pass  # no folder any more: then everyone tells
-        if not self.launched:
-            with contextlib.suppress(OSError):  # nobody may read it any more
-                os.write(self.error_fd, f"\n{text}\n".encode())
+        # One after the other, so that usually the first one reports and the rest find its file.
+        others = [rank for rank in records if rank != fault.rank]
+        time.sleep(0.3 * others.index(self.rank) if self.rank in others else 0)
+        self._report(fault, self._message(fault, records[fault.rank], stacks.get(fault.rank, [])))
         if fault.what != "died":
             with contextlib.suppress(OSError):
                 os.kill(records[fault.rank].pid, signal.SIGKILL)
         os._exit(RESUME_CODE)
 
-    def _leave(self) -> NoReturn:
-        time.sleep(1)  # who found it has yet to tell
+    def _report(self, fault: Fault, message: str) -> None:
+        """Claim the fault by creating its file, and print the message unless the launcher does."""
+        try:
+            with (self.folder / FAULT).open("x", encoding="utf-8") as file:
+                file.write(json.dumps(vars(fault) | {"text": message}))
+        except FileExistsError:
+            self._exit_after_report()
+        except OSError:
+            pass  # the folder is gone: then every watchdog reports
+        if not self.run_folder_file:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(self.error_fd, f"\n{message}\n".encode())
+
+    def _exit_after_report(self) -> NoReturn:
+        time.sleep(1)  # the watchdog that found the fault may still be printing it
         os._exit(RESUME_CODE)
 
-    def _stack(self, record: Heartbeat, rank: int) -> list[str]:
-        """Ask a rank for its main thread's stack, innermost frame first; empty where it gives none."""
+    def _request_stack(self, record: Heartbeat, rank: int) -> list[str]:
+        """Request the stack of a rank's main thread, innermost frame first; empty where it does not answer in a second."""
         path = self._stack_path(rank)
-        try:
+        with contextlib.suppress(OSError):
             size = path.stat().st_size
             os.kill(record.pid, signal.SIGUSR2)
             for _ in range(10):
@@ -219,23 +253,21 @@ class Watchdog:
                     stack = thread_stack(file.read().decode(errors="replace"), record.thread)
                 if stack:
                     return stack
-        except OSError:
-            pass
         return []
 
     def _message(self, fault: Fault, record: Heartbeat, stack: list[str]) -> str:
-        who = f"error: rank {fault.rank} (pid {record.pid})"
         if fault.what == "died":
-            why = "died; the system's log may say why (`dmesg`: Out of memory)"
+            reason = "died; the system's log may say why (`dmesg`: Out of memory)"
         elif fault.what == "stopped":
-            why = f"was stopped (SIGSTOP; `kill -CONT {record.pid}` lets one go on) and gives no stack"
+            reason = f"was stopped (SIGSTOP; `kill -CONT {record.pid}` continues it) and gives no stack"
         else:
-            why = f"has stood still for {fault.seconds:.0f} s while the others wait for it"
-        lines = [f"{who} {why}. Its last place: {record.where()}."]
+            reason = f"has made no progress for {fault.seconds:.0f} s and blocks the other ranks"
+        first = f"error: rank {fault.rank} (pid {record.pid}) {reason}. Last phase: {record.position()}."
+        lines = [coded("DSR309", first)]
         if stack:
-            lines += ["It stands in (innermost first):", *(f"  {line}" for line in stack[:6])]
+            lines += ["Its stack (innermost first):", *(f"  {line}" for line in stack[:6])]
         elif fault.what == "hangs":
-            lines += ["It gives no stack."]
+            lines.append("It gives no stack.")
         if fault.what == "hangs":
-            lines += ["Mend what the stack shows; where it is only slow, allow more with --hang_timeout SECONDS (0: off)."]
+            lines.append("Fix what the stack shows; where it is only slow, raise --hang_timeout SECONDS (0: off).")
         return "\n".join([*lines, f"All ranks were ended. {resume_hint(self.run)}."])

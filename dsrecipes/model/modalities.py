@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dsrecipes.model.task import unwrapped
+from dsrecipes.zero.internals import full_numel
 
 _SENSES = re.compile(r"vision|visual|image|video|audio|speech|vq")
 """In the name of a part's configuration, or of a module."""
@@ -70,6 +71,6 @@ def unreached_note(model: nn.Module) -> str | None:
     parameters = parameters_below(base, names)
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return None
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    count = sum(map(full_numel, parameters))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"rows of text never reach {shown}: {count:,} parameters are frozen, without an adapter"

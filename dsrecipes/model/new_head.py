@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsrecipes.errors import UserError, plural
+from dsrecipes.zero.internals import full_shape
 
 
 def refuse_missing_weights(missing: list[str], model: PreTrainedModel, name: str, trained_head: bool) -> None:
@@ -39,7 +40,7 @@ def initialize_head(model: nn.Module, missing: list[str], config: PretrainedConf
     for name in missing:
         if name not in parameters:
             continue
-        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)  # ds_shape: the full one under ZeRO-3
+        shape = full_shape(parameters[name])
         values = torch.zeros(shape)
         if len(shape) > 1:
             values.normal_(0.0, getattr(config, "initializer_range", 0.02), generator=generator)

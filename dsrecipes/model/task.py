@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from dsrecipes.zero.internals import full_numel
+
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _SENSES = "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"
 
@@ -70,7 +72,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
     trained = frozen = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        count = full_numel(parameter)
         if hasattr(parameter, "quant_state"):
             shape = getattr(parameter.quant_state, "shape", None)
             count = int(torch.Size(shape).numel()) if shape is not None else count * 2

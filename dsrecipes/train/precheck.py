@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from dsrecipes.config.schema import TrainConfig
+from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.errors import UserError, nearest
 
 _SIDE = 64

@@ -18,15 +18,9 @@ from dsrecipes.launch.environment import Launch, Ranks, complete_ranks, hide_acc
 from dsrecipes.launch.task_ranks import idle_tasks_note
 from dsrecipes.zero.blocks import check_blocks
 from dsrecipes.zero.checkpoint_states import loads_directly, read_writer
+from dsrecipes.zero.internals import import_muon_uncompiled
 from dsrecipes.zero.limits import check_accelerators, check_precision, check_zeropp
-from dsrecipes.zero.process import (
-    computes_bf16,
-    describe_hardware,
-    import_muon_uncompiled,
-    probe_deepspeed,
-    set_threads,
-    use_single_process,
-)
+from dsrecipes.zero.process import computes_bf16, describe_hardware, probe_deepspeed, set_threads, use_single_process
 from dsrecipes.zero.resolve import TrainerValues, ZeroConfig, check_with_deepspeed, read_zero, resolve
 
 

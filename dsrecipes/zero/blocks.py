@@ -1,4 +1,4 @@
-"""Optimizer and scheduler blocks of a ZeRO JSON: filled in from the run, and built once before any weights are loaded."""
+"""How optimizer and scheduler blocks of a ZeRO JSON are filled in, and tried before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,53 +18,71 @@ Json = dict[str, Any]
 
 _ADAM = ("adam", "adamw")
 _DEEPSPEED = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
-"""Optimizers that DeepSpeed builds itself (runtime/config.py, DEEPSPEED_OPTIMIZERS), in any case of letters."""
+"""Optimizers that DeepSpeed builds itself (0.19.8, runtime/config.py, DEEPSPEED_OPTIMIZERS), case-insensitive."""
 _ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay"}
-_OWN_PARAMS = {"lion": _ADAM_PARAMS - {"eps"}, "muon": {"lr", "weight_decay"}, "musgd": {"lr", "weight_decay"}}
-"""The run's values that an optimizer of DeepSpeed's takes, where they are fewer than those of an Adam."""
-_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "comms_logger")
+_FEWER_PARAMS = {"lion": _ADAM_PARAMS - {"eps"}, "muon": {"lr", "weight_decay"}, "musgd": {"lr", "weight_decay"}}
+"""The run's values that an optimizer of DeepSpeed accepts, where they are fewer than those of an Adam."""
+_UNTRIED = (
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "comet",
+    "flops_profiler",
+    "comms_logger",
+    "steps_per_print",
+    "dump_state",
+)
+"""Blocks that the trial of an engine leaves out: they would write files, or print."""
 _TRIAL_WIDTH = 8
 _ENGINE_PARAMS = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 """Parameters that DeepSpeed removes before it builds an Adam."""
+_ANY_STEPS = 10
+"""Stands for "auto" where only the other parameters of a scheduler are checked."""
 
 
 def torch_optimizer(kind: str, params: Json) -> type[torch.optim.Optimizer] | None:
-    """The torch class that the engine builds for an optimizer block; None where it is DeepSpeed's own or unknown."""
+    """The torch class that the engine builds for an optimizer block; None for DeepSpeed's own and for unknown names."""
     if kind.lower() == "adagrad":
         return torch.optim.Adagrad
     if kind.lower() in _ADAM and params.get("torch_adam"):
-        plain = kind.lower() == "adam" and not params.get("adam_w_mode", True)
-        return torch.optim.Adam if plain else torch.optim.AdamW
-    built = None if kind.lower() in _DEEPSPEED else getattr(torch.optim, kind, None)
-    return built if isinstance(built, type) and issubclass(built, torch.optim.Optimizer) else None
+        l2_penalty = kind.lower() == "adam" and not params.get("adam_w_mode", True)
+        return torch.optim.Adam if l2_penalty else torch.optim.AdamW
+    if kind.lower() in _DEEPSPEED:
+        return None
+    candidate = getattr(torch.optim, kind, None)
+    return candidate if isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer) else None
 
 
 def fill_optimizer(block: Json, train: Json) -> None:
-    """Put the run's values into an optimizer block.
+    """Fill the run's values into an optimizer block.
 
     Args:
-        block: changed in place.
-        train: the run's training values, which already hold what the JSON fixes.
+        block: modified in place.
+        train: the run's training values, including those that the JSON fixes.
     """
     params = block.setdefault("params", {})
     kind = block["type"]
-    if kind.lower() in _ADAM:  # DeepSpeed's own compiles for a minute or more at first use
-        params.setdefault("torch_adam", True)
+    if kind.lower() in _ADAM:
+        params.setdefault("torch_adam", True)  # DeepSpeed's own compiles for a minute or more at first use
         if params.get("bias_correction") is True:  # torch's always corrects, and has no such parameter
             del params["bias_correction"]
-    built = torch_optimizer(kind, params)
-    accepted = set(inspect.signature(built).parameters) if built else _OWN_PARAMS.get(kind.lower(), _ADAM_PARAMS)
-    if "betas" not in accepted:  # adam_epsilon means nothing to the eps of another family
+    torch_class = torch_optimizer(kind, params)
+    accepted = (
+        set(inspect.signature(torch_class).parameters) if torch_class else _FEWER_PARAMS.get(kind.lower(), _ADAM_PARAMS)
+    )
+    if "betas" not in accepted:  # the eps of other families is not Adam's: adam_epsilon does not apply to it
         accepted -= {"eps"}
-    ours = {
-        "lr": train["learning_rate"], "betas": [train["adam_beta1"], train["adam_beta2"]], "eps": train["adam_epsilon"],
+    values = {
+        "lr": train["learning_rate"],
+        "betas": [train["adam_beta1"], train["adam_beta2"]],
+        "eps": train["adam_epsilon"],
         "weight_decay": train["weight_decay"],
-    }  # fmt: skip
-    params |= {name: value for name, value in ours.items() if name in accepted or name in params}
+    }
+    params |= {name: value for name, value in values.items() if name in accepted or name in params}
 
 
 def fill_scheduler(block: Json, learning_rate: float) -> None:
-    """Put the run's learning rate into a scheduler block; Trainer fills in step counts that are left out."""
+    """Fill the run's learning rate into a scheduler block; Trainer fills in step counts that are left out."""
     from deepspeed.runtime import lr_schedules
 
     params = block.setdefault("params", {})
@@ -81,6 +99,10 @@ def fill_scheduler(block: Json, learning_rate: float) -> None:
 def check_blocks(config: Json, path: Path, accelerator: bool) -> None:
     """Build the optimizer and scheduler of a filled-in JSON for a parameter of one element.
 
+    Args:
+        path: of the JSON, for the message.
+        accelerator: whether the run uses one.
+
     Raises:
         UserError: DeepSpeed has no such optimizer or scheduler, cannot build it here, or not with these parameters.
     """
@@ -93,67 +115,81 @@ def check_blocks(config: Json, path: Path, accelerator: bool) -> None:
 
 def _check_optimizer(block: Json, config: Json, path: Path, accelerator: bool) -> None:
     kind, params = block["type"], block["params"]
-    where = f"{path}: optimizer {kind}"
-    if kind.lower() in (name.lower() for name in key_table(None)["removed_optimizers"]):
-        raise UserError(f"{where} was removed from DeepSpeed: use AdamW")
-    if kind.lower().startswith("mu") and kind.lower() != "muon" and importlib.util.find_spec("mup") is None:
-        raise UserError(f"{where} needs the package mup: pip install mup")
-    if kind.lower() in ("lamb", "lion") and not accelerator:
-        raise UserError(f"{where} needs a GPU; on a CPU use AdamW, or take the optimizer block out and give --optim")
-    built = torch_optimizer(kind, params)
-    if built is None and kind.lower() not in _DEEPSPEED:
-        known = [name for name in vars(torch.optim) if name[0].isupper() and name != "Optimizer"]
-        raise UserError(f"{where}: there is no such optimizer{nearest(kind, [*known, *_DEEPSPEED])}")
-    stage = config["zero_optimization"]["stage"]
-    untested = built is not None and kind.lower() not in _DEEPSPEED
-    if untested and stage and not config.get("zero_allow_untested_optimizer"):
-        raise UserError(f'{where} is not tested with ZeRO: set "zero_allow_untested_optimizer": true in the JSON to use it')
-    if built is torch.optim.Adagrad and stage and "scheduler" not in config:
+    name, source = kind.lower(), f"{path}: optimizer {kind}"
+    if name in (removed.lower() for removed in key_table(None)["removed_optimizers"]):
+        raise UserError("DSR263", f"{source} was removed from DeepSpeed: use AdamW")
+    if name.startswith("mu") and name != "muon" and importlib.util.find_spec("mup") is None:
+        raise UserError("DSR264", f"{source} needs the package mup: pip install mup")
+    if name in ("lamb", "lion") and not accelerator:
         raise UserError(
-            f"{where} under ZeRO-{stage}: DeepSpeed rebuilds it without the schedule of the run; give a scheduler block too, or "
-            "another optimizer"
+            "DSR264", f"{source} needs a GPU; on a CPU use AdamW, or remove the optimizer block and give --optim"
         )
-    if built is not None:
-        params = {name: value for name, value in params.items() if name not in _ENGINE_PARAMS}
-        _build(built, [torch.nn.Parameter(torch.zeros(1))], params, where)
+    torch_class = torch_optimizer(kind, params)
+    if torch_class is None and name not in _DEEPSPEED:
+        known = [each for each in vars(torch.optim) if each[0].isupper() and each != "Optimizer"]
+        raise UserError("DSR263", f"{source}: there is no such optimizer{nearest(kind, [*known, *_DEEPSPEED])}")
+    if torch_class is not None:
+        _check_under_zero(torch_class, name, config, source)
+        params = {key: value for key, value in params.items() if key not in _ENGINE_PARAMS}
+        _build(torch_class, [torch.nn.Parameter(torch.zeros(1))], params, source)
+
+
+def _check_under_zero(torch_class: type[torch.optim.Optimizer], name: str, config: Json, source: str) -> None:
+    """Refuse optimizers of torch that DeepSpeed does not run under ZeRO, or runs without the schedule (UserError)."""
+    stage = config["zero_optimization"]["stage"]
+    if not stage:
+        return
+    if name not in _DEEPSPEED and not config.get("zero_allow_untested_optimizer"):
+        raise UserError(
+            "DSR265", f'{source} is not tested with ZeRO: set "zero_allow_untested_optimizer": true in the JSON to use it'
+        )
+    if torch_class is torch.optim.Adagrad and "scheduler" not in config:
+        raise UserError(
+            "DSR265",
+            f"{source} under ZeRO-{stage}: DeepSpeed rebuilds it without the schedule of the run; give a scheduler block too, "
+            "or another optimizer",
+        )
 
 
 def _check_scheduler(block: Json, path: Path) -> None:
     from deepspeed.runtime import lr_schedules
 
-    kind = block["type"]
-    where = f"{path}: scheduler {kind}"
+    kind, params = block["type"], block["params"]
+    source = f"{path}: scheduler {kind}"
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         if hasattr(torch.optim.lr_scheduler, kind):
             raise UserError(
-                f"{where} is one of torch's, which DeepSpeed cannot drive under ZeRO: take the scheduler block out and give "
-                "--lr_scheduler_type (cosine, linear, ...)"
+                "DSR267",
+                f"{source} is one of torch's, which DeepSpeed cannot use under ZeRO: remove the scheduler block and give "
+                "--lr_scheduler_type (cosine, linear, ...)",
             )
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-        raise UserError(
-            f"{where}: there is no such scheduler{nearest(kind, lr_schedules.VALID_LR_SCHEDULES)}; there are {known}"
-        )
-    total = block["params"].get("total_num_steps", 1)
+        suggestion = nearest(kind, lr_schedules.VALID_LR_SCHEDULES)
+        raise UserError("DSR267", f"{source}: there is no such scheduler{suggestion}; there are {known}")
+    total = params.get("total_num_steps", 1)
     if total != "auto" and (not float(total).is_integer() or total < 1):
-        raise UserError(f"{where}: total_num_steps is {total}; give a whole number of steps, 1 or more")
-    if block["params"].get("warmup_type", "log") not in ("log", "linear"):
-        raise UserError(f"{where}: warmup_type is {block['params']['warmup_type']!r}; choose log or linear")
-    params = {name: 10 if value == "auto" else value for name, value in block["params"].items()}
+        raise UserError("DSR268", f"{source}: total_num_steps is {total}; give a whole number of steps, 1 or more")
+    if params.get("warmup_type", "log") not in ("log", "linear"):
+        raise UserError("DSR268", f"{source}: warmup_type is {params['warmup_type']!r}; choose log or linear")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    _build(getattr(lr_schedules, kind), optimizer, params, where)
+    _build(getattr(lr_schedules, kind), optimizer, _without_auto_steps(params), source)
 
 
-def _build(kind: type, first: Any, params: Json, where: str) -> None:
-    """Build it; whatever it raises about its parameters is the user's to fix."""
+def _without_auto_steps(params: Json) -> Json:
+    return {key: _ANY_STEPS if value == "auto" else value for key, value in params.items()}
+
+
+def _build(kind: type, first: Any, params: Json, source: str) -> None:
+    """Build an optimizer or scheduler; whatever it raises about its parameters is the user's to fix (UserError)."""
     try:
         kind(first, **params)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where} cannot be built with params {params}: {reason}") from error
+        raise UserError("DSR266", f"{source} cannot be built with params {params}: {reason}") from error
 
 
 def try_engine(config: Json, path: Path) -> None:
-    """Start DeepSpeed with a tiny layer and take one step; all ranks must call it together, with a process group.
+    """Start DeepSpeed with a tiny layer and take one step; a collective call, in a process group.
 
     The engine checks much that its configuration does not, such as an optimizer that cannot update shards.
 
@@ -162,21 +198,15 @@ def try_engine(config: Json, path: Path) -> None:
     """
     import deepspeed
 
-    trial = {key: value for key, value in config.items() if key not in (*_MONITORS, "steps_per_print", "dump_state")}
-    trial |= {"gradient_accumulation_steps": 1}
-    del trial["train_batch_size"]
-    scheduler = config.get("scheduler")
-    if scheduler:
-        params = {name: 10 if value == "auto" else value for name, value in scheduler["params"].items()}
-        trial["scheduler"] = scheduler | {"params": params}
     layer = torch.nn.Linear(_TRIAL_WIDTH, _TRIAL_WIDTH, bias=False)
+    trial = _trial_config(config)
     optimizer = None
     if "optimizer" not in config:
         optimizer, trial["zero_allow_untested_optimizer"] = torch.optim.AdamW(layer.parameters()), True
     try:
-        engine = deepspeed.initialize(
-            model=layer, model_parameters=list(layer.parameters()), optimizer=optimizer, config=json.loads(json.dumps(trial))
-        )[0]
+        engine, *_ = deepspeed.initialize(
+            model=layer, model_parameters=list(layer.parameters()), optimizer=optimizer, config=trial
+        )
         inputs = torch.ones(1, _TRIAL_WIDTH, device=engine.device, dtype=next(engine.module.parameters()).dtype)
         engine.set_gradient_accumulation_boundary(True)  # as accelerate does
         engine.backward(engine(inputs).float().mean())
@@ -184,19 +214,29 @@ def try_engine(config: Json, path: Path) -> None:
         engine.destroy()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: DeepSpeed cannot train with it: {reason}") from error
+        raise UserError("DSR269", f"{path}: DeepSpeed cannot train with it: {reason}") from error
+
+
+def _trial_config(config: Json) -> Json:
+    """A copy of the run's JSON for one step of a tiny layer."""
+    trial = json.loads(json.dumps({key: value for key, value in config.items() if key not in _UNTRIED}))
+    trial["gradient_accumulation_steps"] = 1
+    del trial["train_batch_size"]
+    if trial.get("scheduler"):
+        trial["scheduler"]["params"] = _without_auto_steps(trial["scheduler"]["params"])
+    return trial
 
 
 def fixed_steps(config: Json) -> dict[str, int]:
-    """Step counts of a scheduler block that the user fixed; Trainer would insist on its own."""
+    """Step counts that the user fixed in a scheduler block; Trainer would insist on its own."""
     params = config.get("scheduler", {}).get("params", {})
     return {key: params[key] for key in ("warmup_num_steps", "total_num_steps") if params.get(key, "auto") != "auto"}
 
 
 class FixedScheduleConfig(HfTrainerDeepSpeedConfig):
-    """transformers' view of a ZeRO JSON, which accepts the fixed step counts of a schedule.
+    """transformers' view of a ZeRO JSON, with step counts that the JSON fixes.
 
-    transformers refuses step counts that are not those of the run (trainer_config_finalize, 5.23).
+    transformers 5.23 refuses step counts that differ from those of the run (trainer_config_finalize).
     """
 
     fixed: tuple[str, ...]
@@ -207,6 +247,10 @@ class FixedScheduleConfig(HfTrainerDeepSpeedConfig):
 
 
 def keep_fixed_steps(trainer_config: HfTrainerDeepSpeedConfig, config: Json) -> None:
-    """Keep a schedule's fixed step counts; the object stays the same, because transformers holds a weak reference to it."""
-    trainer_config.__class__ = FixedScheduleConfig  # not a new function on it: Trainer pickles it
+    """Keep the fixed step counts of a schedule.
+
+    The object changes its class instead of being replaced, because transformers holds a weak reference to it; a method
+    set on the object would not survive, because Trainer pickles it.
+    """
+    trainer_config.__class__ = FixedScheduleConfig
     trainer_config.fixed = tuple(f"scheduler.params.{key}" for key in fixed_steps(config))

@@ -1,4 +1,4 @@
-"""A ZeRO JSON, read, checked, and filled in with the run's values."""
+"""How a ZeRO JSON is read, checked, and filled in with the run's values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dsrecipes.config.zero_values import read_zero_json
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, coded
 from dsrecipes.io.paths import cache_root
 from dsrecipes.zero.blocks import fill_optimizer, fill_scheduler, fixed_steps
 from dsrecipes.zero.lint import lint
 
 Json = dict[str, Any]
-
-
 _FILLED_BY_TRAINER = tuple(f"scheduler.params.{key}" for key in ("warmup_num_steps", "total_num_steps", "warmup_min_lr"))
-"""Values that transformers fills in when training begins (integrations/deepspeed.py)."""
+"""Values that transformers fills in when training begins (5.23, integrations/deepspeed.py)."""
+_OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""Block -> ZeRO stages that have it."""
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """A ZeRO JSON as read: stage 0 to 3, where optimizer states go, and the JSON itself."""
+    """A ZeRO JSON as it was read: stage 0 to 3, where states are offloaded to, and the JSON itself."""
 
     path: Path
     json: Json
@@ -44,7 +44,7 @@ class ZeroConfig:
 
     @property
     def uses_nvme(self) -> bool:
-        """Whether anything is kept on a disk."""
+        """Whether anything is offloaded to a disk."""
         return "nvme" in (self._device("offload_optimizer"), self._device("offload_param"))
 
     @property
@@ -54,7 +54,7 @@ class ZeroConfig:
 
     @property
     def layout(self) -> list[Any]:
-        """What decides, beside stage and ranks, where a parameter's state lies in a checkpoint's files."""
+        """What decides, beside stage and ranks, where a parameter's state is in a checkpoint's files."""
         section = self.json.get("zero_optimization", {})
         return [section.get("sub_group_size"), bool(section.get("round_robin_gradients")), self.uses_nvme]
 
@@ -63,38 +63,41 @@ class ZeroConfig:
 
 
 def read_zero(path: Path) -> ZeroConfig:
-    """Read and check a ZeRO JSON on its own.
+    """Read a ZeRO JSON, and check what can be checked without a run.
 
     Raises:
-        UserError: malformed (line and column), an unknown key (with the nearest known one), a stage that is none,
-            or a part that its stage does not have.
+        UserError: malformed (line and column), an unknown key (with the nearest known one), an invalid stage,
+            or a block that its stage does not have.
     """
     config = read_zero_json(path)
     notes = lint(config, path)
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    stage = zero.setdefault("stage", 0)
+    section = config.setdefault("zero_optimization", {"stage": 0})
+    stage = section.setdefault("stage", 0)
     if isinstance(stage, bool) or str(stage) not in ("0", "1", "2", "3"):
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
-    zero["stage"] = int(stage)
-    for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        part_config = zero.get(part) or {}
-        if not isinstance(part_config, dict):
-            raise UserError(f"{path}: zero_optimization.{part} must be an object with a device")
-        device = part_config.get("device", "none")
-        if device == "auto":  # DeepSpeed would drop it, and offload nothing
-            raise UserError(f"{path}: zero_optimization.{part}.device is 'auto'; choose cpu, nvme or none")
-        if device == "nvme" and not part_config.get("nvme_path"):
-            raise UserError(f'{path}: zero_optimization.{part} has no nvme_path; name a folder of a fast disk, or "auto"')
-        if device != "none" and zero["stage"] not in stages:
-            raise UserError(
-                f"{path}: zero_optimization.{part} needs stage {' or '.join(map(str, stages))}, and the stage is {stage}: "
-                + (
-                    "only ZeRO-3 divides parameters; remove offload_param or set stage 3"
-                    if part == "offload_param"
-                    else "set another stage"
-                )
-            )
+        raise UserError("DSR259", f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
+    section["stage"] = int(stage)
+    for block in _OFFLOAD_STAGES:
+        _check_offload(block, section, path)
     return ZeroConfig(path, config, notes)
+
+
+def _check_offload(block: str, section: Json, path: Path) -> None:
+    """Check offload_optimizer or offload_param of a zero_optimization section (UserError)."""
+    name, options, stage = f"zero_optimization.{block}", section.get(block) or {}, section["stage"]
+    if not isinstance(options, dict):
+        raise UserError("DSR256", f"{path}: {name} must be an object with a device")
+    device = options.get("device", "none")
+    if device == "auto":  # DeepSpeed would drop it, and offload nothing
+        raise UserError("DSR260", f"{path}: {name}.device is 'auto'; choose cpu, nvme or none")
+    if device == "nvme" and not options.get("nvme_path"):
+        raise UserError("DSR260", f'{path}: {name} has no nvme_path; name a folder of a fast disk, or "auto"')
+    stages = _OFFLOAD_STAGES[block]
+    if device != "none" and stage not in stages:
+        advice = "set another stage"
+        if block == "offload_param":
+            advice = "only ZeRO-3 shards parameters; remove offload_param or set stage 3"
+        needed = " or ".join(map(str, stages))
+        raise UserError("DSR261", f"{path}: {name} needs stage {needed}, and the stage is {stage}: {advice}")
 
 
 def check_with_deepspeed(config: Json, path: Path) -> None:
@@ -108,20 +111,22 @@ def check_with_deepspeed(config: Json, path: Path) -> None:
         DeepSpeedConfig(config)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join([_section_of(config, first), *map(str, first["loc"])]).lstrip(".")
-        raise UserError(f"{path}: {where}: {first['msg']} (found {first['input']!r})") from None
+        key = ".".join([_section_of(config, first["loc"], first["input"]), *map(str, first["loc"])]).lstrip(".")
+        raise UserError("DSR262", f"{path}: {key}: {first['msg']} (found {first['input']!r})") from None
     except Exception as error:  # assertions, KeyError, TypeError and errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: DeepSpeed refuses it: {reason}") from error
+        raise UserError("DSR262", f"{path}: DeepSpeed refuses it: {reason}") from error
 
 
-def _section_of(config: Json, error: dict[str, Any]) -> str:
-    """The block that a pydantic error is about: the first that holds its key with its value."""
-    if not error["loc"]:
+def _section_of(config: Json, location: tuple[int | str, ...], value: Any) -> str:
+    """The block that an error of pydantic is about: the first that holds its key with its value."""
+    if not location:
         return ""
-    key = error["loc"][0]
-    blocks = {name: block for name, block in config.items() if isinstance(block, dict) and key in block}
-    return next((name for name, block in blocks.items() if len(error["loc"]) > 1 or block[key] == error["input"]), "")
+    key = location[0]
+    for name, block in config.items():
+        if isinstance(block, dict) and key in block and (len(location) > 1 or block[key] == value):
+            return name
+    return ""
 
 
 def _without_auto(section: Json) -> Json:
@@ -132,52 +137,61 @@ def _without_auto(section: Json) -> Json:
 
 @dataclass(frozen=True)
 class TrainerValues:
-    """What Trainer knows and a ZeRO JSON may repeat."""
+    """Values of Trainer that a ZeRO JSON may repeat."""
 
     micro: int
+    """Sequences of a micro batch on each rank."""
     accumulation: int
+    """Micro batches of a step."""
     world: int
+    """Number of ranks."""
     precision: str
+    """fp32, bf16 or fp16."""
     train: Json
-    """The run's training values, which already hold what the JSON fixes."""
+    """The run's training values, including those that the JSON fixes."""
 
 
-def resolve(zero: ZeroConfig, model: PretrainedConfig, numbers: TrainerValues, notes: list[str]) -> Json:
-    """The JSON with the run's values in it; Trainer fills in the step counts of a scheduler that it leaves open.
+def resolve(zero: ZeroConfig, model: PretrainedConfig, values: TrainerValues, notes: list[str]) -> Json:
+    """Fill the run's values into a copy of the JSON; Trainer fills in step counts that a scheduler leaves open.
 
-    `notes` gets what had to be changed so that the run leaves a model, and the length of a fixed schedule.
+    Args:
+        model: its width decides bucket sizes.
+        notes: gets a line on what had to be changed so that the run leaves a model, and on a fixed schedule.
     """
     config = json.loads(json.dumps(zero.json))
     config |= {
-        "train_micro_batch_size_per_gpu": numbers.micro,
-        "gradient_accumulation_steps": numbers.accumulation,
-        "train_batch_size": numbers.micro * numbers.accumulation * numbers.world,
-        "gradient_clipping": numbers.train["max_grad_norm"],
+        "train_micro_batch_size_per_gpu": values.micro,
+        "gradient_accumulation_steps": values.accumulation,
+        "train_batch_size": values.micro * values.accumulation * values.world,
+        "gradient_clipping": values.train["max_grad_norm"],
     }
     for precision in ("fp16", "bf16"):
-        config.setdefault(precision, {})["enabled"] = numbers.precision == precision
+        config.setdefault(precision, {})["enabled"] = values.precision == precision
     section = config["zero_optimization"]
     _fill_zero(section, model)
     if zero.stage == 3 and section.get("stage3_gather_16bit_weights_on_model_save") is not True:
         section["stage3_gather_16bit_weights_on_model_save"] = True
-        notes.append(f"{zero.path} does not gather the weights on saving; turned on, else no loadable model would be left")
+        change = "does not gather the weights on saving; turned on, else no loadable model would be left"
+        notes.append(coded("DSR283", f"{zero.path} {change}"))
     if zero.offloads_optimizer:  # torch's optimizers are as fast on the host, and DeepSpeed's compile for a minute
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if "optimizer" in config:
-        fill_optimizer(config["optimizer"], numbers.train)
+        fill_optimizer(config["optimizer"], values.train)
         if config["optimizer"]["params"].get("torch_adam") is False:
-            notes.append(f"{zero.path}: torch_adam false builds DeepSpeed's own Adam, which compiles at first use (minutes)")
+            note = f"{zero.path}: torch_adam false builds DeepSpeed's own Adam, which compiles at first use (minutes)"
+            notes.append(coded("DSR284", note))
     if "scheduler" in config:
-        fill_scheduler(config["scheduler"], numbers.train["learning_rate"])
+        fill_scheduler(config["scheduler"], values.train["learning_rate"])
         notes += _fixed_schedule(config, zero)
     dropped = _drop_auto(config, "")
     if dropped:
-        notes.append(f'{zero.path}: DeepSpeed\'s default for {", ".join(dropped)}, which nothing here fills in for "auto"')
+        keys = ", ".join(dropped)
+        notes.append(f'{zero.path}: DeepSpeed\'s default for {keys}, which nothing here fills in for "auto"')
     return config
 
 
 def _drop_auto(block: Json, path: str) -> list[str]:
-    """Remove every "auto" that is left, but for a scheduler's step counts; returns the keys."""
+    """Remove every "auto" that is left, except a scheduler's step counts; returns their keys."""
     dropped = []
     for key in list(block):
         name = f"{path}.{key}" if path else key
@@ -194,8 +208,8 @@ def _fixed_schedule(config: Json, zero: ZeroConfig) -> list[str]:
     steps = fixed_steps(config)
     if "total_num_steps" in steps:
         total, warmup = steps["total_num_steps"], steps.get("warmup_num_steps", 0)
-        short = f"; its warm-up takes {warmup} of them, so it never decays" if total <= warmup else ""
-        return [f"{zero.path} fixes the schedule to {total} steps, however long the run is{short}"]
+        no_decay = f"; its warm-up takes {warmup} of them, so it never decays" if total <= warmup else ""
+        return [f"{zero.path} fixes the schedule to {total} steps, however long the run is{no_decay}"]
     if "warmup_num_steps" in steps:
         return [f"{zero.path} fixes the warm-up: {steps['warmup_num_steps']} steps, however long the run is"]
     return []
@@ -212,7 +226,7 @@ def hidden_size(model: PretrainedConfig) -> int:
 
 
 def _fill_zero(section: Json, model: PretrainedConfig) -> None:
-    """Bucket sizes in elements after transformers' rule (integrations/deepspeed.py), at least a million."""
+    """Fill in bucket sizes in elements by transformers' rule (5.23, integrations/deepspeed.py), at least a million."""
     square = max(hidden_size(model) ** 2, 1_000_000)
     nvme = str(os.environ.get("DSRECIPES_NVME") or cache_root() / "nvme")
     values = {
@@ -220,8 +234,8 @@ def _fill_zero(section: Json, model: PretrainedConfig) -> None:
         "allgather_bucket_size": square,
         "stage3_prefetch_bucket_size": int(0.9 * square),
         "stage3_param_persistence_threshold": 10 * hidden_size(model),
-        # About one transformer block, which activation checkpointing uses twice in a row. DeepSpeed's 1e9 makes it
-        # search the whole model at each of a smaller model's modules: 58 s in the second step of SmolLM2 with LoRA.
+        # About one transformer block, which activation checkpointing uses twice in a row. DeepSpeed's default of 1e9 makes
+        # it search the whole of a smaller model at each module: 58 s in the second step of SmolLM2 with LoRA.
         "stage3_max_reuse_distance": min(16 * hidden_size(model) ** 2, 1_000_000_000),
         "nvme_path": nvme,
     }

@@ -1,8 +1,8 @@
-"""Bytes of weights, gradients and optimizer states that a rank holds, and whether they are what the ZeRO stage promises."""
+"""How many bytes of weights, gradients and optimizer states a rank holds, and whether the ZeRO stage promises as much."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,64 +10,60 @@ import torch
 from torch import nn
 
 from dsrecipes.errors import UserError
+from dsrecipes.zero.internals import full_numel, gradient_buffers, inner_optimizer, local_shard
 
 
-def storage_bytes(tensors: Iterable[Any], but: dict[int, int]) -> dict[int, int]:
-    """Bytes by address of what lies under some tensors, each once, without those in `but`."""
-    found = {}
+def storage_bytes(tensors: Iterable[Any], exclude: dict[int, int]) -> dict[int, int]:
+    """Bytes by address of the storages below some tensors, each storage once, without those in `exclude`."""
+    sizes = {}
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in but:
-                found[storage.data_ptr()] = storage.nbytes()
-    return found
+            if storage.nbytes() and storage.data_ptr() not in exclude:
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
 
 
-def iter_tensors(value: Any) -> Iterable[torch.Tensor]:
+def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
     """Tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from iter_tensors(each)
+        for item in value.values():
+            yield from iter_tensors(item)
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from iter_tensors(each)
+        for item in value:
+            yield from iter_tensors(item)
 
 
 def gradient_tensors(module: nn.Module, optimizer: Any) -> list[torch.Tensor]:
-    """This rank's gradients between backward and the update; some may be there twice."""
-    adam = getattr(optimizer, "optimizer", optimizer)
-    found = [
-        *(p.grad for p in module.parameters()),
-        *iter_tensors(getattr(optimizer, "averaged_gradients", None)),
-        *iter_tensors(getattr(optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)),
-        *(p.grad for group in adam.param_groups for p in group["params"]),
-    ]
-    return [each for each in found if each is not None]
+    """This rank's gradients between backward and update; views of one gradient may occur twice."""
+    stepped = [parameter for group in inner_optimizer(optimizer).param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in (*module.parameters(), *stepped)]
+    return [gradient for gradient in gradients if gradient is not None] + list(iter_tensors(gradient_buffers(optimizer)))
 
 
 def held_bytes(module: nn.Module, optimizer: Any) -> dict[str, dict[int, int]]:
     """This rank's storages of parameters, gradients and optimizer states: bytes by address.
 
-    Gradients are there between backward and the update. Optimizer states are Adam's two moments and, where ZeRO keeps
-    one, the copy of the parameters that it updates.
+    Call it between backward and update, when gradients exist. Optimizer states are Adam's two moments and, where ZeRO
+    keeps one, the copy of the parameters that it updates.
 
     Args:
         optimizer: DeepSpeed's (`engine.optimizer`), or torch's own.
     """
-    adam = getattr(optimizer, "optimizer", optimizer)
-    params = list(module.parameters())
-    own = storage_bytes([*(p.data for p in params), *(getattr(p, "ds_tensor", None) for p in params)], {})
+    adam = inner_optimizer(optimizer)
+    parameters = list(module.parameters())
+    own = storage_bytes([*(p.data for p in parameters), *map(local_shard, parameters)], {})
     gradients = storage_bytes(gradient_tensors(module, optimizer), own)
-    masters = [p.data for group in adam.param_groups for p in group["params"]]
+    masters = [parameter.data for group in adam.param_groups for parameter in group["params"]]
     states = storage_bytes([*masters, *iter_tensors(dict(adam.state))], own | gradients)
     return {"parameters": own, "gradients": gradients, "optimizer": states}
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Bytes that one rank holds after the first step, and what it would hold if nothing were divided."""
+    """Bytes that one rank holds after the first step, and what it would hold if nothing were sharded."""
 
     weights: int
     gradients: int
@@ -77,74 +73,85 @@ class Shards:
     whole_states: int
 
     def share(self, part: str) -> tuple[int, int]:
-        """(held, whole) of weights, gradients or states."""
-        mine = getattr(self, part)
-        return mine, max(mine, getattr(self, f"whole_{part}"))
+        """Bytes held and bytes of the whole, for weights, gradients or states."""
+        held = getattr(self, part)
+        return held, max(held, getattr(self, f"whole_{part}"))
 
 
 def gradient_bytes(module: nn.Module, optimizer: Any) -> tuple[int, int]:
-    """(bytes of this rank's gradients, bytes of an element) between backward and the update.
+    """Bytes of this rank's gradients, and bytes of an element, between backward and update.
 
-    Of a gradient across two shards only this rank's part, though ZeRO-2 keeps the memory of all of it.
+    Of a gradient that spans two shards only this rank's part counts, though ZeRO-2 keeps the memory of all of it.
     """
-    tensors = {(each.data_ptr(), each.numel()): each for each in gradient_tensors(module, optimizer)}.values()
-    return sum(each.nbytes for each in tensors), max((each.element_size() for each in tensors), default=4)
+    tensors = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in gradient_tensors(module, optimizer)}.values()
+    element_size = max((tensor.element_size() for tensor in tensors), default=4)
+    return sum(tensor.nbytes for tensor in tensors), element_size
 
 
 def measure_shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]) -> Shards:
-    """Count after the first update; of weights this rank's own, not what ZeRO-3 has gathered for a while.
+    """Count bytes after the first update; of weights this rank's shard, not what ZeRO-3 has gathered temporarily.
 
     Args:
         gradients: gradient_bytes before the update.
     """
-    params = list(module.parameters())
-    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in params]
-    trained = sum(size for size, p in sizes if p.requires_grad)
-    adam = getattr(optimizer, "optimizer", optimizer)
-    updated = sum(max((each.numel() for each in iter_tensors(dict(state))), default=0) for state in adam.state.values())
-    if not updated:  # SGD without momentum: its only state is ZeRO's copy of the parameters
-        updated = sum(each.numel() for group in adam.param_groups for each in group["params"])
+    parameters = list(module.parameters())
+    trained = sum(full_numel(parameter) for parameter in parameters if parameter.requires_grad)
     states = sum(held_bytes(module, optimizer)["optimizer"].values())
+    updated = _updated_elements(optimizer)
     return Shards(
-        weights=sum(storage_bytes([getattr(p, "ds_tensor", p.data) for p in params], {}).values()),
+        weights=sum(storage_bytes(map(local_shard, parameters), {}).values()),
         gradients=gradients[0],
         states=states,
-        whole_weights=sum(size * p.element_size() for size, p in sizes),
+        whole_weights=sum(full_numel(parameter) * parameter.element_size() for parameter in parameters),
         whole_gradients=trained * gradients[1],
         whole_states=states * trained // updated if updated else 0,
     )
 
 
-_WORDS = {"weights": "weights", "gradients": "gradients", "states": "optimizer states"}
-_SINCE = {"states": 1, "gradients": 2, "weights": 3}
-"""The first ZeRO stage that divides them."""
+def _updated_elements(optimizer: Any) -> int:
+    """Elements of parameters that this rank updates."""
+    adam = inner_optimizer(optimizer)
+    sizes = [max((tensor.numel() for tensor in iter_tensors(dict(state))), default=0) for state in adam.state.values()]
+    if any(sizes):
+        return sum(sizes)
+    # SGD without momentum: its only state is ZeRO's copy of the parameters
+    return sum(parameter.numel() for group in adam.param_groups for parameter in group["params"])
 
 
-def check_shards(stage: int | None, found: list[Shards], offloaded: bool) -> str:
-    """Compare what each rank holds with what the stage promises; a line for the console.
+_TITLES = {"weights": "weights", "gradients": "gradients", "states": "optimizer states"}
+_SHARDED_SINCE = {"states": 1, "gradients": 2, "weights": 3}
+"""The first ZeRO stage that shards them."""
+
+
+def check_shards(stage: int | None, ranks: list[Shards], offloaded: bool) -> str:
+    """Compare what each rank holds with what the stage promises; returns a line for the console.
 
     Args:
-        stage: the ZeRO stage that was asked for, None for plain PyTorch.
-        found: of each rank.
+        stage: the requested ZeRO stage, None for plain PyTorch.
+        ranks: measurements of each rank.
         offloaded: whether the optimizer states are kept off the device.
 
     Raises:
         UserError: a rank holds more than its share.
     """
-    for part, since in _SINCE.items():
-        for rank, each in enumerate(found):
-            mine, whole = each.share(part)
-            # halfway to the whole: padding, and a gradient that lies across two shards, weigh more in a small model
-            if (stage or 0) >= since and len(found) > 1 and mine > whole / 2 + whole / len(found) / 2:
+    for part, since in _SHARDED_SINCE.items():
+        if (stage or 0) < since or len(ranks) < 2:
+            continue
+        for rank, shards in enumerate(ranks):
+            held, whole = shards.share(part)
+            # Halfway between a share and the whole: padding, and gradients that span two shards, weigh more in a small model.
+            if held > (whole + whole / len(ranks)) / 2:
                 raise UserError(
-                    f"ZeRO-{stage} divides the {_WORDS[part]} over {len(found)} ranks, but rank {rank} holds {_mb(mine, whole)} "
-                    "of them: the engine does not do what it was asked for. --audit false leaves the check out"
+                    "DSR277",
+                    f"ZeRO-{stage} shards the {_TITLES[part]} over {len(ranks)} ranks, but rank {rank} holds "
+                    f"{_megabytes(held, whole)} of them: the engine does not do what it was asked for. --audit false skips "
+                    "the check",
                 )
-    most = [max(each.share(part) for each in found) for part in _WORDS]
-    told = [f"{words} {_mb(*each)}" for words, each in zip(_WORDS.values(), most, strict=True)]
-    where = (" off the device" if offloaded else "") + (" on each rank" if len(found) > 1 else "")
-    return " · ".join(told) + where
+    largest = [max(shards.share(part) for shards in ranks) for part in _TITLES]
+    parts = [f"{title} {_megabytes(held, whole)}" for title, (held, whole) in zip(_TITLES.values(), largest, strict=True)]
+    place = (" off the device" if offloaded else "") + (" on each rank" if len(ranks) > 1 else "")
+    return " · ".join(parts) + place
 
 
-def _mb(mine: int, whole: int) -> str:
-    return f"{mine / 1e6:,.4g} of {whole / 1e6:,.4g} MB" if mine < whole else f"{mine / 1e6:,.4g} MB"
+def _megabytes(held: int, whole: int) -> str:
+    return f"{held / 1e6:,.4g} of {whole / 1e6:,.4g} MB" if held < whole else f"{held / 1e6:,.4g} MB"

@@ -125,7 +125,7 @@ def chain(
         after = int(STEPS * (index + 0.2) / (len(plan) + 1)) + draw.randrange(3)
         hit = start.await_moment(moment, after, draw)
         record = read_heartbeat(run / "ranks", 0)
-        where = record.where() if record and record.pid in ranks_of(start.process.pid) else "starting"
+        where = record.position() if record and record.pid in ranks_of(start.process.pid) else "starting"
         rows.append(
             {
                 "chain": number,

@@ -300,7 +300,7 @@ def test_balanced_is_rows_over_classes_times_count() -> None:
     ],
 )  # fmt: skip
 def test_class_weights_that_mean_nothing(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match="^--class_weights ") as error:
+    with pytest.raises(UserError, match="^--class_weights .*DSR063") as error:
         parse_class_weights(words)
     assert message in str(error.value)
 

@@ -45,7 +45,7 @@ def test_targets_are_names_or_one_pattern(given, targets):
     ("given", "part"), [(["all-linear", "q_proj"], "give it alone"), (["a("], "not a regular expression")]
 )
 def test_targets_that_mean_nothing(given, part):
-    with pytest.raises(ValueError, match=rf"--lora_target_modules.*{part}"):
+    with pytest.raises(UserError, match=rf"--lora_target_modules.*{part}.*DSR055"):
         lora_targets(given)
 
 

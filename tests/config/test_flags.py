@@ -6,9 +6,10 @@ import pytest
 from support.tiny import SHARED, instructions, needs_shared, refusal, tiny_bert, tiny_gpt2, write_rows
 from transformers import TrainingArguments
 
+from dsrecipes.config.checks import best_metric
 from dsrecipes.config.flags import FIXED, REMOVED, WORKS, without_effect
 from dsrecipes.config.layers import layer
-from dsrecipes.config.parse import best_metric, build_config
+from dsrecipes.config.parse import build_config
 from dsrecipes.errors import UserError
 from dsrecipes.io.text import read_yaml
 from dsrecipes.run import main
@@ -36,13 +37,13 @@ def test_a_flag_that_would_do_nothing_is_refused(flag):
     if flag != "local_rank":  # layers.py drops the one that launchers append
         with pytest.raises(UserError, match=f"--{flag} .*") as error:
             build_config(layer({**BASE, flag: other(value)}))
-        assert why in str(error.value) and str(error.value).endswith("(flag)")
+        assert why in str(error.value) and str(error.value).endswith("(flag) [DSR043]")
     build_config(layer({**BASE, flag: "none" if value is None else value}, origin="python"))  # what is so anyway is harmless
 
 
 @pytest.mark.parametrize("flag", ["warmup_ratio", "evaluation_strategy", "no_cuda", "group_by_length", "logging_dir"])
 def test_what_transformers_has_removed_is_named(flag):
-    with pytest.raises(UserError, match="transformers has removed") as error:
+    with pytest.raises(UserError, match="DSR041") as error:
         build_config(layer({**BASE, flag: "true"}))
     assert REMOVED[flag] in str(error.value)
 
@@ -74,11 +75,11 @@ REFUSED = {
     ),
     "the best of other steps": (
         {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
-        "--load_best_model_at_end needs --save_strategy best, or the same as --eval_strategy",
+        "[DSR052]",
     ),
     "negative noise": ({"neftune_noise_alpha": -1}, "--neftune_noise_alpha is -1.0: give 0 or more"),
-    "no target": ({"lora_r": 4, "lora_target_modules": ""}, "--lora_target_modules is empty"),
-    "a list of no targets": ({"lora_r": 4, "lora_target_modules": "[]"}, "--lora_target_modules is empty"),
+    "no target": ({"lora_r": 4, "lora_target_modules": ""}, "[DSR055]"),
+    "a list of no targets": ({"lora_r": 4, "lora_target_modules": "[]"}, "[DSR055]"),
 }
 
 
@@ -124,7 +125,9 @@ IDLE = {
 def test_a_value_that_another_makes_idle_is_said(flag):
     config = build_config(layer({**BASE, **IDLE[flag]}, origin="python"))
     lines = without_effect({**vars(config.model), **vars(config.data), **config.train}, config.own, zero=True)
-    assert [line for line in lines if line.startswith(f"{flag} has no effect: ") and line.endswith("(python)")], lines
+    assert [line for line in lines if line.startswith(f"{flag} has no effect: ") and line.endswith("(python) [DSR065]")], (
+        lines
+    )
 
 
 @pytest.mark.parametrize("profile", ["full", "starter"])

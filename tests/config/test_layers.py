@@ -5,8 +5,9 @@ import sys
 import pytest
 from support.tiny import TWO_METHODS
 
-from dsrecipes.config.layers import accelerators, layer, parse_flags
+from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.errors import UserError
+from dsrecipes.io.devices import accelerators
 
 
 def test_flags_become_a_mapping():

@@ -1,12 +1,15 @@
 """YAML, flags and Python keywords through one parser: types, choices, unknown keys, origins, the batch equation."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
 from dsrecipes.config.batch import BATCH_KEYS, divide_batch
 from dsrecipes.config.find import find_config, find_recipe, recipe_names, variant_names
 from dsrecipes.config.layers import ABOUT_KEYS, layer, parse_flags
-from dsrecipes.config.parse import build_config
+from dsrecipes.config.parse import build_config, read_config
 from dsrecipes.errors import UserError
 from dsrecipes.run import main
 
@@ -249,3 +252,30 @@ def test_python_keywords_are_checked_too():
     ):
         with pytest.raises(UserError, match=part):
             load_recipe("gpt2_clm", **values)
+
+
+def test_a_finished_run_is_read_without_the_trainer():
+    code = (
+        "import sys; from dsrecipes.config.layers import layer; from dsrecipes.config.parse import read_config; "
+        "config = read_config(layer({'recipe': 'qlora_zero3', 'profile': 'starter', 'use_cpu': 'true'})); "
+        "assert config.model.lora_r == 16 and config.train['use_cpu'] is True and config.train['seed'] == 42; "
+        "print({'transformers.training_args', 'transformers.trainer', 'peft', 'accelerate'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("set()\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"seed": "7", "use_cpu": "true"}, {"dataset": "a.json", "columns": "prompt=q", "lora_r": "4"}]
+)
+def test_a_finished_run_reads_what_training_had(flags):
+    layers = layer({"recipe": "alpaca_llama_sft", "profile": "full", **flags})
+    trained, finished = build_config(layers), read_config(layers)
+    assert (finished.model, finished.data, finished.own) == (trained.model, trained.data, trained.own)
+    assert finished.train == {key: trained.train[key] for key in finished.train}
+
+
+def test_an_edited_config_of_a_finished_run_is_checked():
+    for flags, code in (({"sede": "1"}, "DSR040"), ({"max_length": "1"}, "DSR047"), ({"seed": "x"}, "DSR045")):
+        with pytest.raises(UserError, match=code):
+            read_config(layer({"recipe": "alpaca_llama_sft", "profile": "full", **flags}))

@@ -65,7 +65,7 @@ def test_files_that_are_called_the_same_get_longer_names():
         ([{"path": "a", "max_length": 1}], "a: max_length is 1"),
         ([{"path": "a", "columns": "x"}], "a: columns x: give each of the recipe's names once"),
         ([{"path": "a", "prompt_style": "chatml"}], "prompt_style is 'chatml': choose from alpaca, chat"),
-        ([{"path": "a", "name": "a b"}], "the name 'a b' of a source may hold letters"),
+        ([{"path": "a", "name": "a b"}], "the name 'a b' of a source"),
         (["a.json", "a.json"], "2 sources have the name 'a': give each a `name` of its own"),
         ('{"path": "a", "path": "b"}', "key 'path' is written twice"),
         ('{"path": "a"', "--dataset"),

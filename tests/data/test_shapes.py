@@ -363,7 +363,7 @@ def test_columns_as_flag_and_mapping():
     for value in (["prompt=question,output=answer"], ["prompt=question", "output=answer"], expected, [json.dumps(expected)]):
         assert parse_columns(value) == DataConfig(columns=value).columns == expected
     for value in (["prompt"], ["=a"], ["a=b,a=c"], ["a="], {"prompt": None}, {"prompt": ["a"]}):
-        with pytest.raises(ValueError, match="such as prompt=question,output=answer"):
+        with pytest.raises(UserError, match="DSR062"):
             DataConfig(columns=value)
     with pytest.raises(UserError, match='columns {"prompt": .*not JSON'):
         DataConfig(columns=['{"prompt": "a"'])

@@ -33,6 +33,6 @@ def test_version_one_of_control_groups_writes_no_limit_as_a_number(tmp_path: Pat
 
 def test_this_machine_has_memory():
     memory = HostMemory()
-    assert memory.least and not memory.report()[0] and "GB were free" in memory.report()[1]
-    memory.least = 0
+    assert memory.least_free and not memory.report()[0] and "GB were free" in memory.report()[1]
+    memory.least_free = 0
     assert memory.report()[0]

@@ -97,8 +97,8 @@ def test_hung_and_killed_ranks_are_named_and_the_run_goes_on_to_the_same_weights
     assert hung and until(lambda: restarts(1), 60, told) < 30
     lines = told.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("error:"))
-    assert f"rank 1 (pid {hung.pid}) has stood still for 2" in lines[first]
-    assert "Its last place: step 15, reading rows." in lines[first]
+    assert f"rank 1 (pid {hung.pid}) has made no progress for 2" in lines[first]
+    assert "Last phase: step 15, reading rows. [DSR309]" in lines[first]
     assert f'File "{recipe}", line 14 in hang_once' in lines[first + 2]
 
     until(lambda: reaches(run, 32, hung.pid), 120, told)

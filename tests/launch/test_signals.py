@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from dsrecipes.config.layers import seconds_of
+from dsrecipes.config.values import seconds_of
+from dsrecipes.errors import UserError
 from dsrecipes.launch.environment import START_TIME
 from dsrecipes.launch.signals import StopSignals
 
@@ -106,5 +107,5 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "h", "x", "-5m", "1:2:3", "50m3h", "1e9"])
 def test_what_is_no_duration(text):
-    with pytest.raises(ValueError, match="3h50m"):
+    with pytest.raises(UserError, match="DSR053"):
         seconds_of(text)

@@ -33,7 +33,7 @@ from pathlib import Path
 from dsrecipes.launch.watchdog import Watchdog
 
 run, rank, fault = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-watchdog = Watchdog(run, rank, range(2), hang=3, patience=60, error_fd=2)
+watchdog = Watchdog(run, rank, range(2), hang_timeout=3, slow_timeout=60, error_fd=2)
 
 def all_reduce(step):  # as a collective waits: until the other is there
     (run / f"{rank}-{step}").touch()
@@ -91,12 +91,16 @@ def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_pa
     records = {fault: reach(run, 20) for fault, run in runs.items()}
     os.kill(records["killed"].pid, signal.SIGKILL)
     os.kill(records["stopped"].pid, signal.SIGSTOP)
-    words = {"killed": "died", "stopped": "was stopped", "hangs": r"has stood still for [3-6] s"}
+    words = {"killed": "died", "stopped": "was stopped", "hangs": r"has made no progress for [3-6] s"}
     for fault, text in words.items():
         assert [rank.wait(20) for rank in ranks[fault]] == [watchdog.RESUME_CODE, -signal.SIGKILL]
         told = ranks[fault][0].stderr.read()
         assert re.search(rf"error: rank 1 \(pid {records[fault].pid}\) {text}", told), told
-        assert told.count("error:") == 1 and f"--output_dir {runs[fault]} --resume_from_checkpoint auto" in told
+        assert (
+            told.count("error:") == 1
+            and "[DSR309]\n" in told
+            and f"--output_dir {runs[fault]} --resume_from_checkpoint auto" in told
+        )
         found = read_fault(runs[fault] / "ranks")
         assert found and found[0].rank == 1 and found[1] in told
     assert "step 20, reading rows" in found[1] and "in user_code" in found[1]
@@ -105,8 +109,8 @@ def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_pa
 
 def record(step: int, count: int, phase: str, moved: float, longest: float = 0.1, **changed: object) -> Heartbeat:
     values = {
-        "host": b"", "pid": 1, "born": 1, "thread": 1, "phase": PHASES.index(phase), "ended": False, "time": moved,
-        "step": step, "micro": 1, "count": count, "longest": (longest,) * len(PHASES),
+        "host": b"", "pid": 1, "started": 1, "thread": 1, "phase": PHASES.index(phase), "ended": False, "time": moved,
+        "step": step, "micro_batch": 1, "count": count, "longest": (longest,) * len(PHASES),
     }  # fmt: skip
     return Heartbeat(**(values | changed))
 
@@ -128,29 +132,38 @@ def record(step: int, count: int, phase: str, moved: float, longest: float = 0.1
 )
 def test_who_is_waited_for(records: list[Heartbeat], expected: list[str]):
     ranks = dict(enumerate(records))
-    faults = find_stalled(ranks, dict.fromkeys(ranks, "S"), 100, awake=0, hang=25, patience=1800)
+    faults = find_stalled(ranks, dict.fromkeys(ranks, "S"), 100, awake_since=0, hang_timeout=25, slow_timeout=1800)
     assert [f"rank {each.rank} {each.what}" for each in faults] == expected
-    assert not find_stalled(ranks, dict.fromkeys(ranks, "S"), 100, awake=90, hang=25, patience=1800)  # was asleep itself
-    assert not find_stalled(ranks, dict.fromkeys(ranks, "S"), 100, awake=0, hang=0, patience=1800)  # turned off
-    assert find_stalled(ranks, dict.fromkeys(ranks, "S") | {1: "X"}, 100, awake=0, hang=0, patience=1800)[0].what == "died"
+    assert not find_stalled(
+        ranks, dict.fromkeys(ranks, "S"), 100, awake_since=90, hang_timeout=25, slow_timeout=1800
+    )  # was asleep itself
+    assert not find_stalled(
+        ranks, dict.fromkeys(ranks, "S"), 100, awake_since=0, hang_timeout=0, slow_timeout=1800
+    )  # turned off
+    assert (
+        find_stalled(ranks, dict.fromkeys(ranks, "S") | {1: "X"}, 100, awake_since=0, hang_timeout=0, slow_timeout=1800)[
+            0
+        ].what
+        == "died"
+    )
 
 
 def test_a_debugger_is_no_fault_and_a_stop_is_one_after_ten_seconds():
     ranks = {0: record(5, 3, "backward", 85), 1: record(5, 1, "forward", 85)}
     for letter, expected in (("T", [Fault(1, "stopped", 15)]), ("t", [])):
-        assert find_stalled(ranks, {0: "S", 1: letter}, 100, awake=0, hang=25, patience=1800) == expected
-    assert find_stalled(ranks, {0: "S", 1: "T"}, 94, awake=0, hang=25, patience=1800) == []
+        assert find_stalled(ranks, {0: "S", 1: letter}, 100, awake_since=0, hang_timeout=25, slow_timeout=1800) == expected
+    assert find_stalled(ranks, {0: "S", 1: "T"}, 94, awake_since=0, hang_timeout=25, slow_timeout=1800) == []
 
 
 def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(tmp_path: Path):
-    each = Watchdog(tmp_path, 0, range(1), hang=25, patience=1800, error_fd=2)
+    each = Watchdog(tmp_path, 0, range(1), hang_timeout=25, slow_timeout=1800, error_fd=2)
     began = time.perf_counter()
     for step in range(1, 1001):
         for phase in ("reading rows", "forward", "backward"):
             each.enter(phase, step if phase == "reading rows" else None)
     assert (time.perf_counter() - began) / 3000 < 50e-6
     found = read_heartbeat(tmp_path / "ranks", 0)
-    assert found and (found.pid, found.where()) == (os.getpid(), "step 1000, backward (micro batch 1)")
+    assert found and (found.pid, found.position()) == (os.getpid(), "step 1000, backward (micro batch 1)")
     assert (
         process_state(found) in ("R", "S") and process_state(record(1, 1, "forward", 0, pid=found.pid)) == "X"
     )  # another's pid, reused
@@ -159,7 +172,7 @@ def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(
 
 
 def test_a_folder_that_cannot_be_written_is_no_end_of_the_training(tmp_path: Path):
-    each = Watchdog(tmp_path / "gone", 0, range(2), hang=25, patience=1800, error_fd=2)
+    each = Watchdog(tmp_path / "gone", 0, range(2), hang_timeout=25, slow_timeout=1800, error_fd=2)
     each.enter("forward", 1)
     each.end(failed=True)
 

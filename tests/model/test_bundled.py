@@ -64,12 +64,12 @@ def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json in this folder \[DSR200\]$"):
         local_model(str(tmp_path))
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(UserError, match="the folder of a run that has no model yet \[DSR200\]$"):
+    with pytest.raises(UserError, match=r"the folder of a run that has no model yet \[DSR200\]$"):
         local_model(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "checkpoints").mkdir()
     for name in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(UserError, match=f"this is a run folder; its model is {tmp_path}/model \\[DSR200\\]$"):
+        with pytest.raises(UserError, match=rf"this is a run folder; its model is {tmp_path}/model \[DSR200\]$"):
             local_model(str(name))
     (tmp_path / "file.bin").write_text("")
     with pytest.raises(UserError, match="no such folder"):

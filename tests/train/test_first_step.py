@@ -52,7 +52,7 @@ def ends(ranks: Ranks, small: Small, folder: Path, name: str, stage: str, spoil:
         ("alpaca", "zero2", "unlabelled", "labels, and the same examples apart"),
         ("gpt2", "zero2", "same_rows", "ranks 0 and 1 have the same rows in the first step"),
         ("gpt2", "none", "other_steps", "the ranks have different numbers of micro batches"),
-        ("gpt2", "zero2", "not_divided", "ZeRO-3 divides the weights over 2 ranks, but rank 0 holds"),
+        ("gpt2", "zero2", "not_divided", "ZeRO-3 shards the weights over 2 ranks, but rank 0 holds"),
     ],
 )
 def test_a_fault_is_named_on_every_rank(

@@ -10,7 +10,7 @@ from support.tiny import SHARED, needs_shared
 
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
-from dsrecipes.config.schema import TrainConfig
+from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.errors import UserError
 from dsrecipes.runs.checkpoint_manifest import write_manifest
 from dsrecipes.train.setup import resolve_setup
