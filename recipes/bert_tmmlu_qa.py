@@ -63,7 +63,7 @@ class BertTmmluQa(RecipeBase):
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             answers = np.argmax(prediction.predictions, axis=-1)
-            return accuracy(answers, prediction.label_ids, subjects) | {
+            return accuracy(answers, np.asarray(prediction.label_ids), subjects) | {
                 "accuracy_majority": float(np.mean(prediction.label_ids == most)),
                 "accuracy_random": 1 / len(LETTERS),
             }

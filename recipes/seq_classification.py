@@ -63,7 +63,10 @@ class SeqClassification(RecipeBase):
             decisive = ["train"]
         else:
             decisive = list(paths)
-        fingerprints, kind, names = number_labels(paths, decisive, options.problem_type)
+        try:
+            fingerprints, kind, names = number_labels(paths, decisive, options.problem_type)
+        except ValueError as error:
+            raise UserError("DSR600", str(error)) from None
         text = json.dumps({"problem_type": kind, "names": names}, ensure_ascii=False)
         next(iter(paths.values())).with_name("labels.json").write_text(text, encoding="utf-8")
         return fingerprints

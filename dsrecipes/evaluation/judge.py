@@ -117,15 +117,15 @@ def judge(
     )
     _require_minimum("limit", limit, 1)
     text = read_rubric(rubric)
-    server = ServerJudge(judge, judge_model, timeout) if is_url(judge) else None
-    folder = None if server else judge_folder(judge)
+    source = ServerJudge(judge, judge_model, timeout) if is_url(judge) else judge_folder(judge)
+    folder = source if isinstance(source, Path) else None
     tuned = open_run(run, device)
     other = tuned if against in ("base", "reference") else open_run(against, device)
     items = judged_items(tuned, other, read_rows(tuned, prompts, limit), against)
     path = user_path(out) if out else tuned.folder.path / "judge.jsonl"
     about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
     with JudgeFile(path, _job(tuned, other, items, text, folder, options), about) as file:
-        _judge_run(file, tuned, other, items, text, server or folder, options)
+        _judge_run(file, tuned, other, items, text, source, options)
     return file.summary()
 
 
@@ -156,23 +156,23 @@ def _judge_run(
     other: FinishedRun,
     items: list[JudgedItem],
     rubric: str,
-    judge: ServerJudge | Path,
+    source: ServerJudge | Path,
     options: _Options,
 ) -> None:
     """Write and judge what the file lacks."""
     console = Console(main=sys.stderr.isatty(), out=sys.stderr)
-    if isinstance(judge, ServerJudge) and len(file.answers) < 2 * len(items):
+    if isinstance(source, ServerJudge) and len(file.answers) < 2 * len(items):
         # a wrong key or address shows before minutes of writing answers
-        file.append({"kind": "check", **cost_of([judge.ask("Say OK.", 0, 1)])})
+        file.append({"kind": "check", **cost_of([source.ask("Say OK.", 0, 1)])})
     _write_answers(file, tuned, other, items, options, console)
     if len(file.judgements) == 2 * len(items):
         return
-    if isinstance(judge, Path):
-        console.say(f"loading   the judge, {judge}")
-        asked: Judge = LocalJudge(judge, options.verdict == "likelihood", options.device)
+    if isinstance(source, Path):
+        console.say(f"loading   the judge, {source}")
+        judge: Judge = LocalJudge(source, options.verdict == "likelihood", options.device)
     else:
-        asked = judge
-    _judge_pairs(file, asked, rubric, items, options, console)
+        judge = source
+    _judge_pairs(file, judge, rubric, items, options, console)
 
 
 def _write_answers(

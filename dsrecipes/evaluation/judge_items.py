@@ -85,4 +85,4 @@ def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
         if len(turns) == 1:
             return turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return run.tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    return str(run.tokenizer.decode(prompt.ids, skip_special_tokens=True))

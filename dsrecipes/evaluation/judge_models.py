@@ -12,7 +12,7 @@ from dsrecipes.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPERATURE = 0.7
 """Of attempts after the first, which is greedy: a second greedy attempt would give the same reply."""
@@ -96,7 +96,7 @@ class LocalJudge:
             raise
         except Exception as error:  # tokenizers raises no narrower one
             raise UserError("DSR502", f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
-        self.model: PreTrainedModel = prepare_for_inference(model, target)
+        self.model: Any = prepare_for_inference(model, target)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
         """Reply to a prompt.
@@ -142,7 +142,7 @@ class LocalJudge:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(attempt)
             written = self.model.generate(**inputs, generation_config=settings)[0, count:]
-        return Reply(self.tokenizer.decode(written, skip_special_tokens=True), count, len(written))
+        return Reply(str(self.tokenizer.decode(written, skip_special_tokens=True)), count, len(written))
 
     def _likeliest(self, prompt: Tensor) -> Reply:
         """The three log-likelihoods, and the verdict of the greatest; its cost is three prompts and no reply.

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dsrecipes.errors import UserError
@@ -86,7 +86,7 @@ class ServerJudge:
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError
 
-        sampling = {"temperature": TEMPERATURE, "seed": attempt} if attempt else {"temperature": 0.0}
+        sampling: dict[str, Any] = {"temperature": TEMPERATURE, "seed": attempt} if attempt else {"temperature": 0.0}
         try:
             with _offline_switch_lifted():
                 completion = self._client.chat_completion(

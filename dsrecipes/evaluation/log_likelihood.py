@@ -83,7 +83,7 @@ def encode_pair(context: str, continuation: str, tokenizer: PreTrainedTokenizerB
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    special = not context.startswith(tokenizer.decode(opening))
+    special = not context.startswith(str(tokenizer.decode(opening)))
     whole = tokenizer.encode(context + continuation, add_special_tokens=special)
     start = len(tokenizer.encode(context, add_special_tokens=special))
     return whole[:start], whole[start:]

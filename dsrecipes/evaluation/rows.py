@@ -52,7 +52,12 @@ class EvaluationRows:
         layers = self.run.config.layers
         if self.dataset:
             # all rows of a file, in the file's own splits: what the run held out concerns its own data alone
-            changed = {"dataset": self.dataset, "dataset_config": None, "eval_dataset": None, "subjects": None}
+            changed: dict[str, Any] = {
+                "dataset": self.dataset,
+                "dataset_config": None,
+                "eval_dataset": None,
+                "subjects": None,
+            }
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
         self.recipe = self.run.recipe(layers)

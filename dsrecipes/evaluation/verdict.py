@@ -34,7 +34,7 @@ def read_rubric(path: str | None) -> str:
         file = user_path(path) if path else RUBRIC
         text = read_text(file)
     except UserError as error:
-        raise UserError(error.code or "DSR496", f"--rubric {error.message}") from error
+        raise error.at("--rubric") from error
     for part in (*(f"{{{name}}}" for name in PLACEHOLDERS), "VERDICT:"):
         if part not in text:
             raise UserError("DSR496", f"--rubric {file}: {part} is missing; start from a copy of {RUBRIC}")

@@ -42,7 +42,7 @@ def answers(
         chosen = order[begin : begin + batch_size]
         written = _generate(model, [prompts[index] for index in chosen], settings)
         for index, tokens in zip(chosen, written, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             yield index, text.strip() if strip else text
 
 
@@ -62,7 +62,7 @@ def too_long(tokens: int, max_new_tokens: int, limit: int) -> str:
     )
 
 
-def _generate(model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """The new tokens of each prompt of a batch, whose first prompt is the longest."""
     import torch
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,7 @@ def _terminal() -> Terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     else:
+        assert isinstance(sys.stdin, io.TextIOWrapper)
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
     def read(label: str) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from dsrecipes.data.chat import chat_template
 from dsrecipes.data.records import BAD_ROW
@@ -42,7 +42,8 @@ class Conversation:
     """
 
     run: FinishedRun
-    model: PreTrainedModel
+    model: Any
+    """A causal model; `Any`, as a LoRA model has methods that no other has."""
     prompt_field: PromptField
     adapter: bool = True
     """False switches the adapter of a LoRA run off: the untuned model, without a second copy."""
@@ -103,7 +104,7 @@ class Conversation:
             stream.end()
         except ValueError as error:  # a setting that does not go with streaming, such as num_beams
             raise UserError("DSR434", f"transformers refuses: {str(error).splitlines()[0]}") from error
-        answer = self.run.tokenizer.decode(stream.ids, skip_special_tokens=True)
+        answer = str(self.run.tokenizer.decode(stream.ids, skip_special_tokens=True))
         answer = answer if continues else answer.strip()
         self.turns.append(Turn(said, answer, stream.ids))
         self._seen = ids + (stream.ids[:-1] if self._ended(stream.ids) else stream.ids)
@@ -159,7 +160,7 @@ class Conversation:
         """An answer's text without what the chat template writes around it, such as the name of a channel."""
         if self.run.options.prompt_style != "chat":
             return turn.answer
-        return chat_template(self.run.tokenizer).content(self.run.tokenizer.decode(turn.ids)) or turn.answer
+        return chat_template(self.run.tokenizer).content(str(self.run.tokenizer.decode(turn.ids))) or turn.answer
 
     def _prompt_of_turn(self, text: str, later: bool) -> list[int]:
         """One turn's prompt; only the first has the token that begins a sequence."""

@@ -50,6 +50,9 @@ def add_device(parser: argparse.ArgumentParser, default: str = "auto", why: str 
 class OutOfMemoryError(UserError):
     """Memory ran out in a command on a finished run; a class of its own, so that an outer handler leaves it as it is."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("DSR457", message)
+
 
 @contextlib.contextmanager
 def memory_errors(*remedies: str) -> Iterator[None]:
@@ -68,7 +71,7 @@ def memory_errors(*remedies: str) -> Iterator[None]:
         cause = next((link for link in _chain(error) if _is_out_of_memory(link)), None)
         if cause is None:
             raise
-        raise OutOfMemoryError("DSR457", _message(cause, remedies)) from error
+        raise OutOfMemoryError(_message(cause, remedies)) from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

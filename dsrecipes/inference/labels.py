@@ -22,7 +22,7 @@ _SHOWN = 10
 
 
 def logits_of_rows(
-    run: FinishedRun, model: PreTrainedModel, records: list[Json], batch_size: int = 1
+    run: FinishedRun, model: Any, records: list[Json], batch_size: int = 1
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index, fp32 logits of all labels, on the CPU) of each record, the longest first.
 
@@ -38,7 +38,9 @@ def logits_of_rows(
 
     encoded = run.recipe.encode(records, run.tokenizer, run.options)
     names = [name for name, column in encoded.items() if name != "labels" and isinstance(column[0], list)]
-    rows = [{name: np.array(encoded[name][index]) for name in names} | {"labels": 0} for index in range(len(records))]
+    rows: list[Json] = [
+        {name: np.array(encoded[name][index]) for name in names} | {"labels": 0} for index in range(len(records))
+    ]
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     collate = PaddingCollator(pad_id(run.tokenizer))
     for begin in range(0, len(order), batch_size):

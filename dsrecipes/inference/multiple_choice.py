@@ -9,17 +9,13 @@ from dsrecipes.errors import UserError
 from dsrecipes.inference.session import Session, Speaker, Terminal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dsrecipes.inference.finished import FinishedRun
 
 Json = dict[str, Any]
 LETTERS = "ABCD"
 
 
-def probabilities(
-    run: FinishedRun, model: PreTrainedModel, question: str, options: list[str], adapter: bool = True
-) -> list[float]:
+def probabilities(run: FinishedRun, model: Any, question: str, options: list[str], adapter: bool = True) -> list[float]:
     """The probability of each of the four options; they add up to 1.
 
     Args:

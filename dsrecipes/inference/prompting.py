@@ -111,7 +111,7 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
             embedding for; the message names it.
         UserError: the recipe's model does not write text.
     """
-    from dsrecipes.model.load import check_ids
+    from dsrecipes.model.tokenizer import check_ids
 
     _refuse_other_models(run)
     record, has_answer = _record_of(run, row)
@@ -157,12 +157,12 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
         encoded = encode_chats([_with_weights(prompt | {"messages": turns})], run.tokenizer, run.options)
         ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]
         ids = ids[: _last_answer(labels)[0]]
-        return Prompt(ids, run.tokenizer.decode(ids), None)
+        return Prompt(ids, str(run.tokenizer.decode(ids)), None)
     ids = encode_segments([prompt], run.tokenizer)["input_ids"][0]
     continues = prompt[-1][1]
     if continues and ids[-1:] == [run.tokenizer.eos_token_id]:
         ids = ids[:-1]
-    return Prompt(ids, run.tokenizer.decode(ids), None, continues)
+    return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues)
 
 
 def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
@@ -171,10 +171,10 @@ def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
     ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]  # of several sequences the last has the last answer
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
-        return Prompt(ids, run.tokenizer.decode(ids), None, continues=True)
+        return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues=True)
     start, end = _last_answer(labels)
-    reference = run.tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() if has_answer else None
-    return Prompt(ids[:start], run.tokenizer.decode(ids[:start]), reference)
+    reference = str(run.tokenizer.decode(ids[start:end], skip_special_tokens=True)).strip() if has_answer else None
+    return Prompt(ids[:start], str(run.tokenizer.decode(ids[:start])), reference)
 
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:

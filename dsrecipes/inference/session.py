@@ -14,8 +14,6 @@ from dsrecipes.inference.sampling import check_sampling
 from dsrecipes.io.paths import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dsrecipes.inference.finished import FinishedRun
 
 Json = dict[str, Any]
@@ -28,7 +26,7 @@ class Speaker:
 
     name: str
     """Shown where there are two."""
-    model: PreTrainedModel
+    model: Any
     adapter: bool = True
     """False switches the adapter of a LoRA run off."""
 

@@ -63,8 +63,9 @@ class BrowserChat:
 
     def __init__(self, start: Start, both: bool) -> None:
         self.terminal = _PageTerminal(True, lambda label: None, lambda text: None, lambda text: None, labels=both)
-        self.session = start(self.terminal)
-        assert isinstance(self.session, TextSession)
+        session = start(self.terminal)
+        assert isinstance(session, TextSession)
+        self.session = session
         self.session.help = {name: what for name, what in self.session.help.items() if name not in _NOT_HERE}
         self._before: dict[int, dict[str, Conversation]] = {}
         """Number of a message -> the conversations before it."""

@@ -1,4 +1,4 @@
-"""The model card of an exported model, filled from its run."""
+"""What does the model card of an exported model say? It is filled from the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsrecipes.runs.log import read_log
 
 _MERGED = {
     "LoRA": "The LoRA adapter is merged into the base's weights.",
-    "QLoRA": "The adapter was trained on a 4-bit base. That base was dequantised and the adapter merged into it, so the "
+    "QLoRA": "The adapter was trained on a 4-bit base. That base was dequantized and the adapter merged into it, so the "
     "weights are those the adapter learned with, and not the original base's.",
     "none": "All weights were trained.",
 }
@@ -34,7 +34,7 @@ def _name(value: Any) -> Any:
 
 
 def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
-    """README.md in the hub's form. The licence is the user's to add, and paths of this machine are left out."""
+    """README.md in the hub's form, without paths of this machine; the license is for the user to add."""
     options, auto = run.config.model, run.recipe.auto_class
     base = str(options.model_name_or_path)
     values = {key: _name(value) for key, value in yaml.safe_load(run.folder.config.read_text(encoding="utf-8")).items()}
@@ -83,9 +83,10 @@ def _prompt(run: FinishedRun) -> list[str]:
 
 
 def _figures(run: FinishedRun) -> str:
-    """A table of metrics.json's numbers; of a checkpoint's, the last that the log has up to its step."""
+    """A table of metrics.json's numbers; for a checkpoint, of the last that the log has up to its step."""
     if run.checkpoint:
-        step, figures = int(run.checkpoint.name[11:]), {}
+        step = int(run.checkpoint.name[11:])
+        figures: dict[str, Any] = {}
         for values in read_log(run.folder.log):
             if values["step"] <= step:
                 figures |= {"step": values["step"]} | {key: value for key, value in values.items() if key.endswith("loss")}

@@ -182,7 +182,7 @@ def test_without_a_file_of_prompts_the_rows_held_out_are_asked(run, files):
         (["--judge", "http://x/v1", "--against", "nowhere"], "nowhere: no such run folder"),
         (["--judge", "http://x/v1", "--limit", "0"], "--limit 0: give 1 or more [DSR490]"),
         (["--judge", "http://x/v1", "--prompts", "none.json"], "[DSR492]"),
-        (["--judge", "http://x/v1", "--rubric", "none.txt"], "--rubric none.txt: cannot be read"),
+        (["--judge", "http://x/v1", "--rubric", "none.txt"], "--rubric: none.txt: cannot be read"),
         (["--judge", "http://x/v1", "--verdict", "likelihood"], "[DSR491]"),
         ([], "the following arguments are required: --judge"),
     ],

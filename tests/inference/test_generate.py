@@ -188,7 +188,7 @@ def test_what_is_refused(llama: FinishedRun, tmp_path: Path, capfd: pytest.Captu
 
     assert "none.jsonl: no such file [DSR441]" in refused(tmp_path / "none.jsonl")
     assert "[DSR435]" in refused(path, "--top_p", 0.9)
-    assert "temperature -1: " in refused(path, "--temperature", -1)
+    assert "temperature -1.0: " in refused(path, "--temperature", -1)
     assert "at least 1" in refused(path, "--batch_size", 0)
     assert (
         "line 1: " in (message := refused(path, "--max_new_tokens", 500))
