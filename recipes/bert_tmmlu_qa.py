@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.files import LocatedRows, Row, located
-from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record, sources
+from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
+from dsrecipes.data.questions import sources as question_sources
+from dsrecipes.data.sources import MixedSplit, SourceRows
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import WEIGHTS, row_weights
 from dsrecipes.evaluation.choice_scores import accuracy
@@ -46,20 +48,20 @@ class BertTmmluQa(RecipeBase):
         """Questions with their subject, pooled and split anew, or by the files' own splits."""
         data = self.config.data
         splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
-        for name, rows in sources(data.dataset, data.subjects, data.columns):
+        for name, rows in question_sources(data.dataset, data.subjects, data.columns):
             splits[name] += rows
         if data.eval_dataset:
             splits["validation"] = [
-                pair for _, rows in sources(data.eval_dataset, data.subjects, data.columns) for pair in rows
+                pair for _, rows in question_sources(data.eval_dataset, data.subjects, data.columns) for pair in rows
             ]
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
         return {name: LocatedRows(rows) for name, rows in splits.items() if rows}
 
-    def metrics(self, split: Split) -> Metrics | None:
+    def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
         """Accuracy over all, per subject and per group, with what guessing reaches."""
         subjects = split.data["subject"][:]
-        most = Counter(self.splits["train"].data["labels"][:]).most_common(1)[0][0]
+        most = Counter(train.data["labels"][:]).most_common(1)[0][0]
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             answers = np.argmax(prediction.predictions, axis=-1)
@@ -70,10 +72,10 @@ class BertTmmluQa(RecipeBase):
 
         return compute
 
-    def write_extras(self, folder: Path) -> None:
+    def write_extras(self, folder: Path, sources: Sequence[SourceRows]) -> None:
         """test_qa_data.json: the held-out questions, for asking the trained model."""
         questions = []
-        for _, row in (pair for part in self.by_source for pair in located(part.splits.get("test", []))):
+        for _, row in (pair for source in sources for pair in located(source.splits.get("test", []))):
             try:
                 record = self.format_row(row)
             except ValueError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
@@ -20,6 +20,7 @@ from dsrecipes.data.columns import read_columns
 from dsrecipes.data.files import Row
 from dsrecipes.data.labelled import has_labels, labelled_record, with_class_names
 from dsrecipes.data.labels import NUMBER, ONE, SEVERAL, list_names, number_labels
+from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import row_weights
 from dsrecipes.errors import UserError, coded, plural
@@ -77,33 +78,32 @@ class SeqClassification(RecipeBase):
         for name in ("validation", "test"):
             if name in splits and not has_labels(splits[name]):
                 del splits[name]
-                if hasattr(self, "place"):
-                    self.place.notes.append(f"the {name} rows have no labels: the split is left out")
+                self.notes.append(f"the {name} rows have no labels: the split is left out")
         return splits
 
-    def configure(self) -> None:
+    def configure(self, model_config: PretrainedConfig, splits: dict[str, Split | MixedSplit]) -> None:
         """Give the model as many outputs as there are labels, and their names."""
-        kind, names = _read_labels([path for split in self.splits.values() for path in _files(split)])
-        self.model_config.id2label = dict(enumerate(names))
-        self.model_config.label2id = {name: index for index, name in enumerate(names)}
-        self.model_config.problem_type = kind
+        kind, names = _read_labels([path for split in splits.values() for path in _files(split)])
+        model_config.id2label = dict(enumerate(names))
+        model_config.label2id = {name: index for index, name in enumerate(names)}
+        model_config.problem_type = kind
         classes = "" if kind == NUMBER else f" {plural(len(names), 'class')}: {list_names(names)}"
-        self.place.notes.append(_KIND_NOTES[kind] + classes)
+        self.notes.append(_KIND_NOTES[kind] + classes)
         if "-1" in names:
             note = "-1 is taken as a class; where it means that a row has no label, remove these rows"
-            self.place.notes.append(coded("DSR603", note))
+            self.notes.append(coded("DSR603", note))
         limit = self.config.data.max_length
-        for name, split in self.splits.items():
+        for name, split in splits.items():
             cut = sum(pc.sum(read_columns(path).column("cut")).as_py() for path in _files(split))
             if cut:
                 note = f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)"
-                self.place.notes.append(coded("DSR604", note))
+                self.notes.append(coded("DSR604", note))
 
-    def metrics(self, split: Split) -> Metrics:
+    def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
         """The figures of `label_scores`; of one label a row also what always giving the commonest class reaches."""
-        kind = str(self.model_config.problem_type)
-        names = [self.model_config.id2label[index] for index in range(self.model_config.num_labels)]
-        commonest = _commonest_class(_files(self.splits["train"])) if kind == ONE else None
+        kind = str(model_config.problem_type)
+        names = [model_config.id2label[index] for index in range(model_config.num_labels)]
+        commonest = _commonest_class(_files(train)) if kind == ONE else None
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             figures = label_scores(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), kind, names)
@@ -114,7 +114,7 @@ class SeqClassification(RecipeBase):
         return compute
 
 
-def _files(split: Split) -> list[Path]:
+def _files(split: Split | MixedSplit) -> list[Path]:
     """The prepared files of a split: one for each data set."""
     return [part.path for part in getattr(split, "parts", {}).values()] or [split.path]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import locale
 import os
 import re
@@ -80,6 +81,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Beside another process (`pytest -n 2`) the long tests come first, so that both end together."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the objects of all imports out of later garbage collections, which every run in this process asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

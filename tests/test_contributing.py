@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import importlib.util
 import re
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
 from support.tiny import ROOT
 
 from dsrecipes.messages import RANGES
@@ -56,3 +59,17 @@ def test_the_issue_template_asks_for_the_files_of_a_run_folder():
     labels = [field["attributes"].get("label") for field in yaml.safe_load(template)["body"]]
     folder = RunFolder(Path("run"))
     assert {folder.environment.name, folder.console.name} < set(labels)
+
+
+def test_an_upper_bound_that_the_newest_release_passes_can_be_raised():
+    spec = importlib.util.spec_from_file_location("latest", ROOT / ".ci" / "latest.py")
+    assert spec and spec.loader
+    latest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(latest)
+    release = importlib.metadata.version("transformers")
+    assert latest.verdict(Requirement(f"transformers >=5, <={release}")).endswith(f"newest {release:<10} within")
+    raised = latest.verdict(Requirement("transformers >=4, <5"))
+    assert raised.endswith(f"passes: raise the bound to <{release.split('.')[0]}.{int(release.split('.')[1]) + 1}")
+    names = {requirement.name for requirement in latest.requirements()}
+    assert {"transformers", "deepspeed", "accelerate", "peft", "pytest"} < names
+    assert all(" " not in latest.unbounded(requirement) for requirement in latest.requirements())

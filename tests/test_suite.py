@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,9 +34,8 @@ def test_next():
 
 def run_pytest(folder: Path, hang: str, *flags: str) -> tuple[int, str, int]:
     """Exit code, output and the child's process id of a session with our conftest and one test that hangs."""
-    (folder / "tests" / "support").mkdir(parents=True)
-    for name in ("conftest.py", "support/reaper.py", "support/rank_pool.py", "support/models.py"):
-        (folder / "tests" / name).write_text((ROOT / "tests" / name).read_text("utf-8"), "utf-8")
+    shutil.copytree(ROOT / "tests" / "support", folder / "tests" / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
     (folder / "tests" / "test_hung.py").write_text(HUNG.format(hang=hang))
     (folder / "setup.cfg").write_text(
         (ROOT / "setup.cfg").read_text("utf-8").replace("faulthandler_timeout = 1800", "faulthandler_timeout = 6")

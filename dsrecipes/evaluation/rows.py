@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsrecipes.config.parse import read_config
 from dsrecipes.config.sources import paths_of
 from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.questions import plain, question_record, sources
@@ -60,7 +61,7 @@ class EvaluationRows:
             }
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
-        self.recipe = self.run.recipe(layers)
+        self.recipe = self.run.recipe(layers, config=read_config(layers))
         data = self.recipe.config.data
         if self.dataset:
             # --columns is about the run's own data: other rows need not have them

@@ -1,4 +1,4 @@
-"""What a process needs before anything heavy is imported: writable caches, and docstrings, which libraries read."""
+"""Can the libraries work on this machine? Writable caches and docstrings, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from pathlib import Path
 from dsrecipes.errors import UserError
 
 _AT_HOME = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
-"""Caches that libraries keep in the home directory, or in a folder named after the user, whose name may be unknown."""
+"""Variable -> folder of a cache that a library puts into the home directory, or into one named after the user.
+
+In a container the user may have no name and no home directory.
+"""
 
 
 def check_docstrings() -> None:
-    """Refuse Python without docstrings (UserError): transformers reads them when it loads a model, and blames the model."""
+    """Refuse Python without docstrings (UserError): transformers parses them when it loads a model, and blames the model."""
     if sys.flags.optimize > 1:
         raise UserError(
+            "DSR009",
             "python -OO (or PYTHONOPTIMIZE=2) removes docstrings, which transformers reads when it loads a model: start Python "
-            "without it; -O is fine"
+            "without it; -O is fine",
         )
 
 
 def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
-    """Move our cache and those of the libraries where the home directory is not writable.
+    """Move our cache and those of the libraries to another folder where the home directory is not writable.
 
     Returns:
         One line for the header where a temporary folder had to be used, else None.
@@ -34,7 +38,7 @@ def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
     """
     own = env.get("DSRECIPES_CACHE")
     if own and not _writable(Path(own)):
-        raise UserError(f"DSRECIPES_CACHE={own} cannot be written: name a folder that can")
+        raise UserError("DSR008", f"DSRECIPES_CACHE={own} cannot be written: set it to a writable folder")
     home = _home()
     usual = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else home and home / ".cache"
     note = None
@@ -68,7 +72,10 @@ def _writable(folder: Path) -> bool:
 
 
 def _temporary() -> Path:
-    """A folder of this user, the same for all ranks of the machine and for later runs."""
+    """A folder of this user's in the temporary directory, the same for all ranks of the machine and for later runs.
+
+    Its name is predictable, so it must be refused where another user created it: cached tokens are trusted.
+    """
     try:
         folder = Path(tempfile.gettempdir(), f"dsrecipes-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -78,12 +85,13 @@ def _temporary() -> Path:
     except OSError as error:
         reason = str(error)
     raise UserError(
-        f"no cache can be written, neither below the home directory nor a temporary one ({reason}): set DSRECIPES_CACHE"
+        "DSR008",
+        f"no cache can be written, neither below the home directory nor in a temporary one ({reason}): set DSRECIPES_CACHE",
     )
 
 
 def _keep_hub(env: MutableMapping[str, str], usual: Path | None) -> None:
-    """Keep using the models and the token in a home directory that is read-only."""
+    """Keep reading the models and the token of a read-only home directory."""
     existing = usual / "huggingface" if usual else None
     if existing is None or "HF_HOME" in env:
         return

@@ -1,4 +1,4 @@
-"""What a person sees: rank 0's header, bars and footer; library noise goes to the run folder's log."""
+"""What does a person see? Rank 0's header, bars and footer; the libraries' output goes to the run folder's log."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 
-class _Lenient(io.TextIOWrapper):
-    """A stream into the log: a library's remark that a full disk does not take must not end a training."""
+class _LogStream(io.TextIOWrapper):
+    """A stream into the log that ignores write errors: a warning of a library on a full disk must not end a run."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -30,11 +30,11 @@ class _Lenient(io.TextIOWrapper):
             super().flush()
 
 
-class _Steady:
-    """A stream that outlives its reader: once nobody reads it (`| head`, a closed terminal), output goes to the log."""
+class _PersistentStream:
+    """A stream that survives its reader: after `| head` has ended or the terminal is closed, output goes to the log."""
 
     def __init__(self, stream: IO[str], log_fd: int | None) -> None:
-        """`log_fd` gets the output from then on; None discards it."""
+        """Wrap a stream; once its reader is gone, output goes to `log_fd`, or nowhere for None."""
         self._stream, self._log_fd = stream, log_fd
         self.lost = False
 
@@ -54,10 +54,10 @@ class _Steady:
         except OSError:
             self.lost = True
             self.follow_log()
-            self._stream.flush()  # what the stream still holds
+            self._stream.flush()  # what the stream has buffered
 
     def follow_log(self) -> None:
-        """Write to the log, where it is now, if the reader is gone."""
+        """Write to the log if the reader is gone; called again when the log moves."""
         if self.lost:
             _replace(self._stream.fileno(), self._log_fd)
 
@@ -73,7 +73,7 @@ def _replace(fd: int, log_fd: int | None) -> None:
 
 
 def leave_unread(*fds: int) -> None:
-    """Redirect descriptors that nobody reads any more to /dev/null; else Python would exit with code 120."""
+    """Redirect descriptors that nobody reads any more to /dev/null; otherwise Python exits with code 120."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, 0)
@@ -83,10 +83,11 @@ def leave_unread(*fds: int) -> None:
 
 
 class Console:
-    """Prints for rank 0 alone; `capture` sends everything else that a process prints to a log file.
+    """Prints on rank 0 only; with `capture` everything else that the process prints goes to a log file.
 
-    Before the run folder is known the noise waits in a temporary file, and `log_to` moves it. With `rank_logs`, a
-    rank's number, nothing is hidden, and from `log_to` on all that the process prints goes to logs/rank_N.log as well.
+    Descriptors 1 and 2 are redirected, not only sys.stdout, because compiled libraries write to them directly. Until the
+    run folder is known the output waits in a temporary file, which `log_to` moves. With `rank_logs`, a rank's number,
+    nothing is hidden, and from `log_to` on everything is also written to logs/rank_N.log.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class Console:
             self._redirect(self._spool.fileno())
         if capture or rank_logs is not None:
             self._streams = sys.stdout, sys.stderr
-            sys.stdout, sys.stderr = (_Lenient(open(fd, "wb", 0, closefd=False), write_through=True) for fd in (1, 2))
-        self.out = _Steady(stream, 1 if capture else None)
+            sys.stdout, sys.stderr = (_LogStream(open(fd, "wb", 0, closefd=False), write_through=True) for fd in (1, 2))
+        self.out = _PersistentStream(stream, 1 if capture else None)
 
     def _redirect(self, fd: int) -> None:
         sys.stdout.flush()
@@ -118,11 +119,11 @@ class Console:
 
     @property
     def error_fd(self) -> int:
-        """Where a person reads errors, captured or not."""
+        """The descriptor on which a person reads errors, captured or not."""
         return self._saved[1] if self.captured else 2
 
     def log_to(self, path: Path) -> None:
-        """Append what was captured so far, and all that follows, to `path`."""
+        """Append what was captured so far, and everything that follows, to `path`."""
         if self.rank_logs is not None:
             self._tee(path.parent / "logs" / f"rank_{self.rank_logs}.log")
         if not self.captured:
@@ -134,9 +135,9 @@ class Console:
             shutil.copyfileobj(self._spool, log)
 
     def _tee(self, path: Path) -> None:
-        """Copy stdout and stderr to `path` through a process of its own, which writes on when this one crashes."""
+        """Copy stdout and stderr to `path` through a separate process, which still writes when this one crashes."""
         path.parent.mkdir(exist_ok=True)
-        # tee inherits that SIGPIPE is ignored: else it would end with the reader of stdout, and the log with it
+        # tee inherits that SIGPIPE is ignored; otherwise it would end with the reader of stdout, and the log with it.
         tee = subprocess.Popen(
             ["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True, restore_signals=False
         )
@@ -145,7 +146,7 @@ class Console:
         tee.stdin.close()
 
     def release(self) -> None:
-        """Close an open progress bar, and give the process its own stdout and stderr back."""
+        """Close an open progress bar and restore the process's own stdout and stderr."""
         if self._open is not None:
             self._open.close()
         if self._streams:
@@ -158,16 +159,24 @@ class Console:
         leave_unread(1, 2)
 
     def say(self, text: str = "") -> None:
-        """A line for the person, on rank 0."""
+        """Print a line on rank 0."""
         if self.main:
             tqdm.write(text, file=self.out)
-            self.out.flush()  # a pipe would keep it back until a block is full
+            self.out.flush()  # a pipe would hold it back until a block is full
 
-    def progress(self, what: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
-        """A progress bar on rank 0; in a file or pipe it moves every ten seconds instead of ten times a second."""
+    def progress(self, label: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
+        """A progress bar on rank 0; in a file or pipe it is updated every ten seconds instead of ten times a second."""
         live = self.out.isatty()
         self._open = tqdm(
-            desc=what, total=total, initial=initial, unit=unit, file=self.out, disable=not (self.main and self.bars),
-            mininterval=0.1 if live else 10, dynamic_ncols=live, ncols=None if live else 100, **options,
-        )  # fmt: skip
+            desc=label,
+            total=total,
+            initial=initial,
+            unit=unit,
+            file=self.out,
+            disable=not (self.main and self.bars),
+            mininterval=0.1 if live else 10,
+            dynamic_ncols=live,
+            ncols=None if live else 100,
+            **options,
+        )
         return self._open

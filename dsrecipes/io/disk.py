@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a disk has left."""
+"""How is a file written so that a crash never leaves half of it, and is there enough disk?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 SPARE_BYTES = 64 << 20
-"""Left free beside what is written: logs go on growing."""
+"""Kept free in addition to what is written, because logs keep growing."""
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's names (OSError); what another process wrote counts too."""
+    """Flush a file, or the names in a folder, to the disk, also what another process wrote (OSError)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -28,32 +28,35 @@ def checksum(path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the file, sync and rename, so that a torn one cannot exist (OSError)."""
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.rename(path)
+    """Atomically write a text file: write to a temporary name, sync, rename (OSError)."""
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
     sync(path.parent)
 
 
-def put_in_place(new: Path, place: Path) -> None:
-    """Give a finished folder its name; what has the name already goes only then (OSError)."""
-    old = place.with_name(f"{place.name}.old")
+def put_in_place(staged: Path, target: Path) -> None:
+    """Atomically replace the folder `target` with `staged`; the old one is deleted only afterwards (OSError)."""
+    old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    sync(place.parent)
+    if target.exists():
+        target.rename(old)
+    staged.rename(target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def existing_parent(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
 def no_room(folder: Path, need: int) -> str | None:
-    """Why `need` bytes cannot be written below the folder now, in words; None where they can."""
+    """Why `need` bytes cannot be written below the folder now; None where they can.
+
+    A file is written and synced, because quotas and network file systems report free space that they do not grant.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -71,7 +74,7 @@ def no_room(folder: Path, need: int) -> str | None:
 
 
 def is_disk_full(error: BaseException, path: Path) -> bool:
-    """Whether a failed write says that the disk is full; torch's own writer does not, so there the disk is asked."""
+    """Whether a write failed because the disk is full; torch's writer does not say, so then the free space decides."""
     text = str(error).lower()
     if is_torch_writer(error):
         return shutil.disk_usage(existing_parent(path)).free < SPARE_BYTES
@@ -79,11 +82,9 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
 
 
 def is_torch_writer(error: BaseException) -> bool:
-    """Whether torch.save failed to write its file, which it tells in words of its own."""
-    return any(
-        words in str(error).lower()
-        for words in ("pytorchstreamwriter", "inline_container", "iostream error", "unexpected pos")
-    )
+    """Whether torch.save failed to write its file, which shows only in the text of the error."""
+    parts = ("pytorchstreamwriter", "inline_container", "iostream error", "unexpected pos")
+    return any(part in str(error).lower() for part in parts)
 
 
 def is_write_error(error: BaseException) -> bool:

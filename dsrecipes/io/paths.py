@@ -1,4 +1,4 @@
-"""Where the user's paths, the starter files and the cache are."""
+"""Which file does a path of the user's mean, and where are the starter files and the cache?"""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from dsrecipes.errors import UserError
 
 STARTER = "starter:"
-"""Prefix of names that mean a file or folder bundled in dsrecipes/starter."""
+"""Prefix of names that mean a file or folder in dsrecipes/starter."""
 
 
 def user_path(name: str | Path) -> Path:
-    """A path as a user gave it, `~` resolved; nothing need be there.
+    """A path as the user gave it, with `~` expanded; it need not exist.
 
     Raises:
-        UserError: no file can have this name, or it may not be looked at.
+        UserError: no file can have this name, or permission is denied.
     """
     try:
         path = Path(name).expanduser()
@@ -23,9 +23,9 @@ def user_path(name: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"{name}: cannot be opened ({error.strerror})") from None
-    except (RuntimeError, ValueError) as error:  # ~name of nobody; a NUL, or what no file system can encode
-        raise UserError(f"{str(name)!r}: not the name of a file or folder ({error})") from None
+        raise UserError("DSR001", f"{name}: cannot be opened ({error.strerror})") from None
+    except (RuntimeError, ValueError) as error:  # ~name of an unknown user; a NUL; what the file system cannot encode
+        raise UserError("DSR001", f"{str(name)!r}: not the name of a file or folder ({error})") from None
     return path
 
 
@@ -34,20 +34,22 @@ def flag_path(flag: str, name: str) -> Path:
     try:
         return user_path(name)
     except UserError as error:
-        raise UserError(f"--{flag} {error}") from None
+        raise UserError(error.code, f"--{flag} {error.message}") from None
 
 
 def starter_path(name: str) -> str:
-    """`starter:data/prose.txt` as the path of the bundled file; any other name as it is."""
+    """The path of the bundled file for `starter:data/prose.txt`; any other name unchanged (UserError: no such file)."""
     if not name.startswith(STARTER):
         return name
     path = Path(__file__).parents[1] / "starter" / name.removeprefix(STARTER)
-    if not os.path.exists(path):  # false, too, for a name that no file can have
-        raise UserError(f"{name}: no such bundled file or folder ({path})")
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
+        raise UserError("DSR002", f"{name}: no such bundled file or folder ({path})")
     return str(path)
 
 
 def cache_root() -> Path:
     """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("DSRECIPES_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsrecipes"
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsrecipes"

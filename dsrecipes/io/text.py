@@ -1,4 +1,4 @@
-"""Read text, YAML and JSON files, with errors that name the place."""
+"""How are text, YAML and JSON files read, so that every error names file and line?"""
 
 from __future__ import annotations
 
@@ -13,41 +13,49 @@ import yaml
 from dsrecipes.errors import UserError
 
 _MOST_NODES = 100_000
-"""Of a YAML once its aliases are written out; a few lines of aliases to aliases can stand for billions."""
+"""Limit for a YAML whose aliases are expanded; a few lines of aliases to aliases can stand for billions of nodes."""
 
 
-def _size(node: yaml.Node, known: dict[int, float]) -> float:
-    """The number of nodes once every alias is written out; infinite where one holds itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_size(each, known) for each in inner))
-    return known[id(node)]
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """The number of nodes with every alias expanded; infinite where an alias contains itself.
+
+    Args:
+        sizes: id of a node -> its size, so that a node with many aliases is counted once.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # found again below itself
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader whose errors all have a place, and which refuses what PyYAML takes in silence.
+    """SafeLoader whose errors all have a line, and which refuses what PyYAML silently accepts.
 
-    These are a key written twice, where the last one would win, and aliases that write out to too much.
+    These are a repeated key, where the last value would win, and aliases that expand to more than memory holds.
     """
 
     def construct_document(self, node: yaml.Node) -> Any:
-        """Build the document (yaml.constructor.ConstructorError: its aliases stand for too much)."""
+        """Build the document (yaml.constructor.ConstructorError: its aliases expand to too much)."""
         if _size(node, {}) > _MOST_NODES:
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) stand for too much here", node.start_mark)
         _keep_text(node)
         return super().construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Build a value; PyYAML lets errors of int(), datetime.date() and the like through as they are."""
+        """Build a value, and give errors of int(), datetime.date() and the like, which PyYAML passes on, a line."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            told = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from error
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build the mapping; raises yaml.constructor.ConstructorError for a repeated key."""
+        """Build the mapping (yaml.constructor.ConstructorError: a key is repeated)."""
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
@@ -71,7 +79,7 @@ _UniqueKeys.add_constructor("tag:yaml.org,2002:float", lambda loader, node: floa
 
 
 def _keep_text(node: yaml.Node) -> None:
-    """Keep the values of flags as the text that was written: the parser of flags knows which of them are numbers.
+    """Keep the values of flags as the text that was written, since the parser of flags knows which of them are numbers.
 
     YAML would turn `eval_strategy: no` into false, `model_revision: 1.10` into 1.1 and `time_limit: 3:50:00` into 13800.
     """
@@ -84,43 +92,44 @@ def _keep_text(node: yaml.Node) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The file's text; a UserError names the byte that is not UTF-8."""
+    """The file's text, without a byte order mark (UserError: it cannot be read, or a byte is not UTF-8)."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
-        ) from None
+        byte = error.object[error.start]
+        raise UserError("DSR003", f"{path}, line {line}: not UTF-8 (byte {byte:#04x}); save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError("DSR003", f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping: values as the text that was written, null as None, nested mappings typed.
+    """Read a flat YAML mapping: values as the text that was written, null as None, nested mappings typed.
 
     Raises:
-        UserError: malformed (with the line), not a mapping, a key twice, a key that is not text, or aliases without end.
+        UserError: malformed (with the line), not a mapping, a repeated key, a key that is not text, or endless aliases.
     """
     try:
         values = yaml.load(read_text(path), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError("DSR004", f"{path}{where}: {problem}") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
+        raise UserError("DSR004", f"{path}: nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: expected `key: value` lines at the top level")
+        raise UserError("DSR004", f"{path}: expected `key: value` lines at the top level")
     named = {key.replace("-", "_"): value for key, value in values.items()}
     if len(named) < len(values):
-        raise UserError(f"{path}: a key is written twice, once with - and once with _")
+        raise UserError("DSR004", f"{path}: a key is written twice, once with - and once with _")
     return named
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON (ValueError: a key is repeated)."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
@@ -130,10 +139,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str, unique_keys: bool = False) -> Any:
-    """A JSON value.
+    """Parse a JSON value.
 
     Args:
-        where: the beginning of the message of an error.
+        text: the JSON.
+        where: what an error message begins with: a file, or a flag.
         unique_keys: refuse an object that has a key twice; Python would take the last value.
 
     Raises:
@@ -143,8 +153,8 @@ def parse_json(text: str, where: str, unique_keys: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
-        raise UserError(f"{where}{line}, column {error.colno}: not JSON ({error.msg})") from None
+        raise UserError("DSR005", f"{where}{line}, column {error.colno}: not JSON ({error.msg})") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply") from None
-    except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"{where}: not JSON that can be read ({error})") from None
+        raise UserError("DSR005", f"{where}: nested too deeply") from None
+    except ValueError as error:  # a repeated key, or an integer of thousands of digits
+        raise UserError("DSR005", f"{where}: not JSON that can be read ({error})") from None

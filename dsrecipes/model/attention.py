@@ -1,4 +1,4 @@
-"""Attention of packed sequences: on a CPU each example by itself, so that no masked block is computed."""
+"""How attention keeps packed examples apart: on a CPU each example by itself, so that no masked block is computed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dsrecipes.data.audit import PackedSample, check_isolation, difference
 from dsrecipes.model.task import unwrapped
 
 PER_EXAMPLE = "dsrecipes_by_example"
+"""Name of this attention in transformers' registry."""
 
 
 def _attention(
@@ -38,7 +39,7 @@ def _attention(
         position_ids: (batch or 1, length), 0 where an example begins; absent, each row is one example.
 
     Returns:
-        (batch, length, heads, head size), and no weights.
+        (batch, length, heads, head size), and no attention weights.
     """
     batch, heads, length, _ = query.shape
     if attention_mask is not None or key.shape[2] != length:
@@ -46,15 +47,15 @@ def _attention(
     positions = torch.arange(length) if position_ids is None else position_ids
     starts = (positions.expand(batch, length) == 0).flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], batch * length], strict=True)]
-    # split, not slices: the backward pass of each slice would fill a tensor of the whole size
-    examples = [states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value)]
-    outputs = [
-        scaled_dot_product_attention(
-            *(states.transpose(0, 1)[None] for states in example),
-            dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != heads,
-        ).transpose(1, 2)
-        for example in zip(*examples, strict=True)
-    ]  # fmt: skip
+    # split instead of slices: the backward pass of each slice would fill a tensor of the full size
+    queries, keys, values = (states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value))
+    outputs = []
+    for tensors in zip(queries, keys, values, strict=True):  # each (length of the example, heads, head size)
+        q, k, v = (states.transpose(0, 1)[None] for states in tensors)
+        output = scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != heads
+        )
+        outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, 1).view(batch, length, heads, -1), None
 
 
@@ -72,17 +73,17 @@ AttentionMaskInterface.register(PER_EXAMPLE, _mask)
 
 
 def set_per_example_attention(model: PreTrainedModel, on: bool) -> bool:
-    """Turn attention by example on or off (transformers' sdpa); False where the model does not take it.
+    """Turn attention per example on, or off (transformers' sdpa); returns whether the model accepted it.
 
-    Models of transformers take it whose attention goes through its interface, without a sliding window.
+    Models of transformers accept it whose attention goes through its interface, without a sliding window.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    text = base.config.get_text_config()
+    base = unwrapped(model)
+    config = base.config.get_text_config()
     before, after = ("sdpa", PER_EXAMPLE) if on else (PER_EXAMPLE, "sdpa")
-    if text._attn_implementation != before or getattr(text, "sliding_window", None):
+    if config._attn_implementation != before or getattr(config, "sliding_window", None):
         return False
     base.set_attn_implementation(after)
-    return text._attn_implementation == after
+    return config._attn_implementation == after
 
 
 def accepts_segments(model: PreTrainedModel) -> bool:
@@ -94,18 +95,19 @@ def accepts_segments(model: PreTrainedModel) -> bool:
 
 
 def isolate_examples(model: PreTrainedModel, sample: PackedSample, device: torch.device, choose: bool) -> None:
-    """See that packed examples do not look at each other, by the fastest attention that this model takes here.
+    """Ensure that packed examples do not attend to each other, by the fastest attention that this model supports here.
 
     Args:
+        sample: examples whose answers, packed and alone, are compared.
         choose: whether the attention may be changed; not where the user named one.
 
     Raises:
         UserError: they do, whatever the attention.
     """
     if choose and device.type == "cpu":
-        apart = sample.answer(packed=False)  # by the model's own attention
+        alone = sample.answer(packed=False)  # by the model's own attention
         if set_per_example_attention(model, True):
-            if not difference(sample, sample.answer(packed=True), apart):
+            if not difference(sample, sample.answer(packed=True), alone):
                 return
             set_per_example_attention(model, False)
     check_isolation(model, sample)

@@ -68,7 +68,7 @@ def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_d
         adapted = PeftModel.from_pretrained(
             model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=not keep_dtype
         )
-    except (*damaged(), RuntimeError) as error:
+    except damaged() + (RuntimeError,) as error:
         raise UserError("DSR218", f"{misfit(options, folder)}: {first_line(error)}") from error
     return _without_base_weights(adapted)
 

@@ -118,7 +118,7 @@ def _check_adapter_file(model: PreTrainedModel, options: ModelConfig, folder: Pa
         missing, unexpected = _load_shapes(model, folder, shapes)
     except KeyError as error:
         raise UserError("DSR218", f"{problem}: {path} lacks the tensor {error.args[0]}") from error
-    except (*damaged(), RuntimeError) as error:
+    except damaged() + (RuntimeError,) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise UserError("DSR218", f"{problem}: {lines[0] if lines else first_line(error)}") from error
     for names, relation in ((missing, "missing from"), (unexpected, "of other layers in")):
@@ -138,7 +138,7 @@ def _load_shapes(model: PreTrainedModel, folder: Path, shapes: dict[str, list[in
         warnings.simplefilter("ignore")  # torch warns that nothing is copied to the meta device
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-        result = set_peft_model_state_dict(adapted, tensors)
+        result: Any = set_peft_model_state_dict(adapted, tensors)
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     missing = [name.replace(".default", "") for name in result.missing_keys if name in trained]
     return missing, list(result.unexpected_keys)

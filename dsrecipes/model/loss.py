@@ -1,4 +1,4 @@
-"""Losses of labelled rows and of weighted tokens."""
+"""How the loss of a step is computed for labelled rows and for weighted tokens: a sum over labels, divided once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ def row_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Loss summed over labelled rows, over the number of labelled rows of the whole step.
+    """Loss summed over labelled rows, divided by the number of labelled rows of the whole step.
 
-    Heads with one label a row (BertForMultipleChoice) take **kwargs but ignore num_items_in_batch: their own mean
-    would be multiplied by accumulation x ranks, and is NaN for a batch of fillers.
+    Heads with one label per row (BertForMultipleChoice in transformers 5.23) take **kwargs but ignore num_items_in_batch:
+    their own mean would be multiplied by accumulation x ranks, and is NaN for a batch of padding rows.
 
     Args:
         outputs: a model output with logits (rows, classes).
-        labels: as PaddingCollator makes them, -100 or NaN where there is nothing to learn.
+        labels: as PaddingCollator makes them, -100 or NaN where there is no label.
         num_items_in_batch: labelled rows of the step, or the sum of their weights, over micro batches and ranks.
         weights: (rows,), or None where all are 1.
+
+    Returns:
+        A scalar; the bare sum where num_items_in_batch is None.
     """
     losses = losses_by_row(outputs.logits.float(), labels)
     loss = losses.sum() if weights is None else (losses * weights.to(losses.device)).sum()
@@ -34,10 +37,10 @@ def row_loss(
 
 
 def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each row, 0 where there is nothing to learn.
+    """Loss of each row, (rows,), 0 where there is no label.
 
     Cross-entropy for a class number, the mean binary cross-entropy over the classes for several labels, the squared error
-    for a number.
+    for a number, as transformers' ForSequenceClassificationLoss computes them.
 
     Args:
         logits: (rows, classes); (rows, 1) for a number.
@@ -45,26 +48,27 @@ def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     if not labels.is_floating_point():
         return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    real = labelled(labels)
+    has_label = labelled(labels)
     if labels.ndim == 2:
-        targets = labels.masked_fill(~real[:, None], 0)
+        targets = labels.masked_fill(~has_label[:, None], 0)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     else:
-        losses = (logits[:, 0] - labels.masked_fill(~real, 0)).square()
-    return losses * real
+        losses = (logits[:, 0] - labels.masked_fill(~has_label, 0)).square()
+    return losses * has_label
 
 
 def weighted_loss(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, total: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Cross-entropy of each label times its weight, summed, over `total`, the sum of the weights of the whole step.
+    """Weighted cross-entropy, summed over labels and divided by `total`.
 
     torch's CrossEntropyLoss(weight=...) divides by the same sum. Labels that are IGNORE add nothing.
 
     Args:
-        logits: (..., classes), one line a label.
+        logits: (..., classes), one row per label.
         labels: of any shape.
         weights: of the shape of labels.
+        total: sum of the weights of the whole step, over micro batches and ranks; None: the bare sum.
     """
     logits = logits.float().view(-1, logits.shape[-1])
     losses = nn.functional.cross_entropy(logits, labels.view(-1).to(logits.device), ignore_index=IGNORE, reduction="none")

@@ -1,13 +1,16 @@
-"""Recognize errors that mean memory ran out."""
+"""Which errors mean that memory ran out."""
 
 from __future__ import annotations
 
 import torch
 
+_PHRASES = ("can't allocate memory", "out of memory", "cannot allocate memory", "alloc_failed")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator's memory, or this process's, ran out."""
-    words = ("can't allocate memory", "out of memory", "cannot allocate memory", "alloc_failed")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, (RuntimeError, OSError)) and any(each in str(error).lower() for each in words)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # libraries raise plain errors for it: cuBLAS, torch's CPU allocator, the operating system
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(phrase in text for phrase in _PHRASES)

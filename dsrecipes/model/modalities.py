@@ -1,8 +1,9 @@
-"""Parts of a model that text never reaches: vision and audio towers, their projectors, cross-attention to images."""
+"""Which parts of a model text never reaches: vision and audio towers, their projectors, cross-attention to images."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -10,9 +11,9 @@ from transformers import PretrainedConfig
 from dsrecipes.model.task import unwrapped
 from dsrecipes.zero.internals import full_numel
 
-_SENSES = re.compile(r"vision|visual|image|video|audio|speech|vq")
+_MODALITY = re.compile(r"vision|visual|image|video|audio|speech|vq")
 """In the name of a part's configuration, or of a module."""
-_BRIDGE = re.compile(_SENSES.pattern + r"|projector|connector|multi_modal|multimodal")
+_MODALITY_OR_BRIDGE = re.compile(_MODALITY.pattern + r"|projector|connector|multi_modal|multimodal")
 
 
 def has_other_modalities(config: PretrainedConfig) -> bool:
@@ -20,31 +21,35 @@ def has_other_modalities(config: PretrainedConfig) -> bool:
     parts = getattr(type(config), "sub_configs", {})
     if config.get_text_config(decoder=True) is not config:
         return len(parts) > 1
-    return any(_SENSES.search(name) and getattr(config, name, None) is not None for name in parts)
+    return any(_MODALITY.search(name) and getattr(config, name, None) is not None for name in parts)
 
 
-def unreached_by_text(model: nn.Module) -> list[str]:
-    """Names of the modules and parameters that rows of text never reach, only the outermost; none for a text model."""
+def unreached_by_text(model: Any) -> list[str]:
+    """Names of the modules and parameters that rows of text never reach, only the outermost; none for a text model.
+
+    Args:
+        model: a model of transformers, without an adapter around it.
+    """
     if not has_other_modalities(model.config):
         return []
     decoder = model.get_decoder()
-    # some classes hold the towers and the layers of the decoder in one module
-    mixed = decoder in (model, model.base_model)
-    text = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    reached = {id(below) for part in text for below in part.modules()}
+    # some classes hold the towers and the layers of the decoder in one module, where only names tell them apart
+    is_mixed = decoder in (model, model.base_model)
+    parts = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    reached = {id(below) for part in parts for below in part.modules()}
     names: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{part}.") for part in names):
+        if any(name.startswith(f"{outer}.") for outer in names):
             continue
         if id(module) in reached:
-            last = name.rpartition(".")[2]
-            apart = bool(_BRIDGE.search(last)) if mixed else _is_cross_attention(module)
+            last_name = name.rpartition(".")[2]
+            unreached = bool(_MODALITY_OR_BRIDGE.search(last_name)) if is_mixed else _is_cross_attention(module)
         else:
             holds_text = any(id(below) in reached for below in module.modules())
             if holds_text:
                 names += [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
-            apart = not holds_text and any(True for _ in module.parameters())
-        if apart:
+            unreached = not holds_text and any(True for _ in module.parameters())
+        if unreached:
             names.append(name)
     return names
 
@@ -56,7 +61,7 @@ def _is_cross_attention(module: nn.Module) -> bool:
 
 
 def parameters_below(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
-    """The parameters of the named parts."""
+    """Parameters of the named parts."""
     return [
         parameter
         for name, parameter in model.named_parameters()
@@ -72,5 +77,5 @@ def unreached_note(model: nn.Module) -> str | None:
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return None
     count = sum(map(full_numel, parameters))
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"rows of text never reach {shown}: {count:,} parameters are frozen, without an adapter"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"rows of text never reach {', '.join(names[:3])}{more}: {count:,} parameters are frozen, without an adapter"

@@ -1,4 +1,4 @@
-"""The router loss of mixture-of-experts models: per sequence, so that it does not depend on how a step is split into micro batches."""
+"""How the router loss of mixture-of-experts models is computed: per sequence, so that micro batches do not change it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.model.task import unwrapped
 
-_SWITCH = ("gate_logits", "num_experts", "top_k", "attention_mask")
-"""Arguments of transformers' load_balancing_loss_func, which has one body in all families that take these."""
+_KNOWN_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
+"""Arguments of transformers' load_balancing_loss_func, which has the same body in all families that take these (5.23)."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class RouterLoss:
     coefficient: float
     top_k: int
     by_sequence: bool
-    """False: a formula of the model's own, which is computed over the whole micro batch."""
+    """False: the model has a formula of its own, which is computed over the whole micro batch."""
 
     def note(self) -> str:
-        """What the header says about it."""
-        over = (
-            "over the sequences of a step" if self.by_sequence else "over micro batches and ranks (it depends on their size)"
-        )
+        """A line of the header."""
+        scope = "micro batches and ranks (it depends on their size)"
+        if self.by_sequence:
+            scope = "the sequences of a step"
         return (
-            f"router loss: `loss` = token loss + `router_loss`, which is {self.coefficient:g} x the mean {over}; "
+            f"router loss: `loss` = token loss + `router_loss`, which is {self.coefficient:g} x the mean over {scope}; "
             "evaluation reports the token loss alone"
         )
 
     def of_micro_batch(self, outputs: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """The weighted router loss summed over the sequences of a micro batch, to be divided by those of the step.
+        """Weighted router loss, summed over the sequences of a micro batch; the caller divides by those of the step.
 
         Args:
             outputs: the model's output, with router_logits or aux_loss.
@@ -51,7 +51,7 @@ class RouterLoss:
 
 
 def balance_by_sequence(layers: tuple[torch.Tensor, ...], top_k: int, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' load_balancing_loss_func of each sequence alone (DeepSeek-V2, arXiv:2405.04434, section 2.1.3).
+    """Compute transformers' load_balancing_loss_func for each sequence alone (DeepSeek-V2, arXiv:2405.04434, 2.1.3).
 
     The loss is a product of two means over tokens. Over a micro batch it would change with the sequences that
     happen to share one.
@@ -64,20 +64,21 @@ def balance_by_sequence(layers: tuple[torch.Tensor, ...], top_k: int, tokens: to
     Returns:
         (rows,): the loss of each row, 0 where no token counts.
     """
-    counts: torch.Tensor | float = 0.0
-    chances: torch.Tensor | float = 0.0
+    selections: torch.Tensor | float = 0.0
+    probability_sums: torch.Tensor | float = 0.0
     weight = tokens.unsqueeze(-1).to(layers[0].device, torch.float32)
     for layer in layers:
         probabilities = layer.view(*tokens.shape, -1).to(weight.device).softmax(-1, dtype=torch.float32)
-        chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-        counts = counts + (chosen * weight).sum(1)
-        chances = chances + (probabilities * weight).sum(1)
+        selected = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        selections = selections + (selected * weight).sum(1)
+        probability_sums = probability_sums + (probabilities * weight).sum(1)
     total = (weight.sum(1) * len(layers)).clamp(min=1)
-    return layers[0].shape[-1] * (counts / total * (chances / total)).sum(-1)
+    experts = layers[0].shape[-1]
+    return experts * (selections / total * (probability_sums / total)).sum(-1)
 
 
 def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(rows, length), True up to the last token that is trained on in each row.
+    """Mask of (rows, length), True up to the last token that is trained on in each row.
 
     Padding comes after it. A row without labels, which fills a short step, has no True.
     """
@@ -111,7 +112,7 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
     if coefficient is None or function is None:
         return None
     top_k = setting("num_experts_per_tok")
-    known = tuple(inspect.signature(function).parameters) == _SWITCH and isinstance(top_k, int)
+    known = tuple(inspect.signature(function).parameters) == _KNOWN_ARGUMENTS and isinstance(top_k, int)
     return RouterLoss(float(coefficient), top_k if known else 0, known)
 
 

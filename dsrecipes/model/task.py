@@ -1,4 +1,4 @@
-"""The class of transformers that a recipe's model has, and what its forward pass takes."""
+"""Which class of transformers a recipe's model has, and what its forward pass accepts."""
 
 from __future__ import annotations
 
@@ -13,67 +13,72 @@ from transformers.models.auto import modeling_auto
 
 from dsrecipes.zero.internals import full_numel
 
-CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
-_SENSES = "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"
+_CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+_MULTIMODAL = "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"
 
 
 def class_names(table: str) -> set[str]:
     """Names of the model classes in one of transformers' tables."""
-    values = getattr(modeling_auto, table).values()
-    return {name for value in values for name in ((value,) if isinstance(value, str) else value)}
+    names: set[str] = set()
+    for value in getattr(modeling_auto, table).values():
+        names |= {value} if isinstance(value, str) else set(value)
+    return names
 
 
 def unwrapped(model: nn.Module) -> Any:
     """The model of transformers inside a LoRA model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else model
 
 
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model, or the base of a LoRA model, is one of transformers' causal language models."""
     kind = type(unwrapped(model))
-    return kind.__name__ in class_names(CAUSAL) or _writes_text(kind)
+    return kind.__name__ in class_names(_CAUSAL) or _is_text_generator(kind)
 
 
-def _writes_text(kind: Any) -> bool:
+def _is_text_generator(kind: Any) -> bool:
     """Whether a class that also takes images or sound computes selected logits from text alone."""
-    known = kind is not None and kind.__name__ in class_names(_SENSES)
-    return known and "logits_to_keep" in inspect.signature(kind.forward).parameters
+    is_multimodal = kind is not None and kind.__name__ in class_names(_MULTIMODAL)
+    return is_multimodal and "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def averages_own_loss(model: nn.Module) -> bool:
-    """Whether the model's own loss may be a mean over its micro batch, whatever labels the step has."""
+    """Whether the model's own loss may be a mean over its micro batch, instead of a sum over the labels of the step."""
     base = unwrapped(model)
-    return type(base).__name__ not in class_names(CAUSAL) or not getattr(base, "accepts_loss_kwargs", True)
+    return type(base).__name__ not in class_names(_CAUSAL) or not getattr(base, "accepts_loss_kwargs", True)
 
 
 def accepts_text(config: PretrainedConfig) -> bool:
     """Whether the checkpoint's own class also takes images or sound, and can be trained on rows of text."""
-    return any(_writes_text(getattr(transformers, name, None)) for name in config.architectures or [])
+    return any(_is_text_generator(getattr(transformers, name, None)) for name in config.architectures or [])
 
 
 def loading_class(auto_class: str, config: PretrainedConfig) -> Any:
     """The class of transformers that loads a model for a recipe's auto class.
 
-    A model that also takes images or sound is loaded whole by a causal recipe, so that it is saved whole.
+    A model that also takes images or sound is loaded in full by a causal recipe, so that it is saved in full.
     """
-    made_for = set(config.architectures or [])
-    if auto_class == "AutoModelForCausalLM" and not made_for & class_names(CAUSAL) and accepts_text(config):
+    architectures = set(config.architectures or [])
+    if auto_class == "AutoModelForCausalLM" and not architectures & class_names(_CAUSAL) and accepts_text(config):
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, auto_class)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding. It may equal eos: labels are masked by length, never by id."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(each for each in candidates if each is not None)
+    """The id that fills padding; it may equal eos, because labels are masked by length and never by id."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, frozen) parameters, whole ones also where ZeRO-3 or 4 bits store less."""
+    """Numbers of trained and of frozen parameters, full ones also where ZeRO-3 or 4 bits store fewer elements."""
     trained = frozen = 0
     for parameter in model.parameters():
         count = full_numel(parameter)
-        if hasattr(parameter, "quant_state"):
+        if hasattr(parameter, "quant_state"):  # bitsandbytes packs two 4-bit values into an element
             shape = getattr(parameter.quant_state, "shape", None)
             count = int(torch.Size(shape).numel()) if shape is not None else count * 2
         if parameter.requires_grad:

@@ -92,18 +92,22 @@ def _needs_base(adapter: str | Path) -> str:
 def explain_load_error(error: Exception, options: ModelConfig) -> UserError:
     """Convert what from_pretrained raised into a message that says what to do."""
     name, adapter = base_model(options.model_name_or_path or ""), adapter_folder(options.model_name_or_path)
-    alternative = offline_hint(name)
-    if adapter is not None:
-        alternative = f"a local copy, and write its path into {adapter / ADAPTER_CONFIG} (base_model_name_or_path)"
-    code, message = "DSR206", hub_error(error, name, "model", alternative)
-    if message is None and "trust_remote_code" in str(error):
-        code = "DSR203"
-        message = f"model {name} comes with Python code of its own: read it, then give --trust_remote_code true to run it"
-    if message is None and "use_safetensors" in str(error):
-        code, message = "DSR204", _PICKLES.format(name)
-    if message is None:
-        code, message = "DSR205", f"model {name} cannot be loaded: {first_line(error)}"
-    return UserError(code, message if adapter is None else f"{_needs_base(adapter)}: {message}")
+    if adapter is None:
+        return _explain(error, name, offline_hint(name))
+    alternative = f"a local copy, and write its path into {adapter / ADAPTER_CONFIG} (base_model_name_or_path)"
+    return _explain(error, name, alternative).at(_needs_base(adapter))
+
+
+def _explain(error: Exception, name: str, alternative: str) -> UserError:
+    hub_problem = hub_error(error, name, "model", alternative)
+    if hub_problem is not None:
+        return UserError("DSR206", hub_problem)
+    if "trust_remote_code" in str(error):
+        advice = "read it, then give --trust_remote_code true to run it"
+        return UserError("DSR203", f"model {name} comes with Python code of its own: {advice}")
+    if "use_safetensors" in str(error):
+        return UserError("DSR204", _PICKLES.format(name))
+    return UserError("DSR205", f"model {name} cannot be loaded: {first_line(error)}")
 
 
 def refuse_pickles(name: str, options: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: where each thing lies, and which checkpoints are whole."""
+"""Where the files of a run are, which folders a run may use, and which checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, coded
 from dsrecipes.io.disk import SPARE_BYTES, existing_parent
 from dsrecipes.io.paths import flag_path, user_path
 from dsrecipes.runs.checkpoint_manifest import MANIFEST, find_problem, is_complete
+
+_PREFIX = "checkpoint-"
+_RESUME = "--resume_from_checkpoint"
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,21 @@ class RunFolder:
     lock = property(lambda self: self.path / ".lock")
 
     def all_checkpoints(self) -> list[Path]:
-        """Checkpoints, whole or not, oldest first."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdecimal()]
-        return sorted(found, key=lambda p: int(p.name[11:]))
+        """Checkpoints, complete or not, oldest first."""
+        named = [path for path in self.checkpoints.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal()]
+        return sorted(named, key=_step)
 
     def complete_checkpoints(self) -> list[Path]:
-        """Checkpoints whose files are all there at their recorded sizes, oldest first."""
+        """Checkpoints that have all their files at the recorded sizes, oldest first."""
         return [path for path in self.all_checkpoints() if is_complete(path)]
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(_PREFIX) :])
+
+
 def default_path(recipe: str) -> Path:
-    """runs/RECIPE/TIMESTAMP, one that does not exist yet."""
+    """runs/RECIPE/TIMESTAMP, with a number where that exists."""
     base = Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S")
     path, number = base, 1
     while path.exists():
@@ -61,112 +68,136 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
     """Refuse a folder that a run would overwrite or could not write into.
 
     Raises:
-        UserError: the folder holds something, is a file, cannot be written, or its disk is full.
+        UserError: the folder is not empty, is a file, cannot be written, or its disk is full.
     """
+    flag = f"--output_dir {path}"
     if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path}: there is a file of this name; choose another folder")
-    if path.is_dir() and any(each.name != ".lock" for each in path.iterdir()) and not resuming:
-        if not overwrite:
-            raise UserError(
-                f"--output_dir {path}: the folder exists and is not empty. Go on with it: --resume_from_checkpoint auto; "
-                "start anew: another --output_dir, or --overwrite_output_dir to delete it"
-            )
-        if not RunFolder(path).config.is_file():
-            raise UserError(f"--overwrite_output_dir: {path} is no run folder (no config.yaml in it); delete it yourself")
+        raise UserError("DSR337", f"{flag}: there is a file of this name; choose another folder")
+    if path.is_dir() and not resuming and any(entry.name != ".lock" for entry in path.iterdir()):
+        _check_not_empty(path, overwrite)
     ancestor = existing_parent(path)
     if not ancestor.is_dir():
-        raise UserError(f"--output_dir {path}: {ancestor} is a file; choose another folder")
+        raise UserError("DSR337", f"{flag}: {ancestor} is a file; choose another folder")
     if not os.access(ancestor, os.W_OK):
-        raise UserError(f"--output_dir {path}: no permission to write into {ancestor}")
+        raise UserError("DSR337", f"{flag}: no permission to write into {ancestor}")
     total, _, free = shutil.disk_usage(ancestor)
     if not total:  # such as /proc
-        raise UserError(f"--output_dir {path}: the file system of {ancestor} stores no files; choose another folder")
+        raise UserError("DSR337", f"{flag}: the file system of {ancestor} stores no files; choose another folder")
     if free < SPARE_BYTES:
-        raise UserError(f"--output_dir {path}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
+        raise UserError("DSR338", f"{flag}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
 
 
-def find_checkpoints(asked: str, folder: RunFolder | None, told: Callable[[str], None]) -> list[Path]:
-    """Where `auto`, `step100`, a run folder or a checkpoint's path may go on from, best first; none for an `auto` at its start.
+def _check_not_empty(path: Path, overwrite: bool) -> None:
+    """Allow only a run folder to be overwritten, and only on request (UserError)."""
+    if not overwrite:
+        raise UserError(
+            "DSR335",
+            f"--output_dir {path}: the folder exists and is not empty. Resume its run: {_RESUME} auto; "
+            "start a new one: another --output_dir, or --overwrite_output_dir to delete it",
+        )
+    if not RunFolder(path).config.is_file():
+        raise UserError(
+            "DSR336", f"--overwrite_output_dir: {path} is not a run folder (no config.yaml in it); delete it yourself"
+        )
 
-    Names and sizes are looked at; checkpoint_integrity.find_damage looks into the files.
+
+def find_checkpoints(requested: str, folder: RunFolder | None, say: Callable[[str], None]) -> list[Path]:
+    """Checkpoints to resume from, best first; empty for `auto` where none exists yet.
+
+    Only names and sizes are checked; checkpoint_integrity.find_damage checks what is in the files.
+
+    Args:
+        requested: `auto`, `step100`, a run folder, or the path of a checkpoint.
+        folder: of the run; None where it has none yet.
+        say: gets a line on each checkpoint that is passed over.
 
     Raises:
-        UserError: no such checkpoint, or none that is whole.
+        UserError: no such checkpoint, or none that is complete.
     """
-    if asked.lower() in ("auto", "true"):
-        return _newest_first(folder, told) if folder else []
-    if asked.startswith("step") and asked[4:].isdecimal():
+    if requested.lower() in ("auto", "true"):
+        return _newest_first(folder, say) if folder else []
+    if requested.startswith("step") and requested[4:].isdecimal():
         if folder is None:
             raise UserError(
-                f"--resume_from_checkpoint {asked}: name the run with --output_dir, or give the checkpoint's path"
+                "DSR339", f"{_RESUME} {requested}: name the run with --output_dir, or give the checkpoint's path"
             )
-        path = folder.checkpoints / f"checkpoint-{asked[4:]}"
+        path = folder.checkpoints / f"{_PREFIX}{requested[4:]}"
     else:
-        path = flag_path("resume_from_checkpoint", asked)
+        path = flag_path("resume_from_checkpoint", requested)
         if path.name == "checkpoints":
             path = path.parent
         if path.name == "model" and (path.parent / "config.yaml").is_file():
             raise UserError(
-                f"--resume_from_checkpoint {asked}: this is a run's trained model; its run folder is {path.parent}"
+                "DSR339", f"{_RESUME} {requested}: this is a run's trained model; its run folder is {path.parent}"
             )
         if (path / "checkpoints").is_dir():
-            found = _newest_first(RunFolder(path), told)
-            if found:
-                return found
+            checkpoints = _newest_first(RunFolder(path), say)
+            if checkpoints:
+                return checkpoints
             path = path / "checkpoints"
     problem = find_problem(path)
     if problem:
-        whole = folder.complete_checkpoints() if folder else []
-        known = ", ".join(f"step{each.name[11:]}" for each in whole) or "none"
-        hint = f"whole ones of this run: {known}" if folder else "`auto` takes the newest whole one of --output_dir"
-        if path.is_dir() and not (path / MANIFEST).exists() and not path.name.startswith("checkpoint"):
-            problem = "neither a checkpoint nor a run folder (it has no manifest.json and no checkpoints/)"
-        where = "" if str(path) == asked else f"{path}: "
-        raise UserError(f"--resume_from_checkpoint {asked}: {where}{problem}; {hint}")
+        raise _unusable(requested, path, problem, folder)
     return [path]
 
 
-def _newest_first(folder: RunFolder, told: Callable[[str], None]) -> list[Path]:
-    """The whole checkpoints; the others are named, for who expects a later step should know."""
-    found = sorted(folder.all_checkpoints(), key=lambda p: -int(p.name[11:]))
-    faults = {path: find_problem(path) for path in found}
-    whole = [path for path, problem in faults.items() if problem is None]
-    for path, problem in faults.items():
-        if problem and (not whole or int(path.name[11:]) > int(whole[0].name[11:])):
-            told(f"{'damaged':<10}{path}: {problem}; left alone")
-    if found and not whole:
+def _unusable(requested: str, path: Path, problem: str, folder: RunFolder | None) -> UserError:
+    """Why a requested checkpoint cannot be used, and which ones can."""
+    if path.is_dir() and not (path / MANIFEST).exists() and not path.name.startswith("checkpoint"):
+        problem = "neither a checkpoint nor a run folder (it has no manifest.json and no checkpoints/)"
+    hint = "`auto` takes the newest complete one of --output_dir"
+    if folder:
+        steps = ", ".join(f"step{_step(path)}" for path in folder.complete_checkpoints())
+        hint = f"complete ones of this run: {steps or 'none'}"
+    location = "" if str(path) == requested else f"{path}: "
+    return UserError("DSR339", f"{_RESUME} {requested}: {location}{problem}; {hint}")
+
+
+def _newest_first(folder: RunFolder, say: Callable[[str], None]) -> list[Path]:
+    """The complete checkpoints; newer ones that are incomplete are reported, since the user may expect their step."""
+    checkpoints = sorted(folder.all_checkpoints(), key=_step, reverse=True)
+    problems = {path: find_problem(path) for path in checkpoints}
+    complete = [path for path, problem in problems.items() if problem is None]
+    for path, problem in problems.items():
+        if problem and (not complete or _step(path) > _step(complete[0])):
+            say(coded("DSR343", f"{'damaged':<10}{path}: {problem}; ignored"))
+    if checkpoints and not complete:
+        newest = checkpoints[0]
         raise UserError(
-            f"--resume_from_checkpoint: no checkpoint of {folder.path} is whole ({found[0].name}: {faults[found[0]]}). "
-            "Start anew in another --output_dir"
+            "DSR340",
+            f"{_RESUME}: no checkpoint of {folder.path} is complete ({newest.name}: {problems[newest]}). "
+            "Start a new run in another --output_dir",
         )
-    return whole
+    return complete
 
 
 def find_run(name: str, *, ended: bool = True) -> RunFolder:
-    """A run folder by its path, or `last`: the newest under runs/ that ended with a model.
+    """Find a run folder by its path, or by `last`: the newest under runs/ that ended with a model.
 
     Args:
-        ended: refuse a run without model/; False for what an unfinished one is enough for.
+        ended: refuse a run without model/; False for commands that an unfinished run is enough for.
 
     Raises:
-        UserError: there is none, or it holds no trained model.
+        UserError: there is none, or it has no trained model.
     """
     if name == "last":
-        found = [each for path in Path("runs").glob("*/*/model") if (each := RunFolder(path.parent)).config.is_file()]
-        if not found:
-            raise UserError("last: no finished run under runs/; train one, or give the path of a run folder")
-        return max(found, key=lambda each: each.model.stat().st_mtime)
+        runs = [RunFolder(path.parent) for path in Path("runs").glob("*/*/model")]
+        runs = [run for run in runs if run.config.is_file()]
+        if not runs:
+            raise UserError("DSR341", "last: no finished run under runs/; train one, or give the path of a run folder")
+        return max(runs, key=lambda run: run.model.stat().st_mtime)
     folder = RunFolder(user_path(name))
     if not folder.path.is_dir():
-        raise UserError(f"{name}: no such run folder; give the path of one, or `last`")
+        raise UserError("DSR341", f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
-        run = next((path for path in list(folder.path.absolute().parents)[:2] if (path / "config.yaml").is_file()), None)
-        if run is not None:
-            raise UserError(f"{name}: this lies inside a run folder; give the run folder itself, {run}")
-        raise UserError(f"{name}: no run folder (no config.yaml in it); give the path of one, or `last`")
+        for parent in list(folder.path.absolute().parents)[:2]:
+            if (parent / "config.yaml").is_file():
+                raise UserError("DSR341", f"{name}: this is inside a run folder; give the run folder itself, {parent}")
+        raise UserError("DSR341", f"{name}: not a run folder (no config.yaml in it); give the path of one, or `last`")
     if ended and not folder.model.is_dir():
         raise UserError(
+            "DSR342",
             f"{name}: this run has no model yet; `dsrecipes train --config {folder.config} --output_dir {name} "
-            "--resume_from_checkpoint auto` goes on with it"
+            f"{_RESUME} auto` resumes it",
         )
     return folder

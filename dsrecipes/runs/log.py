@@ -1,15 +1,16 @@
-"""Read and truncate log.jsonl."""
+"""How log.jsonl is read, and truncated when a run resumes from an earlier step."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dsrecipes.io.disk import write_whole
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.jsonl; one that is damaged, as by a death in the middle of it, is passed over."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log.jsonl; damaged ones are skipped, since a killed run may leave half a line."""
     lines = []
     for text in path.read_bytes().splitlines():
         try:
@@ -20,8 +21,14 @@ def read_log(path: Path) -> list[dict]:
 
 
 def truncate_log(log: Path, step: int, evaluates: bool = False) -> None:
-    """Forget log lines of steps after `step`, and its evaluation where that is to be made again."""
-    if log.is_file():
-        kept = [line for line in read_log(log) if line.get("step", 0) <= step]
-        kept = [line for line in kept if not (evaluates and line.get("step") == step and "eval_loss" in line)]
-        write_whole(log, "".join(json.dumps(line) + "\n" for line in kept))
+    """Remove lines of steps after `step`.
+
+    Args:
+        evaluates: whether the evaluation of `step` will be repeated, so that its line is removed too.
+    """
+    if not log.is_file():
+        return
+    kept = [line for line in read_log(log) if line.get("step", 0) <= step]
+    if evaluates:
+        kept = [line for line in kept if line.get("step") != step or "eval_loss" not in line]
+    write_whole(log, "".join(json.dumps(line) + "\n" for line in kept))

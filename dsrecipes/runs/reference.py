@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,20 +13,19 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsrecipes.data.collate import TOKEN_COUNTS
+from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.disk import checksum
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.weights import fingerprint, read_tensors, weight_files
 
-if TYPE_CHECKING:
-    from dsrecipes.base import RecipeBase
-    from dsrecipes.train.trainer import RecipeTrainer
-
 Batch = dict[str, torch.Tensor]
 _TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
-_DRAWN, _ROWS, _WIDTH, _KEPT = 16, 2, 64, 4
-"""Length of drawn rows; number of training rows and their length; positions from the end whose logits are kept."""
+RANDOM_LENGTH = 16
+"""Tokens of a row of random ids, at most."""
+_ROWS, _WIDTH, _KEPT = 2, 64, 4
+"""Number of training rows and their length in tokens; positions from the end whose logits are recorded."""
 _NOT_INPUTS = ("labels", WEIGHTS, TOKEN_COUNTS)
 """What of a batch the model is not given."""
 _FACTS = {
@@ -42,14 +42,13 @@ def random_inputs(auto_class: str, vocabulary: int, length: int, seed: int) -> B
     return {"input_ids": ids} if auto_class.endswith("ForCausalLM") else {"input_ids": ids, "attention_mask": ids * 0 + 1}
 
 
-def _first_rows(trainer: RecipeTrainer, auto_class: str) -> Batch:
+def first_rows(data: Sequences, collate: Callable[[list], Batch], auto_class: str) -> Batch:
     """The first tokens of the first training rows; for a causal model one example a row and no mask, so none is packed."""
-    data = trainer.train_dataset.sample
     items = [data[i] for i in range(min(_ROWS, len(data)))]
     if auto_class.endswith("ForCausalLM"):
         width = min(_WIDTH, *(len(item[0]["input_ids"]) for item in items))
         return {"input_ids": torch.tensor([item[0]["input_ids"][:width].tolist() for item in items])}
-    batch = {key: value for key, value in trainer.data_collator(items).items() if key not in _NOT_INPUTS}
+    batch = {key: value for key, value in collate(items).items() if key not in _NOT_INPUTS}
     shape = batch["input_ids"].shape
     return {key: value[..., :_WIDTH] if value.shape == shape else value for key, value in batch.items()}
 
@@ -86,36 +85,32 @@ def _saved_tensors(model: Path) -> dict[str, str]:
         return {}
 
 
-def save_reference(story: RecipeBase, trainer: RecipeTrainer) -> None:
-    """Write expected.safetensors, once model/ is saved; all ranks must call it, for ZeRO-3 needs them all."""
-    auto_class, args = story.auto_class, trainer.args
-    length = min(_DRAWN, story.config.data.max_length)
-    vocabulary = trainer.model.config.get_text_config().vocab_size
-    kept: Batch = {}
-    for name, batch in {
-        "random ids": random_inputs(auto_class, vocabulary, length, args.seed),
-        "training rows": _first_rows(trainer, auto_class),
-    }.items():
-        logits = logits_of(trainer.model, {key: value.to(args.device) for key, value in batch.items()}, auto_class)
-        kept |= {f"{name}/{key}": value.contiguous() for key, value in batch.items()} | {f"{name}/logits": logits}
-    if not trainer.is_world_process_zero():
+def save_reference(
+    model: PreTrainedModel, batches: dict[str, Batch], facts: dict[str, Any], folder: RunFolder | None
+) -> None:
+    """Write expected.safetensors once model/ is saved: the live engine's logits, and what model/ holds.
+
+    Args:
+        model: the trained model; all ranks must call this, because ZeRO-3 needs them all for a forward pass.
+        batches: inputs by name, on the model's device.
+        facts: what else `read_reference` returns: step, auto_class, precision, dtype, learned, tokenizer.
+        folder: the run folder; None on all ranks but the first, which write nothing.
+    """
+    recorded: Batch = {}
+    for name, batch in batches.items():
+        recorded |= {f"{name}/{key}": value.cpu().contiguous() for key, value in batch.items()}
+        recorded[f"{name}/logits"] = logits_of(model, batch, facts["auto_class"])
+    if folder is None:
         return
-    folder = story.folder
-    folder.verified.unlink(missing_ok=True)  # it spoke of an earlier model/
-    others = [p for p in folder.model.rglob("*") if p.is_file() and p.suffix not in (".safetensors", ".md")]
-    facts = {
-        "step": trainer.state.global_step,
-        "auto_class": auto_class,
-        "precision": story.place.precision,
-        "dtype": str(story.place.dtype(story.config.model)).removeprefix("torch."),
-        "learned": any(line.get("learning_rate", 0) > 0 for line in trainer.state.log_history),
-        "tokenizer": tokenizer_facts(story.tokenizer),
+    folder.verified.unlink(missing_ok=True)  # it is about an earlier model/
+    others = [path for path in folder.model.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".md")]
+    facts = facts | {
         "weights": _saved_tensors(folder.model),
         "files": {path.relative_to(folder.model).as_posix(): checksum(path) for path in sorted(others)},
     }
-    beside = folder.reference.with_suffix(".partial")
-    save_file(kept, beside, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
-    beside.rename(folder.reference)
+    staged = folder.reference.with_suffix(".partial")
+    save_file(recorded, staged, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
+    staged.rename(folder.reference)
 
 
 def read_reference(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:

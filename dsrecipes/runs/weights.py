@@ -1,4 +1,4 @@
-"""The safetensors files of a saved model: which there are, their tensors, and a fingerprint of each."""
+"""Which safetensors files a saved model has, what tensors they hold, and the fingerprint of each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from dsrecipes.errors import UserError, plural
 from dsrecipes.io.disk import checksum
 
-GATHER_HINT = "ZeRO-3 leaves none unless stage3_gather_16bit_weights_on_model_save is true"
-"""Why there may be nothing."""
+GATHER_HINT = "ZeRO-3 writes none unless stage3_gather_16bit_weights_on_model_save is true"
+"""Why weights may be missing."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a saved model's weights, or its adapter's.
+    """Files that hold the weights of a saved model, or of its adapter.
 
     Raises:
         UserError: there is none, or one that the index names is missing.
@@ -30,29 +31,34 @@ def weight_files(folder: Path) -> list[Path]:
     if index is None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder} holds no weights (no .safetensors file); {GATHER_HINT}")
+            raise UserError("DSR330", f"{folder} holds no weights (no .safetensors file); {GATHER_HINT}")
         return files
     return indexed_files(index)
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The weights files that an index names; they lie beside it (UserError: one does not, or it is damaged)."""
+    """Weights files that an index names, in the folder of the index.
+
+    Raises:
+        UserError: the index is damaged, names a file elsewhere, or one that is missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged: it does not say which tensor lies in which file") from error
+        raise UserError("DSR331", f"{index} is damaged: it does not say which tensor is in which file") from error
     if outside or not names:
-        told = f"{outside[0]!r} is no file of this folder" if outside else "it names no file"
-        raise UserError(f"{index} is damaged: {told}")
-    for name in names:
-        if not index.with_name(name).is_file():
-            raise UserError(f"{index.with_name(name)} is missing: {index.name} names {plural(len(names), 'file')}")
-    return [index.with_name(name) for name in names]
+        problem = f"{outside[0]!r} is not a file of this folder" if outside else "it names no file"
+        raise UserError("DSR331", f"{index} is damaged: {problem}")
+    files = [index.with_name(name) for name in names]
+    for path in files:
+        if not path.is_file():
+            raise UserError("DSR330", f"{path} is missing: {index.name} names {plural(len(files), 'file')}")
+    return files
 
 
 def loaded_files(folder: Path) -> list[Path]:
-    """The files from which transformers, or peft for an adapter folder, loads the weights; none where they are pickles.
+    """Files from which transformers, or peft for an adapter folder, loads the weights; none where they are pickles.
 
     Raises:
         UserError: the index is damaged, or a file that it names is missing.
@@ -66,7 +72,7 @@ def loaded_files(folder: Path) -> list[Path]:
 
 
 def check_readable(files: list[Path]) -> None:
-    """Read the headers of weights files (UserError: one is damaged, cut off, or a pointer of Git LFS)."""
+    """Read the headers of weights files (UserError: one is damaged, truncated, or a pointer of Git LFS)."""
     for path in files:
         try:
             with safe_open(path, "pt"):
@@ -78,15 +84,15 @@ def check_readable(files: list[Path]) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            return UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
-    return UserError(f"{path} is cut off or damaged: {str(error).splitlines()[0]}")
+            return UserError("DSR332", f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
+    return UserError("DSR332", f"{path} is truncated or damaged: {str(error).splitlines()[0]}")
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a file, one in memory at a time.
+    """Yield names and tensors of a file, one tensor in memory at a time.
 
     Raises:
-        UserError: the file is cut off or damaged.
+        UserError: the file is truncated or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -97,12 +103,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
-    """Dtype, shape and checksum of a tensor's bytes."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {zlib.crc32(data.numpy()):08x}"
+    """Dtype, shape and CRC-32 of a tensor's bytes, as text."""
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # as bytes: numpy has no bf16
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {list(tensor.shape)} {zlib.crc32(data):08x}"
 
 
 def folder_checksum(folder: Path) -> str:
-    """A sha256 over the names and bytes of the files directly in a folder."""
+    """A sha256 over the names and contents of the files directly in a folder."""
     lines = [f"{path.name} {checksum(path)}\n" for path in sorted(folder.iterdir()) if path.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

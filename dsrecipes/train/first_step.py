@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
+from dsrecipes.train.state import Run
 from dsrecipes.zero.shards import check_shards, gradient_bytes, measure_shards
-
-if TYPE_CHECKING:
-    from dsrecipes.base import RecipeBase
-    from dsrecipes.train.trainer import RecipeTrainer
 
 _EXPERT = re.compile(r"(^|\.)experts\.")
 """Parameters of a mixture's expert, which a step without tokens for it leaves alone."""
@@ -24,8 +21,8 @@ _SHOWN = 3
 class FirstStep(TrainerCallback):
     """Watches the first step of this process on every rank; what one finds ends all with the same UserError."""
 
-    def __init__(self, recipe: RecipeBase, trainer: RecipeTrainer) -> None:
-        self.recipe, self.trainer = recipe, trainer
+    def __init__(self, run: Run) -> None:
+        self.run, self.trainer = run, run.trainer
         self.engine, self.done = None, False
         self.hooks: list[Any] = []
         self.sizes: dict[str, torch.Tensor] = {}
@@ -39,7 +36,7 @@ class FirstStep(TrainerCallback):
         for name, parameter in self.trainer.model.named_parameters():
             if parameter.requires_grad:
                 self.hooks.append(parameter.register_hook(lambda gradient, name=name: self._see(name, gradient)))
-        self.engine = self.trainer.deepspeed if self.recipe.place.zero else None
+        self.engine = self.trainer.deepspeed if self.run.prepared.setup.zero else None
         if self.engine is not None:
             update = self.engine.step
 
@@ -80,7 +77,7 @@ class FirstStep(TrainerCallback):
         self.done = True  # and stays in the list of callbacks, which is being walked through
         for hook in self.hooks:
             hook.remove()
-        trainer, recipe = self.trainer, self.recipe
+        trainer, setup = self.trainer, self.run.prepared.setup
         mine = {
             "sizes": dict(zip(self.sizes, torch.stack(list(self.sizes.values())).tolist(), strict=True))
             if self.sizes
@@ -93,19 +90,19 @@ class FirstStep(TrainerCallback):
             "unlabelled": self._unlabelled(state.global_step),
             "shards": measure_shards(trainer.model, self._optimizer(), self.gradients),
         }
-        found = trainer.keeping.orders.all_gather(mine)
+        found = self.run.signals.all_gather(mine)
         check_ranks([each["rows"] for each in found])
         self._refuse_unlabelled([each["unlabelled"] for each in found])
         trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
         check_weights([each["sick"] for each in found])
         # else the loss is reported; a step whose rows all weigh 0 has no gradient
         if trainer.step_weight != 0 and all(torch.tensor(each["losses"]).isfinite().all() for each in found):
-            check_gradients(trained, [each["sizes"] for each in found], recipe.place.precision == "fp16")
-        zero = recipe.place.zero
+            check_gradients(trained, [each["sizes"] for each in found], setup.precision == "fp16")
+        zero = setup.zero
         line = check_shards(
             zero.stage if zero else None, [each["shards"] for each in found], bool(zero and zero.offloads_optimizer)
         )
-        recipe.console.say(f"{'holds':<10}{line}")
+        self.run.prepared.console.say(f"{'holds':<10}{line}")
 
     def _unlabelled(self, step: int) -> list[int]:
         data, missing = self.trainer.train_dataset, []
@@ -118,7 +115,7 @@ class FirstStep(TrainerCallback):
             if rows:
                 raise UserError(
                     f"{plural(len(rows), 'row')} of rank {rank}'s first step without a "
-                    f"label after the collator ({self.recipe.places_of(rows)}), so nothing is learned from them: mend the "
+                    f"label after the collator ({self.run.prepared.describe_rows(rows)}), so nothing is learned from them: mend the "
                     f"recipe's collator. {OFF}"
                 )
 

@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 
@@ -19,9 +19,7 @@ from dsrecipes.io.paths import starter_path
 from dsrecipes.model.weights_source import local_model
 from dsrecipes.runs.checkpoint_manifest import read_manifest
 from dsrecipes.runs.weights import loaded_files
-
-if TYPE_CHECKING:
-    from dsrecipes.base import RecipeBase
+from dsrecipes.train.state import Prepared
 
 _TRAIN = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
@@ -35,40 +33,42 @@ _MODEL = (
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 14
 
 
-def run_identity(story: RecipeBase) -> dict[str, Any]:
+def run_identity(prepared: Prepared) -> dict[str, Any]:
     """The run's terms, as JSON knows them; the keys are flags where there is one.
 
     Evaluating, logging and saving are no terms: they change no weight.
     """
-    config, place = story.config, story.place
+    config, setup = prepared.config, prepared.setup
     terms = {
         "recipe": config.layers.recipe.name,
-        "code": _code(type(story)),
-        "model": _digest(_settings(story.model_config.to_dict())),
-        "weights": _weights(config, getattr(story.model_config, "_commit_hash", None)),
-        "data": story.stream.fingerprint if story.stream else story.splits["train"].stats.fingerprint,
-        "mixture": _mixture(story),
+        "code": _code(prepared.recipe),
+        "model": _digest(_settings(prepared.model_config.to_dict())),
+        "weights": _weights(config, getattr(prepared.model_config, "_commit_hash", None)),
+        "data": prepared.rows.stream.fingerprint
+        if prepared.rows.stream
+        else prepared.rows.splits["train"].stats.fingerprint,
+        "mixture": _mixture(prepared),
         "max_length": config.data.max_length,
         "packing": config.data.packing,
         "class_weights": config.data.class_weights or None,
-        "global_batch_size": place.batch,
-        "max_steps": story.steps(),
-        "precision": place.precision,
-        **{key: place.engine[key] for key in ("optimizer", "scheduler") if key in place.engine},
+        "global_batch_size": setup.batch,
+        "max_steps": prepared.steps,
+        "precision": setup.precision,
+        **{key: setup.engine[key] for key in ("optimizer", "scheduler") if key in setup.engine},
         **{key: config.train[key] for key in _TRAIN},
         **{key: getattr(config.model, key) for key in _MODEL},
     }
     return json.loads(json.dumps(terms, default=lambda value: str(getattr(value, "value", value))))
 
 
-def _mixture(story: RecipeBase) -> str | None:
+def _mixture(prepared: Prepared) -> str | None:
     """How many rows of each source an epoch draws, in how many sequences; None where it takes all rows.
 
     A longer run may have an epoch that packs worse, and so more sequences in all epochs.
     """
-    if story.stream:
+    if prepared.rows.stream:
         return None
-    data = story.sequences["train"]
+    data = prepared.sequences["train"]
     rows = ", ".join(f"{name} {count}" for name, count in data.counts.items())
     return f"{rows} in {len(data)} sequences" if rows else None
 
@@ -122,7 +122,7 @@ def _settings(model: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key not in passing and not key.startswith("_attn")}
 
 
-def _code(recipe: type[RecipeBase]) -> str:
+def _code(recipe: type) -> str:
     """Version of the library, and a hash of what of it shapes a run and of the recipe's own module."""
     here = Path(__file__).parents[1]
     shaping = [path for package in ("data", "model", "zero", "train") for path in (here / package).glob("*.py")]

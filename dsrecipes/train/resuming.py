@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from dsrecipes.errors import RunStopped, UserError, nearest
 from dsrecipes.runs.checkpoint_integrity import find_damage
 from dsrecipes.runs.checkpoint_manifest import find_problem, is_complete
-from dsrecipes.train.saving import SavingTrainer, read_progress
+from dsrecipes.train.saving import SavingTrainer, read_progress, step_number
 from dsrecipes.zero import restore
 from dsrecipes.zero.checkpoint_states import loads_directly, read_writer
 
@@ -45,7 +45,7 @@ class ResumableTrainer(SavingTrainer):
         """
         if resume_from_checkpoint:
             path = Path(resume_from_checkpoint)
-            self._saved_step = int(path.name.rsplit("-", 1)[-1])
+            self._saved_step = step_number(path)
             self._progress = read_progress(path)
             self.args.eval_on_start = False
         with self.keeping.orders:
@@ -73,10 +73,16 @@ class ResumableTrainer(SavingTrainer):
         elsewhere = self._made_elsewhere(resume_from_checkpoint)
         result = super()._prepare_for_training(max_steps, train_dataloader, None if elsewhere else resume_from_checkpoint)
         if elsewhere:
-            restore.load(self, Path(str(resume_from_checkpoint)))
+            self._reshard(Path(str(resume_from_checkpoint)))
         if self._progress is not None and self.keeping.changed:
             self._set_anew()
         return result
+
+    def _reshard(self, checkpoint: Path) -> None:
+        """Load a checkpoint that other ranks, or another ZeRO stage, wrote."""
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        step = self.state.global_step or step_number(checkpoint)
+        restore.load(self.model, engine, self.optimizer, self.lr_scheduler, step, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._made_elsewhere(resume_from_checkpoint):
@@ -148,7 +154,7 @@ class ResumableTrainer(SavingTrainer):
         if problem:
             raise UserError(f"--load_best_model_at_end: {best}: {problem}")
         if self._made_elsewhere(str(best)):
-            restore.load(self, best)
+            self._reshard(best)
         else:
             super()._load_best_model()
 

@@ -46,9 +46,14 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
+def step_number(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at, which is in its name."""
+    return int(checkpoint.name.rsplit("-", 1)[-1])
+
+
 def step_of(checkpoint: Path) -> tuple[int, bool]:
     """The step that a checkpoint was saved at, and whether its evaluation was still due."""
-    return int(checkpoint.name.rsplit("-", 1)[-1]), read_progress(checkpoint)["evaluate"]
+    return step_number(checkpoint), read_progress(checkpoint)["evaluate"]
 
 
 class SavingTrainer(Trainer):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dsrecipes.config.schema import Config, ModelConfig
     from dsrecipes.data.sequences import Sequences
     from dsrecipes.data.split import SplitStats
-    from dsrecipes.train.setup import RunSetup
+    from dsrecipes.train.state import Prepared
     from dsrecipes.train.trainer import RecipeTrainer
 
 
@@ -106,14 +106,10 @@ def _source_lines(split: Split | MixedSplit, sequences: Sequences, config: Confi
     return lines
 
 
-def header(
-    config: Config,
-    place: RunSetup,
-    splits: dict[str, Split | MixedSplit],
-    sequences: dict[str, Sequences],
-    trainer: RecipeTrainer,
-) -> str:
-    """Model, data, batch, ranks, engine and precision, as they came to be."""
+def header(prepared: Prepared, trainer: RecipeTrainer) -> str:
+    """Describe model, data, batch, ranks, engine and precision, as the run decided on them."""
+    config, place, sequences = prepared.config, prepared.setup, prepared.sequences
+    splits = prepared.rows.splits
     from dsrecipes.model.task import count_parameters
 
     trained, frozen = count_parameters(trainer.model)

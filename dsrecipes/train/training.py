@@ -1,36 +1,348 @@
-"""Training executes a recipe."""
+"""How does a run go, from a recipe to a finished run folder? Training: prepare, start, train, finish."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import dsrecipes
-from dsrecipes.errors import EXIT_CODE
+from transformers import (
+    EarlyStoppingCallback,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from dsrecipes.base import Metrics, RecipeBase, RunResult
+from dsrecipes.config.find import is_shipped
+from dsrecipes.config.flags import without_effect
+from dsrecipes.config.train_config import TrainConfig
+from dsrecipes.config.values import seconds_of
+from dsrecipes.data.audit import stop_at_ends
+from dsrecipes.data.streamable import check_streaming
+from dsrecipes.errors import UserError, plural
+from dsrecipes.io.caches import check_docstrings, redirect_caches
+from dsrecipes.launch.signals import StopSignals
+from dsrecipes.launch.watchdog import Watchdog
+from dsrecipes.model.cached_models import random_weights
+from dsrecipes.model.checks import check_attention, check_model
+from dsrecipes.model.configuration import load_config
+from dsrecipes.model.modalities import unreached_note
+from dsrecipes.model.quantization import disable_cpu_packing
+from dsrecipes.model.task import is_causal_lm, pad_id
+from dsrecipes.model.tokenizer import check_vocabulary
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.train import artifacts, summary
+from dsrecipes.train.arguments import check_best_metric, start_process_group
+from dsrecipes.train.callbacks import DryRunEnded, StartAndEnd
+from dsrecipes.train.diagnosis import check_step
+from dsrecipes.train.environment import RunEnvironment
+from dsrecipes.train.failures import FAILURES, Progress, explain
+from dsrecipes.train.finishing import finish_run, write_data
+from dsrecipes.train.first_step import FirstStep
+from dsrecipes.train.identity import check_identity, run_identity
+from dsrecipes.train.precheck import check_parts
+from dsrecipes.train.recorder import Recorder
+from dsrecipes.train.rows import make_sequences, packs, prepare_rows, take_notes, unused_settings
+from dsrecipes.train.run_folder import choose_folder, claim_folder
+from dsrecipes.train.saving import CheckpointContext, read_progress, step_of
+from dsrecipes.train.setup import RunSetup, resolve_setup
+from dsrecipes.train.state import Prepared, Run
+from dsrecipes.train.trainer import RecipeTrainer
+from dsrecipes.zero.blocks import try_engine
+from dsrecipes.zero.rank_group import rank_group
 
 
-def verify_apart(folder: RunFolder) -> str | None:
-    """Verify a run that just ended in a fresh process on the CPU, for the accelerator is still full.
+class Training:
+    """A run of one recipe: prepared, started, trained, finished."""
 
-    Returns:
-        What is wrong, or None.
-    """
-    env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(key, None)
-    root = str(Path(dsrecipes.__file__).parents[1])
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])}
-    command = [sys.executable, "-m", "dsrecipes.publish.verify", str(folder.path.absolute())]
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    if done.returncode == EXIT_CODE:
-        return f"the saved model failed its verification. {last.removeprefix('error: ')}"
-    return (
-        f"the saved model was not verified: the process that loads it ended with exit code {done.returncode} ({last[:200]}); "
-        f"`dsrecipes verify {folder.path}` tries again, --verify_model false leaves it out"
-    )
+    def __init__(self, recipe: RecipeBase) -> None:
+        """Nothing is loaded and nothing is taken yet."""
+        self.recipe, self.config, self.console = recipe, recipe.config, recipe.console
+        self.environment = RunEnvironment()
+        self.progress = Progress()
+        self.started: Run | None = None
+        """The run, once `start` has returned; for whoever looks at it afterwards."""
+
+    def run(self) -> RunResult:
+        """Train, save the model, evaluate, and leave one run folder that holds everything.
+
+        Raises:
+            UserError: whatever the user can fix.
+            RunStopped: a signal or --time_limit ended the run; it is saved and can resume.
+        """
+        began = time.monotonic()
+        with self.environment:
+            try:
+                run = self._start_or_restore()
+                try:
+                    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+                except DryRunEnded:
+                    return RunResult(run.folder.path, run.trainer.state.global_step, {})
+                return finish_run(run, self.recipe, began)
+            except FAILURES as error:
+                if self.environment.watchdog is not None:
+                    self.environment.watchdog.exit_if_peer_left(error)
+                explained = explain(error, self.config, self.progress, self.folder)
+                if explained is None:
+                    raise
+                raise explained from error
+
+    def build_trainer(self) -> RecipeTrainer:
+        """Everything up to the trainer, which whoever calls this trains.
+
+        The environment is entered and not left: the trainer's callbacks refer to the run, which keeps lock and watchdog
+        alive as long as the trainer.
+        """
+        self.environment.__enter__()
+        return self.start(self.prepare()).trainer
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run folder, once the run has claimed it."""
+        return self.environment.folder.folder if self.environment.folder else None
+
+    def _start_or_restore(self) -> Run:
+        """Prepare and start; a run that is refused leaves its folder as it was."""
+        try:
+            run = self.start(self.prepare())
+        except UserError:
+            if self.environment.folder and (self.console.main or self.config.train["dry_run"]):
+                self.environment.folder.restore()
+            raise
+        if self.console.main and self.environment.folder:
+            self.environment.folder.delete_replaced()
+        return run
+
+    # ---- prepare: rows and configuration, before the ranks connect ----
+
+    def prepare(self) -> Prepared:
+        """Read configuration and tokenizer, and turn rows into sequences.
+
+        Data come before the process group, because only one rank prepares them while the others wait on a lock file.
+        """
+        recipe, config = self.recipe, self.config
+        setup = self._resolve_setup()
+        named_folder, candidates = choose_folder(config, setup, self.console.say)
+        self.console.say(summary.loading(config.model))
+        model_config, engine, tokenizer = self._load_descriptions(setup)
+        rows = prepare_rows(recipe, setup, tokenizer, model_config)
+        self.environment.stream = rows.stream
+        recipe.configure(model_config, rows.splits)
+        take_notes(recipe, setup)
+        if recipe.auto_class.endswith("ForSequenceClassification"):
+            # a decoder's classifier reads each row's last token, which is the last one that is not this padding
+            model_config.get_text_config().pad_token_id = pad_id(tokenizer)
+        sequences = make_sequences(recipe, setup, rows, model_config)
+        if config.model.from_scratch:
+            random_weights(model_config, recipe.auto_class, config.train["seed"])
+        return Prepared(
+            recipe=type(recipe),
+            config=config,
+            setup=setup,
+            console=self.console,
+            engine=engine,
+            model_config=model_config,
+            tokenizer=tokenizer,
+            rows=rows,
+            sequences=sequences,
+            packs=packs(recipe),
+            named_folder=named_folder,
+            candidates=candidates,
+        )
+
+    def _resolve_setup(self) -> RunSetup:
+        """Decide on ranks, device, precision and batch, and introduce the run."""
+        config, train = self.config, self.config.train
+        check_docstrings()
+        cache_note = redirect_caches()  # for use from Python; dsrecipes.run has already done it
+        setup = resolve_setup(config)
+        self.progress.setup = setup
+        values = {**vars(config.model), **vars(config.data), **train}
+        setup.notes += without_effect(values, config.own, setup.zero is not None)
+        setup.notes += unused_settings(self.recipe)
+        if config.data.streaming:
+            setup.notes += check_streaming(config, self.recipe.auto_class)
+        self.console.main = setup.ranks.rank == 0
+        if not self.recipe.introduced:
+            self.console.say(config.layers.first_line())
+        if cache_note:
+            self.console.say(f"{'cache':<10}{cache_note}")
+        if not train["verbose"]:
+            disable_progress_bar()  # transformers' own, of reading and writing shards
+        return setup
+
+    def _load_descriptions(self, setup: RunSetup) -> tuple[PretrainedConfig, dict[str, Any] | None, PreTrainedTokenizerBase]:
+        """The model's configuration, the resolved ZeRO JSON and the tokenizer, each checked against the others."""
+        config, auto_class = self.config, self.recipe.auto_class
+        model_config = load_config(config.model, auto_class)
+        stage = setup.zero.stage if setup.zero else None
+        check_model(model_config, config.model, config.data.max_length, stage)
+        engine = setup.resolve_zero(config, model_config)
+        tokenizer = self.recipe.load_tokenizer()
+        padding = check_vocabulary(tokenizer, model_config)
+        setup.notes += [*config.notes, *([padding] if padding else [])]
+        check_attention(config.model, model_config, auto_class)
+        if config.model.lora_target_modules:
+            from dsrecipes.model.lora_targets import check_targets
+
+            check_targets(config.model, model_config, auto_class)
+        return model_config, engine, tokenizer
+
+    # ---- start: ranks, folder, checkpoint, model, trainer ----
+
+    def start(self, prepared: Prepared) -> Run:
+        """Create the process group, claim the folder, choose the checkpoint, load the model and build the trainer."""
+        train = self.config.train
+        args = start_process_group(prepared)
+        self._check_arguments(prepared, args)
+        limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
+        signals = StopSignals(limit, rank_group(args.ddp_timeout_delta))
+        claimed = claim_folder(prepared.named_folder, prepared.candidates, self.config, signals, self.console.main)
+        self.environment.folder, folder = claimed, claimed.folder
+        args.output_dir = str(folder.path)
+        checkpoint = self._choose_checkpoint(prepared, signals)
+        identity = run_identity(prepared)
+        changed = check_identity(checkpoint, identity, train["allow_changed"]) if checkpoint else []
+        self._read_first_rows(prepared, signals, checkpoint, changed)
+        if not train["dry_run"]:
+            self.console.log_to(folder.console)
+            if self.console.main:
+                artifacts.write_start(folder, self.config, prepared.setup)
+                write_data(folder, prepared, step_of(checkpoint)[0] if checkpoint else 0)
+        watchdog = self._watch(prepared, args, folder)
+        context = CheckpointContext(folder, prepared.setup.made_by(), identity, signals, self.console.say, changed)
+        trainer = self._build_trainer(prepared, args, watchdog, context)
+        self.started = Run(
+            prepared=prepared,
+            args=args,
+            folder=folder,
+            checkpoint=checkpoint,
+            signals=signals,
+            watchdog=watchdog,
+            trainer=trainer,
+        )
+        self._add_callbacks(self.started)
+        return self.started
+
+    def _check_arguments(self, prepared: Prepared, args: TrainConfig) -> None:
+        """Refuse what would fail minutes later: optimizer, schedule, trackers, a ZeRO JSON, the metric's name."""
+        setup, engine = prepared.setup, prepared.engine
+        setup.notes += check_parts(args, prepared.steps, engine, self.config.own)
+        if engine is not None and setup.zero is not None and not is_shipped(setup.zero.path) and not setup.zero.uses_nvme:
+            try_engine(engine, setup.zero.path)
+        if args.metric_for_best_model is not None:
+            check_best_metric(prepared, args.metric_for_best_model, self._validation_metrics(prepared))
+        if self.config.train["neftune_noise_alpha"] and prepared.packs:
+            setup.notes.append(
+                "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
+            )
+
+    def _validation_metrics(self, prepared: Prepared) -> Metrics | None:
+        """The recipe's figures for validation rows; a causal model's evaluation keeps no logits for any."""
+        splits = prepared.rows.splits
+        if "validation" not in splits or self.recipe.auto_class.endswith("ForCausalLM"):
+            return None
+        return self.recipe.metrics(splits["validation"], splits["train"], prepared.model_config)
+
+    def _choose_checkpoint(self, prepared: Prepared, signals: StopSignals) -> Path | None:
+        """The first undamaged candidate of rank 0's; each rank checks a part of the files, and all know the result."""
+        ranks = prepared.setup.ranks
+        candidates = signals.all_gather(prepared.candidates)[0]
+
+        def find_on_all_ranks(checkpoint: Path) -> str | None:
+            problems = signals.all_gather(find_damage(checkpoint, ranks.rank, ranks.world))
+            return next((problem for problem in problems if problem), None)
+
+        return first_intact(candidates, find_on_all_ranks, self.console.say) if candidates else None
+
+    def _read_first_rows(
+        self, prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]
+    ) -> None:
+        """Read a stream's first window, or the one that the checkpoint lies in; collect the notes on rows.
+
+        Raises:
+            UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
+        """
+        stream = prepared.rows.stream
+        if stream is None:
+            stats = prepared.rows.splits["train"].stats
+        else:
+            if len(set(signals.all_gather(stream.fingerprint))) > 1:
+                raise UserError(
+                    "DSR365", f"--dataset {self.config.data.dataset}: the ranks see different files, so they would skip rows"
+                )
+            if "data" in changed:
+                raise UserError("DSR366", "--allow_changed data: a stream resumes by position, which other data do not have")
+            stream.begin(read_progress(checkpoint)["stream"] if checkpoint else None)
+            stats = stream.window.end.read
+        prepared.setup.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in stats.notes.items()]
+
+    def _watch(self, prepared: Prepared, args: TrainConfig, folder: RunFolder) -> Watchdog:
+        ranks = prepared.setup.ranks
+        first = ranks.rank - ranks.local_rank
+        self.environment.watchdog = Watchdog(
+            folder.path,
+            ranks.rank,
+            range(first, first + ranks.local_world),
+            hang_timeout=args.hang_timeout,
+            slow_timeout=args.ddp_timeout,
+            error_fd=self.console.error_fd,
+        )
+        return self.environment.watchdog
+
+    def _load_model(self, prepared: Prepared) -> PreTrainedModel:
+        setup = prepared.setup
+        model = self.recipe.load_model(
+            prepared.model_config, setup.dtype(self.config.model), deepspeed=setup.zero is not None
+        )
+        self.progress.model = model
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                "DSR367", f"model {self.config.model.model_name_or_path}: it has no parameter that can be trained"
+            )
+        if is_causal_lm(model) and not self.recipe.cut_into_blocks:
+            setup.notes += stop_at_ends(prepared.train_data.sample, prepared.tokenizer, model)
+        disable_cpu_packing(model)  # a recipe's own load_model may not have done it
+        return model
+
+    def _build_trainer(
+        self, prepared: Prepared, args: TrainConfig, watchdog: Watchdog, context: CheckpointContext
+    ) -> RecipeTrainer:
+        model, data = self._load_model(prepared), prepared.train_data
+        trainer = RecipeTrainer(
+            model=model,
+            args=args,
+            data_collator=self.recipe.collator(model, prepared.tokenizer),
+            train_dataset=data,
+            eval_dataset=prepared.sequences.get("validation"),
+            processing_class=prepared.tokenizer,
+            watch=watchdog,
+            weighted=any(sequences.weighted for sequences in (data, *prepared.sequences.values())),
+            keeping=context,
+            compute_metrics=self._validation_metrics(prepared),
+        )
+        self.progress.trainer = trainer
+        unreached = unreached_note(model)
+        prepared.setup.notes += [trainer.router.note()] if trainer.router else []
+        prepared.setup.notes += [unreached] if unreached else []
+        return trainer
+
+    def _add_callbacks(self, run: Run) -> None:
+        """In the order in which they act: the first step is audited before its header is printed, and rank 0 records last."""
+        trainer, train = run.trainer, self.config.train
+        trainer.at_step_end = partial(check_step, run)
+        trainer.remove_callback(PrinterCallback)
+        if train["early_stopping_patience"]:
+            trainer.add_callback(EarlyStoppingCallback(train["early_stopping_patience"]))
+        if train["audit"]:
+            trainer.add_callback(FirstStep(run))
+        trainer.add_callback(StartAndEnd(run))
+        for callback in self.recipe.callbacks():
+            trainer.add_callback(callback)
+        if self.console.main and not train["dry_run"]:
+            trainer.add_callback(Recorder(run.folder, self.console, *run.start))

@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dsrecipes.errors import UserError
 from dsrecipes.zero.checkpoint_states import COUNTERS, ROUND_ROBIN, WEIGHT, WRAPPED, CheckpointStates, read_states
-
-if TYPE_CHECKING:
-    from dsrecipes.train.trainer import RecipeTrainer
 
 
 @dataclass
@@ -34,17 +31,24 @@ _Group = list[tuple[torch.Tensor, list[_Span]]]
 """The tensors that an optimizer steps for one group of parameters, each with what it is made of."""
 
 
-def load(trainer: RecipeTrainer, checkpoint: Path) -> None:
-    """Give a trainer whose engine stands the weights, moments, steps, learning rates and counters of a checkpoint.
+def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: Any, step: int, checkpoint: Path) -> None:
+    """Give a started engine the weights, moments, steps, learning rates and counters of a checkpoint.
 
     Every rank reads its own part, and no rank waits for another before all have read.
+
+    Args:
+        model: without the engine around it.
+        engine: DeepSpeed's; None with plain PyTorch.
+        optimizer: the one that the trainer steps; with an engine, the engine's own is used.
+        scheduler: the trainer's; an engine with a scheduler block has its own.
+        step: optimizer steps of the checkpoint.
+        checkpoint: its folder.
 
     Raises:
         UserError: the checkpoint is another model's, or its state cannot be divided anew.
     """
-    engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
-    names = {id(param): name for name, param in trainer.model.named_parameters()}
-    wrapper = engine.optimizer if engine else trainer.optimizer
+    names = {id(param): name for name, param in model.named_parameters()}
+    wrapper = engine.optimizer if engine is not None else optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
@@ -58,18 +62,14 @@ def load(trainer: RecipeTrainer, checkpoint: Path) -> None:
         for group, options in zip(groups, inner.param_groups, strict=True):
             for flat, spans in group:
                 _fill(flat, spans, saved, inner, options)
-        for name, buffer in trainer.model.named_buffers():
+        for name, buffer in model.named_buffers():
             if name in saved.buffers:
                 buffer.copy_(saved.buffers[name])
     _spread(wrapper)
     numbers = [saved.groups[spans[0].name] if (spans := [s for _, each in group for s in each]) else 0 for group in groups]
-    _schedule(trainer, inner, saved, numbers, checkpoint)
-    if engine:
-        _count(engine, wrapper, saved, trainer.state.global_step or _step(checkpoint))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[-1])
+    _schedule(scheduler, getattr(engine, "lr_scheduler", None), inner, saved, numbers, checkpoint)
+    if engine is not None:
+        _count(engine, wrapper, saved, step)
 
 
 def _layout(wrapper: Any, names: dict[int, str]) -> list[_Group]:
@@ -166,15 +166,20 @@ def _spread(wrapper: Any) -> None:
 
 
 def _schedule(
-    trainer: RecipeTrainer, inner: torch.optim.Optimizer, saved: CheckpointStates, numbers: list[int], checkpoint: Path
+    scheduler: Any,
+    of_engine: Any,
+    inner: torch.optim.Optimizer,
+    saved: CheckpointStates,
+    numbers: list[int],
+    checkpoint: Path,
 ) -> None:
     """The scheduler's position and the learning rates that it had set; `numbers`: each group's in the checkpoint."""
     file = checkpoint / "scheduler.pt"
-    scheduler, state = trainer.lr_scheduler, saved.engine.get("lr_scheduler")
+    state = saved.engine.get("lr_scheduler")
     if file.is_file():
         state = torch.load(file, weights_only=True)
-    elif getattr(trainer.model_wrapped, "lr_scheduler", None) is not None and state:
-        scheduler = trainer.model_wrapped.lr_scheduler
+    elif of_engine is not None and state:
+        scheduler = of_engine
     else:
         raise UserError(
             f"{checkpoint} holds the schedule of a ZeRO JSON's scheduler block, which this run has not: resume with it"

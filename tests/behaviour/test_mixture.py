@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.models import Small
 from support.rank_pool import CaseError, Ranks
-from support.tiny import instructions, tiny_bert, write_rows
+from support.tiny import instructions, run_recipe, tiny_bert, write_rows
 
 from dsrecipes import UserError, load_recipe
 from dsrecipes.evaluation.evaluate import evaluate
@@ -164,10 +164,10 @@ def test_labels_of_validation_sets_are_numbered_as_the_training_rows(tmp_path: P
         eval_dataset=[files["first"], files["second"]], dry_run=True, use_cpu=True, deepspeed="none", max_steps=1,
         global_batch_size=2,
     )  # fmt: skip
-    story.run()
-    held = story.splits["validation"].parts
+    splits = run_recipe(story)[0].prepared.rows.splits
+    held = splits["validation"].parts
     assert {name: part.data["labels"][:] for name, part in held.items()} == {"first": [1] * 3, "second": [0, 1]}
-    assert story.splits["train"].data["labels"][:] == [0, 1, 1, 0]
+    assert splits["train"].data["labels"][:] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("columns", [{"instruction": "ask", "output": "said"}, "instruction=ask,output=said"])
@@ -177,6 +177,6 @@ def test_a_source_has_columns_of_its_own(small: Small, tmp_path: Path, columns: 
     dataset = [rows, {"path": other, "columns": columns}]
     values = small.values("alpaca", dataset=dataset, validation_split=0, eval_strategy="no", dry_run=True)
     story = load_recipe(values["recipe"], **values["values"])
-    story.run()
-    assert {name: part.stats.kept for name, part in story.splits["train"].parts.items()} == {"rows": 9, "other": 7}
-    assert "said" in str(story.by_source[1].data.columns) and not story.config.data.columns
+    rows = run_recipe(story)[0].prepared.rows
+    assert {name: part.stats.kept for name, part in rows.splits["train"].parts.items()} == {"rows": 9, "other": 7}
+    assert "said" in str(rows.sources[1].data.columns) and not story.config.data.columns

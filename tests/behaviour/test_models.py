@@ -128,7 +128,7 @@ def test_training_continues_from_a_runs_adapter(
     assert verify(third["path"])["largest_difference"] < 1e-2
     base = evaluate(third["path"], base=True)["figures"]["loss"]
     assert base == pytest.approx(first["metrics"]["eval_loss"], abs=1e-5), "before this run there was the first adapter"
-    with pytest.raises(UserError, match=rf"lies inside a run folder; give the run folder itself, {first['path']}"):
+    with pytest.raises(UserError, match=rf"is inside a run folder; give the run folder itself, {first['path']}"):
         open_run(str(adapter))
 
 

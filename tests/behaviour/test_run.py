@@ -95,7 +95,7 @@ def test_bad_wishes(name, tmp_path, capfd):
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n"
 SPOILED = {
     "a pointer": ({"model.safetensors": LFS}, ["model.safetensors is a Git LFS pointer", "`git lfs pull`"]),
-    "cut off": ({"model.safetensors": b"\0" * 99}, ["model.safetensors is cut off or damaged"]),
+    "cut off": ({"model.safetensors": b"\0" * 99}, ["model.safetensors is truncated or damaged"]),
     "a pointer in an index": (
         {"model.safetensors": None, "model-1.safetensors": LFS, "model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}'},
         ["model-1.safetensors is a Git LFS pointer"],
@@ -141,8 +141,8 @@ FROZEN = """
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 
 class Frozen(AlpacaLlamaSft):
-    def load_model(self):
-        return super().load_model().requires_grad_(False)
+    def load_model(self, model_config, dtype, *, deepspeed):
+        return super().load_model(model_config, dtype, deepspeed=deepspeed).requires_grad_(False)
 """
 
 
@@ -198,7 +198,7 @@ def test_an_existing_run_folder(tmp_path, capfd):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     message = refusal(main, alpaca(tmp_path), capfd)
     assert "exists and is not empty" in message and "--resume_from_checkpoint auto" in message
-    assert "no run folder" in refusal(main, alpaca(tmp_path, overwrite_output_dir=True), capfd)
+    assert "DSR336" in refusal(main, alpaca(tmp_path, overwrite_output_dir=True), capfd)
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 

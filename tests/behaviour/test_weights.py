@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.rank_pool import Ranks
-from support.tiny import arrow_file, refusal, tiny_bert, tiny_llama, tiny_moe, write_rows
+from support.tiny import arrow_file, refusal, run_recipe, tiny_bert, tiny_llama, tiny_moe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
 
 from dsrecipes import UserError, load_recipe
@@ -148,13 +148,14 @@ def test_weights_of_one_are_no_weights(tmp_path: Path, head: str, model: Any) ->
     rows, own, runs = rows_of([1, 1, 1]), recipe(tmp_path, head), []
     ones = [row | {"weight": 1.0} for row in rows]
     for name, data in (("none", rows), ("ones", ones)):
-        story = load_recipe(
+        recipe_of_rows = load_recipe(
             own, **SGD, model_name_or_path=model(), dataset=write_rows(tmp_path / f"{name}.jsonl", data),
             per_device_train_batch_size=2, output_dir=str(tmp_path / name),
         )  # fmt: skip
-        runs.append(story.run().path)
-        assert not story.sequences["train"].weighted
-        assert head == "SequenceClassification" or story.trainer.compute_loss_func is None
+        run, result = run_recipe(recipe_of_rows)
+        runs.append(result.path)
+        assert not run.prepared.sequences["train"].weighted
+        assert head == "SequenceClassification" or run.trainer.compute_loss_func is None
     losses = [[line["loss"] for line in read_log(path / "log.jsonl") if "loss" in line] for path in runs]
     assert losses[0] == losses[1] and difference(*map(saved, runs)) == 0
 
@@ -206,8 +207,8 @@ def test_a_weight_column_of_questions(tmp_path: Path) -> None:
     data = str(tmp_path / "exam.csv")
     values = SGD | {"max_steps": 1, "model_name_or_path": tiny_bert(), "dataset": data, "eval_dataset": data}
     story = load_recipe("bert_tmmlu_qa", **values, split="official", profile="full", output_dir=str(tmp_path / "run"))
-    result = story.run()
-    stats = story.splits["validation"].stats
+    run, result = run_recipe(story)
+    stats = run.prepared.rows.splits["validation"].stats
     assert (stats.kept, stats.weighted, stats.weight_range) == (4, 2, [0.5, 2.0])
     assert stats.dropped == {"nothing to learn from": 1}
     measured = evaluate(str(result.path), split="validation")

@@ -222,8 +222,8 @@ def test_a_file_that_is_none(model: Path, file: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["../../../../etc/passwd"], "'../../../../etc/passwd' is no file of this folder"),
-        (["/etc/passwd"], "'/etc/passwd' is no file of this folder"),
+        (["../../../../etc/passwd"], "'../../../../etc/passwd' is not a file of this folder"),
+        (["/etc/passwd"], "'/etc/passwd' is not a file of this folder"),
         ([".."], ".. is missing"),
         ([5], "does not say which tensor"),
         ([], "it names no file"),

@@ -33,7 +33,7 @@ from pathlib import Path
 from dsrecipes.launch.watchdog import Watchdog
 
 run, rank, fault = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-watchdog = Watchdog(run, rank, range(2), hang_timeout=3, slow_timeout=60, error_fd=2)
+watch = Watchdog(run, rank, range(2), hang_timeout=3, slow_timeout=60, error_fd=2)
 
 def all_reduce(step):  # as a collective waits: until the other is there
     (run / f"{rank}-{step}").touch()

@@ -89,7 +89,7 @@ def test_a_file_that_is_cut_off(runs: Runs, tmp_path: Path) -> None:
     run = copied(runs, tmp_path)
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert f"{weights} is cut off or damaged" in caught(run)
+    assert f"{weights} is truncated or damaged" in caught(run)
 
 
 def test_a_flipped_bit(runs: Runs, tmp_path: Path) -> None:

@@ -6,7 +6,17 @@ import pytest
 import torch
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from peft import PeftModel
-from support.tiny import SHARED, STARTER, instructions, llama_tokenizer, needs_shared, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import (
+    SHARED,
+    STARTER,
+    instructions,
+    llama_tokenizer,
+    needs_shared,
+    run_recipe,
+    tiny_gpt2,
+    tiny_llama,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
@@ -113,8 +123,7 @@ def run(recipe, tmp_path, **changes):
         "lora_r": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2, "warmup_steps": 0, "deepspeed": "none",
         "output_dir": str(tmp_path / "run"), "verify_model": False,
     }  # fmt: skip
-    story = load_recipe(recipe, **values | changes)
-    return story, story.run()
+    return run_recipe(load_recipe(recipe, **values | changes))
 
 
 def answers_alike(model, plain):
@@ -139,22 +148,23 @@ def answers_alike(model, plain):
 )
 def test_a_run_in_one_process(recipe, changes, tmp_path):
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
-    story, result = run(recipe, tmp_path, **changes)
+    finished, result = run(recipe, tmp_path, **changes)
     folder = RunFolder(result.path)
     assert result.step == 2 and result.metrics["eval_loss"] > 0 and folder.curve.is_file()
     lines = [line for line in read_log(folder.log) if "loss" in line]
     assert len(lines) == 2 and all(line["tokens_per_second"] > 0 and line["grad_norm"] > 0 for line in lines)
-    assert story.splits["train"].stats.kept + story.splits["validation"].stats.kept == 40
+    prepared = finished.prepared
+    assert sum(prepared.rows.splits[name].stats.kept for name in ("train", "validation")) == 40
     packs = changes.get("packing", True)
-    assert (len(story.sequences["train"]) < 20) == packs
+    assert (len(prepared.sequences["train"]) < 20) == packs
     AutoTokenizer.from_pretrained(folder.model)
-    if story.config.model.lora_r == 0:
-        assert answers_alike(story.model, AutoModelForCausalLM.from_pretrained(folder.model))
+    if prepared.config.model.lora_r == 0:
+        assert answers_alike(finished.model, AutoModelForCausalLM.from_pretrained(folder.model))
     else:
         assert (folder.model / "adapter_model.safetensors").is_file() and not (folder.model / "model.safetensors").exists()
-        if not story.config.model.load_in_4bit:
-            base = AutoModelForCausalLM.from_pretrained(story.config.model.model_name_or_path)
-            assert answers_alike(story.model, PeftModel.from_pretrained(base, folder.model))
+        if not prepared.config.model.load_in_4bit:
+            base = AutoModelForCausalLM.from_pretrained(prepared.config.model.model_name_or_path)
+            assert answers_alike(finished.model, PeftModel.from_pretrained(base, folder.model))
 
 
 def test_packing_gives_the_evaluation_loss_of_single_rows(tmp_path):

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from dsrecipes.recipes.bert_tmmlu_qa import BertTmmluQa
-from support.tiny import SHARED, STARTER, needs_shared, refusal, tiny_bert
+from support.tiny import SHARED, STARTER, needs_shared, refusal, run_recipe, tiny_bert
 from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPrediction
 
 from dsrecipes import load_recipe
@@ -217,12 +217,13 @@ def test_a_run_writes_accuracy_baselines_and_the_held_out_questions(tmp_path):
         dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "run"), from_scratch=True, max_steps=2, save_steps=2, logging_steps=1,
         global_batch_size=8, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, warmup_steps=0, verify_model=False,
     )  # fmt: skip
-    result = story.run()
+    run, result = run_recipe(story)
+    splits = run.prepared.rows.splits
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
     assert result.step == 2 and metrics["eval_accuracy_random"] == 0.25 and 0 <= metrics["eval_accuracy"] <= 1
-    most = Counter(story.splits["train"].data["labels"][:]).most_common(1)[0][0]
+    most = Counter(splits["train"].data["labels"][:]).most_common(1)[0][0]
     assert metrics["eval_accuracy_majority"] == pytest.approx(
-        np.mean([label == most for label in story.splits["validation"].data["labels"]])
+        np.mean([label == most for label in splits["validation"].data["labels"]])
     )
     assert set(metrics["eval_accuracy_by_subject"]) == {"physics", "music"} and set(metrics["eval_accuracy_by_group"]) == {
         "STEM",
@@ -231,12 +232,14 @@ def test_a_run_writes_accuracy_baselines_and_the_held_out_questions(tmp_path):
     assert sum(each["questions"] for each in metrics["eval_accuracy_by_subject"].values()) == 20
     held = json.loads((tmp_path / "run" / "test_qa_data.json").read_text("utf-8"))
     assert len(held) == 4 and {frozenset(each) for each in held} == {frozenset(("subject", "question", "options", "answer"))}
-    trained = {row["question"] for row in story.by_source[0].splits["train"]}
+    trained = {row["question"] for row in run.prepared.rows.sources[0].splits["train"]}
     assert all(each["answer"] in "ABCD" and len(each["options"]) == 4 and each["question"] not in trained for each in held)
     model = AutoModelForMultipleChoice.from_pretrained(tmp_path / "run" / "model")
     assert model.config.architectures == ["BertForMultipleChoice"]
-    labels = np.array(story.splits["validation"].data["labels"])
-    perfect = story.metrics(story.splits["validation"])(EvalPrediction(np.eye(4)[labels], labels))
+    labels = np.array(splits["validation"].data["labels"])
+    perfect = story.metrics(splits["validation"], splits["train"], run.prepared.model_config)(
+        EvalPrediction(np.eye(4)[labels], labels)
+    )
     assert perfect["accuracy"] == 1.0
 
 

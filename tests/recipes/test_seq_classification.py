@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics
 from support.finished_runs import made_run
-from support.tiny import STARTER, _saved, arrow_file, refusal, tiny_bert, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import STARTER, _saved, arrow_file, refusal, run_recipe, tiny_bert, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM, set_seed
 
 from dsrecipes import UserError, load_recipe
@@ -185,11 +185,11 @@ def test_classes_of_a_hub_data_set_keep_their_names(tmp_path, monkeypatch):
     }
     monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: splits)  # no hub here: this is what it gives
     values = VALUES | {"dataset": "stanfordnlp/sst2", "model_name_or_path": tiny_bert(), "dry_run": True}
-    recipe = load_recipe("seq_classification", **values, output_dir=str(tmp_path / "run"))
-    recipe.run()
-    assert recipe.model_config.id2label == {0: "negative", 1: "positive"}
-    assert recipe.splits["train"].stats.kept + recipe.splits["validation"].stats.kept == 9 and "test" not in recipe.splits
-    assert "the test rows have no labels: the split is left out" in recipe.place.notes
+    prepared = run_recipe(load_recipe("seq_classification", **values, output_dir=str(tmp_path / "run")))[0].prepared
+    splits = prepared.rows.splits
+    assert prepared.model_config.id2label == {0: "negative", 1: "positive"}
+    assert splits["train"].stats.kept + splits["validation"].stats.kept == 9 and "test" not in splits
+    assert "the test rows have no labels: the split is left out" in prepared.setup.notes
 
 
 def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
@@ -203,9 +203,8 @@ def test_other_names_of_columns(tmp_path, monkeypatch, capfd):
     assert "[CLS] rain [SEP]" in out and "label: bad" in out and "unused columns: id, sentence" in out, out
     assert "prompt_style has no effect: the recipe seq_classification does not use it (python)" in out
     monkeypatch.setattr("dsrecipes.base.load_splits", lambda *_: hub)
-    recipe = load_recipe("seq_classification", **values | {"dataset": "some/set"})
-    recipe.run()
-    assert recipe.model_config.id2label == {0: "bad", 1: "good"}
+    run, _ = run_recipe(load_recipe("seq_classification", **values | {"dataset": "some/set"}))
+    assert run.prepared.model_config.id2label == {0: "bad", 1: "good"}
 
 
 @pytest.mark.parametrize(
@@ -240,9 +239,8 @@ def test_a_command_that_cannot_work(files, values, parts, tmp_path, capfd):
 def test_a_rare_class_may_be_held_out(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"text {n}", "label": n} for n in range(8)])
     values = VALUES | {"dataset": rows, "model_name_or_path": tiny_bert(), "dry_run": True}
-    recipe = load_recipe("seq_classification", **values, output_dir=str(tmp_path / "run"))
-    recipe.run()
-    assert recipe.model_config.num_labels == 8
+    run, _ = run_recipe(load_recipe("seq_classification", **values, output_dir=str(tmp_path / "run")))
+    assert run.prepared.model_config.num_labels == 8
 
 
 def test_several_data_sets_have_the_same_labels(tmp_path):

@@ -123,13 +123,13 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path
     assert run.complete_checkpoints() == [five, hundred, newest]
     for asked in ("auto", "true", str(tmp_path)):
         assert find_checkpoints(asked, run, told.append) == [newest, hundred, five]
-    assert len(told) == 3 and "checkpoint-200: manifest.json is missing" in told[0] and "left alone" in told[0]
+    assert len(told) == 3 and "checkpoint-200: manifest.json is missing" in told[0] and "[DSR343]" in told[0]
     assert find_checkpoints("step5", run, told.append) == [five] == find_checkpoints(str(five), None, told.append)
     flip(newest / "model.safetensors", 100)
     told.clear()
     assert first_intact([newest, hundred, five], find_damage, told.append) == hundred
     assert len(told) == 1 and "checkpoint-150: model.safetensors is damaged" in told[0]
-    with pytest.raises(UserError, match=r"checkpoint-150: model.safetensors is damaged.*No other"):
+    with pytest.raises(UserError, match=r"checkpoint-150: model.safetensors is damaged.*DSR340"):
         first_intact([newest], find_damage, told.append)
     assert newest.is_dir() and (tmp_path / "checkpoints" / "checkpoint-200").is_dir()
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_taken(tmp_path, asked, parts):
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
     checkpoint(tmp_path, 5, whole=False)
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(checkpoint-5: manifest.json is missing"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is complete \(checkpoint-5: manifest.json is missing"):
         find_checkpoints("auto", RunFolder(tmp_path), print)
 
 

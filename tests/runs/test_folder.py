@@ -16,7 +16,7 @@ def test_an_existing_folder_is_never_overwritten_untold(tmp_path):
     with pytest.raises(UserError, match=r"exists and is not empty.*--resume_from_checkpoint auto.*--overwrite_output_dir"):
         check_output(run, resuming=False, overwrite=False)
     check_output(run, resuming=True, overwrite=False)
-    with pytest.raises(UserError, match=r"is no run folder \(no config.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder \(no config.yaml"):
         check_output(run, resuming=False, overwrite=True)
     assert (run / "notes.txt").exists()
     (run / "config.yaml").write_text("recipe: gpt2_clm\n")

@@ -1,4 +1,7 @@
-"""Faults that a run's audit must find: each makes one thing wrong in a recipe that is about to run."""
+"""Faults that a run's audit must find: each makes one thing wrong in a run that is about to train.
+
+A fault is a context manager whose value changes the run once it has started.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from dsrecipes.base import RecipeBase
 from dsrecipes.data.sampler import StepSampler
-from dsrecipes.train.trainer import RecipeTrainer
+from dsrecipes.train.state import Run
 
-
-@contextlib.contextmanager
-def _built(story: RecipeBase, change: Callable[[RecipeTrainer], None]) -> Iterator[None]:
-    """Change the trainer once it is built."""
-    build = story.build_trainer
-
-    def changed() -> RecipeTrainer:
-        trainer = build()
-        change(trainer)
-        return trainer
-
-    story.build_trainer = changed  # type: ignore[method-assign]
-    yield
+Change = Callable[[Run], None]
+Fault = contextlib.AbstractContextManager[Change]
 
 
 class _Begin(TrainerCallback):
@@ -41,37 +32,40 @@ class _Begin(TrainerCallback):
         self.act()
 
 
-def nothing(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def nothing() -> Fault:
     """No fault."""
-    return contextlib.nullcontext()
+    return contextlib.nullcontext(lambda run: None)
 
 
-def detached(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def detached() -> Fault:
     """A trained parameter that the loss does not depend on."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
         norm = next(each for name, each in trainer.model.named_modules() if name.endswith(("ln_f", "norm")))
         norm.register_forward_hook(lambda module, given, result: result.detach() + given[0] - given[0].detach())
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
-def sick_gradient(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def sick_gradient() -> Fault:
     """A backward pass that gives one parameter a NaN, on rank 1 alone; the loss stays finite."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
         name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad and p.dim() == 1)
         if trainer.args.process_index == trainer.args.world_size - 1:
             act = lambda: parameter.register_hook(lambda gradient: gradient * float("nan"))  # noqa: E731
             trainer.callback_handler.callbacks.insert(0, _Begin(act))
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
-def same_rows(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def same_rows() -> Fault:
     """A sampler that gives every rank the rows of rank 0."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
         make = trainer._loader
 
         def loader(*args: Any, **kwargs: Any) -> Any:
@@ -81,17 +75,18 @@ def same_rows(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
 
         trainer._loader = loader  # type: ignore[method-assign]
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
-def other_steps(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def other_steps() -> Fault:
     """A sampler whose epoch is longer on the last rank."""
 
     class Longer(StepSampler):
         def __len__(self) -> int:
             return super().__len__() + 2 * self.rank
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
         make = trainer._loader
 
         def loader(*args: Any, **kwargs: Any) -> Any:
@@ -101,12 +96,13 @@ def other_steps(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
 
         trainer._loader = loader  # type: ignore[method-assign]
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
-def _collated(change: Callable[[dict[str, Any], int], None]) -> Callable[[RecipeBase], Any]:
-    def spoil(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
-        def wrap(trainer: RecipeTrainer) -> None:
+def _collated(change: Callable[[dict[str, Any], int], None]) -> Callable[[], Fault]:
+    def spoil() -> Fault:
+        def wrap(run: Run) -> None:
+            trainer = run.trainer
             collate, calls = trainer.data_collator, [0]
 
             def changed(items: list) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def _collated(change: Callable[[dict[str, Any], int], None]) -> Callable[[Recipe
 
             trainer.data_collator = changed
 
-        return _built(story, wrap)
+        return contextlib.nullcontext(wrap)
 
     return spoil
 
@@ -148,31 +144,34 @@ masked_later = _collated(_mask_all_later)
 """A collator that masks everything after its sixth micro batch."""
 
 
-def not_divided(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def not_divided() -> Fault:
     """An engine of a lower stage than the run believes to have."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
+
         def act() -> None:
-            story.place.zero.json["zero_optimization"]["stage"] = 3  # type: ignore[union-attr]
+            run.prepared.setup.zero.json["zero_optimization"]["stage"] = 3  # type: ignore[union-attr]
 
         trainer.add_callback(_Begin(act))
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
-def frozen_adapter(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def frozen_adapter() -> Fault:
     """An adapter whose lora_A is 0, so that lora_B gets a gradient of 0."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
         for name, parameter in trainer.model.named_parameters():
             if "lora_A" in name:
                 nn.init.zeros_(parameter)
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)
 
 
 @contextlib.contextmanager
-def little_memory(story: RecipeBase) -> Iterator[None]:
+def little_memory() -> Iterator[Change]:
     """A limit of this process's memory, 32 MB above what it has when training begins, none of it free."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ballast: list[bytearray] = []
@@ -180,7 +179,9 @@ def little_memory(story: RecipeBase) -> Iterator[None]:
     def pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0])
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
+
         def act() -> None:
             for size in (16 << 20, 1 << 20, 1 << 16):  # earlier runs in this process left free memory to it
                 before = pages()
@@ -191,21 +192,22 @@ def little_memory(story: RecipeBase) -> Iterator[None]:
         trainer.add_callback(_Begin(act))
 
     try:
-        with _built(story, change):
-            yield
+        yield change
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         ballast.clear()
 
 
-def lost_loss(story: RecipeBase) -> contextlib.AbstractContextManager[None]:
+def lost_loss() -> Fault:
     """A model whose loss is exactly 0 from the third step on, as communication that overlaps has caused."""
 
-    def change(trainer: RecipeTrainer) -> None:
+    def change(run: Run) -> None:
+        trainer = run.trainer
+
         def drop(module: nn.Module, given: Any, result: Any) -> Any:
             result["loss"] = result["loss"] * float(trainer.state.global_step < 2)
             return result
 
         trainer.model.register_forward_hook(drop)
 
-    return _built(story, change)
+    return contextlib.nullcontext(change)

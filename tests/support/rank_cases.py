@@ -8,7 +8,7 @@ import importlib
 import io
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from support import disturbances
 from support.flash import flash_attention
+from support.tiny import run_recipe
 from transformers import TrainerCallback
 
-from dsrecipes import UserError, base, load_recipe
+from dsrecipes import UserError, load_recipe
 from dsrecipes.base import RecipeBase, RunResult, recipe_class
 from dsrecipes.config.layers import layer
 from dsrecipes.data import window
@@ -26,57 +27,63 @@ from dsrecipes.errors import RunStopped
 from dsrecipes.io.console import Console
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import read_log
-from dsrecipes.train import first_step, run_folder
-from dsrecipes.train.trainer import RecipeTrainer
+from dsrecipes.train import finishing, first_step, run_folder
+from dsrecipes.train.state import Prepared, Run
+from dsrecipes.train.training import Training
 from dsrecipes.zero.shards import Shards
 
 
 @contextlib.contextmanager
 def _no_pictures() -> Iterator[None]:
     """Runs without loss_curve.png and report.html: half the time of a small run, and no test of a pool reads them."""
-    draw, write = base.draw_curve, RecipeBase._write_page
-    base.draw_curve = RecipeBase._write_page = lambda *_: None  # type: ignore[assignment,method-assign]
+    draw, write = finishing.draw_curve, finishing._write_page
+    finishing.draw_curve = finishing._write_page = lambda *_: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        base.draw_curve, RecipeBase._write_page = draw, write  # type: ignore[method-assign]
+        finishing.draw_curve, finishing._write_page = draw, write
 
 
-def _run(recipe: str, values: dict[str, Any]) -> tuple[RecipeBase, RecipeTrainer, RunResult]:
-    """load_recipe(recipe, **values).run(), and the trainer that it made."""
+class ObservedTraining(Training):
+    """A training that hands over its run once it has started."""
+
+    def __init__(self, recipe: RecipeBase, on_start: Callable[[Run], None]) -> None:
+        super().__init__(recipe)
+        self.on_start = on_start
+
+    def start(self, prepared: Prepared) -> Run:
+        """As Training does it."""
+        run = super().start(prepared)
+        self.on_start(run)
+        return run
+
+
+def _run(recipe: str, values: dict[str, Any]) -> tuple[Run, RunResult]:
+    """load_recipe(recipe, **values).run(), and the run's state."""
     gc.collect()  # engines of earlier cases
-    story = load_recipe(recipe, **values)
-    made: list[RecipeTrainer] = []
-    build = story.build_trainer
-
-    def keep() -> RecipeTrainer:
-        made.append(build())
-        return made[0]
-
-    story.build_trainer = keep  # type: ignore[method-assign]
     with _no_pictures():
-        result = story.run()
-    return story, made[0], result
+        return run_recipe(load_recipe(recipe, **values))
 
 
-def _facts(story: RecipeBase, trainer: RecipeTrainer, result: RunResult) -> dict[str, Any]:
-    engine = trainer.model_wrapped
+def _facts(run: Run, result: RunResult) -> dict[str, Any]:
+    engine, setup = run.trainer.model_wrapped, run.prepared.setup
     return {
         "path": str(result.path),
         "step": result.step,
         "metrics": result.metrics,
-        "rows": {name: len(each) for name, each in story.sequences.items()},
-        "notes": story.place.notes,
-        "batch": (story.place.micro, story.place.accumulation),
+        "rows": {name: len(each) for name, each in run.prepared.sequences.items()},
+        "notes": setup.notes,
+        "batch": (setup.micro, setup.accumulation),
         "log": read_log(RunFolder(result.path).log),
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
     }
 
 
-def _values_of_engine(story: RecipeBase, trainer: RecipeTrainer) -> dict[str, Any]:
+def _values_of_engine(run: Run) -> dict[str, Any]:
     """What a run really computed with, by the flag that sets it; the engine's own figures, not the configuration's."""
-    engine = trainer.deepspeed if story.place.zero else None
+    trainer = run.trainer
+    engine = trainer.deepspeed if run.prepared.setup.zero else None
     optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -104,8 +111,8 @@ def _values_of_engine(story: RecipeBase, trainer: RecipeTrainer) -> dict[str, An
 
 def train_for_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe: what `train` returns, and the values that the engine really had."""
-    story, trainer, result = _run(recipe, values)
-    return _facts(story, trainer, result) | {"values": _values_of_engine(story, trainer)}
+    run, result = _run(recipe, values)
+    return _facts(run, result) | {"values": _values_of_engine(run)}
 
 
 def try_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +120,9 @@ def try_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     loaded = []
     load = RecipeBase.load_model
 
-    def note(story: RecipeBase) -> Any:
+    def note(*args: Any, **kwargs: Any) -> Any:
         loaded.append(True)
-        return load(story)
+        return load(*args, **kwargs)
 
     RecipeBase.load_model = note  # type: ignore[method-assign]
     try:
@@ -128,8 +135,8 @@ def try_values(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def train(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe: folder, log, metrics, engine and stage."""
-    story, trainer, result = _run(recipe, values)
-    return _facts(story, trainer, result)
+    run, result = _run(recipe, values)
+    return _facts(run, result)
 
 
 def train_in_windows(recipe: str, values: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -152,16 +159,16 @@ def probe(model: Any, causal: bool, vocabulary: int) -> np.ndarray:
 
 def train_and_probe(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe, and ask the live engine for the logits of fixed ids."""
-    story, trainer, result = _run(recipe, values)
-    logits = probe(trainer.model_wrapped, trainer.causal, story.model_config.vocab_size)
-    return _facts(story, trainer, result) | {"logits": logits}
+    run, result = _run(recipe, values)
+    logits = probe(run.trainer.model_wrapped, run.trainer.causal, run.prepared.model_config.vocab_size)
+    return _facts(run, result) | {"logits": logits}
 
 
 def train_with_flash(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe whose model computes flash attention."""
     with flash_attention() as switch_on:
         load = RecipeBase.load_model
-        RecipeBase.load_model = lambda story: switch_on(load(story))  # type: ignore[method-assign]
+        RecipeBase.load_model = lambda *args, **kwargs: switch_on(load(*args, **kwargs))  # type: ignore[method-assign]
         try:
             return train(recipe, values)
         finally:
@@ -170,37 +177,33 @@ def train_with_flash(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def train_without_gathering(recipe: str, values: dict[str, Any]) -> str:
     """Run a recipe at ZeRO-3 whose engine does not gather the weights it saves; returns what the run ends with."""
-    story = load_recipe(recipe, **values)
-    build = story.build_trainer
 
-    def ungathered() -> RecipeTrainer:
-        trainer = build()
-        save = trainer.save_model
+    def ungathered(run: Run) -> None:
+        save = run.trainer.save_model
 
         def without(folder: str) -> None:
-            trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = False
+            run.trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = False
             save(folder)
 
-        trainer.save_model = without  # type: ignore[method-assign]
-        return trainer
+        run.trainer.save_model = without  # type: ignore[method-assign]
 
-    story.build_trainer = ungathered  # type: ignore[method-assign]
     try:
-        return f"step {story.run().step}"
+        return f"step {ObservedTraining(load_recipe(recipe, **values), ungathered).run().step}"
     except UserError as error:
         return str(error)
 
 
 def evaluate(recipe: str, values: dict[str, Any], batch_sizes: list[int]) -> dict[str, Any]:
     """Run a recipe, then evaluate the trained model at each batch size; the tokenized rows are given too."""
-    story, trainer, result = _run(recipe, values)
+    run, result = _run(recipe, values)
     losses = {}
+    trainer = run.trainer
     trainer.compute_metrics = None
     for size in batch_sizes:
         trainer.args.per_device_eval_batch_size = size
         losses[size] = trainer.evaluate()["eval_loss"]
-    texts = {name: list(split.data) for name, split in story.splits.items()}
-    return _facts(story, trainer, result) | {"losses": losses, "texts": texts}
+    texts = {name: list(split.data) for name, split in run.prepared.rows.splits.items()}
+    return _facts(run, result) | {"losses": losses, "texts": texts}
 
 
 def sequence(recipe: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,34 +244,29 @@ def disturbed(recipe: str, values: dict[str, Any], events: dict[str, list[list[A
     """Run a recipe while things happen to it: what `train` returns, or how it stopped; and what was said on rank 0."""
     said = io.StringIO()
     layers = layer({"recipe": recipe, **values}, origin="python")
-    story = recipe_class(layers.recipe)(layers, Console(out=said))
-    build = story.build_trainer
     run_folder.PATIENCE = 1
 
-    def with_events() -> RecipeTrainer:
-        trainer = build()
-        trainer.add_callback(Disturbance(trainer.args.process_index, events))
-        story.made = trainer  # type: ignore[attr-defined]
-        return trainer
+    def add_events(run: Run) -> None:
+        run.trainer.add_callback(Disturbance(run.args.process_index, events))
 
-    story.build_trainer = with_events  # type: ignore[method-assign]
+    training = ObservedTraining(recipe_class(layers.recipe)(layers, Console(out=said)), add_events)
     try:
         with _no_pictures():
-            result = story.run()
+            result = training.run()
     except (RunStopped, UserError) as stopped:
         return {"stopped": type(stopped).__name__, "why": str(stopped), "said": said.getvalue()}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return _facts(story, story.made, result) | {"said": said.getvalue()}  # type: ignore[attr-defined]
+    assert training.started is not None
+    return _facts(training.started, result) | {"said": said.getvalue()}
 
 
 def fault(recipe: str, values: dict[str, Any], spoil: str) -> str:
     """Run a recipe with one of tests/support/fault_injection.py's faults; returns what it ends with."""
     gc.collect()
-    story = load_recipe(recipe, **values)
-    with getattr(importlib.import_module("support.fault_injection"), spoil)(story), _no_pictures():
+    with getattr(importlib.import_module("support.fault_injection"), spoil)() as change, _no_pictures():
         try:
-            return f"step {story.run().step}"
+            return f"step {ObservedTraining(load_recipe(recipe, **values), change).run().step}"
         except UserError as error:
             return str(error)
 

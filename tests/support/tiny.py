@@ -11,8 +11,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from dsrecipes.base import RecipeBase
+    from dsrecipes.train.state import Run, RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = ROOT / "dsrecipes" / "starter"
@@ -215,3 +220,13 @@ def refusal(main: Callable[[list[str]], int], argv: list[str], capfd: pytest.Cap
     assert code == 2, lines
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+def run_recipe(recipe: RecipeBase) -> tuple[Run, RunResult]:
+    """recipe.run(), and the state of the run, which tells what was prepared and trained."""
+    from dsrecipes.train.training import Training
+
+    training = Training(recipe)
+    result = training.run()
+    assert training.started is not None
+    return training.started, result

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dsrecipes.model.memory import is_out_of_memory
-from dsrecipes.train.diagnosis import Health, Load, health, out_of_memory, remedies, switches
+from dsrecipes.train.diagnosis import Health, health, nan_remedies
+from dsrecipes.train.memory import Load, out_of_memory, remedies
 
 RUN = {"max_grad_norm": 1.0, "learning_rate": 2e-4}
 LOAD = Load(
@@ -20,24 +21,24 @@ LOAD = Load(
 
 def test_the_greatest_of_the_ranks_says_how_a_step_fared():
     nan, inf = math.nan, math.inf
-    assert health([1.0, 0.0], 2.0, False) == Health.WELL
+    assert health([1.0, 0.0], 2.0, False) == Health.OK
     assert health([0.0, 0.0], None, False) == Health.NO_LOSS
     assert health([1.0, nan], 2.0, False) == health([-inf], nan, False) == Health.BAD_LOSS
     assert health([1.0], inf, False) == health([0.0], nan, False) == Health.BAD_NORM
-    assert health([1.0], inf, overflowed=True) == Health.WELL
+    assert health([1.0], inf, overflowed=True) == Health.OK
     # a rank may have nothing but fillers in an epoch's last step
-    assert max(Health.NO_LOSS, Health.WELL) == Health.WELL and max(Health.WELL, Health.BAD_NORM) == Health.BAD_NORM
+    assert max(Health.NO_LOSS, Health.OK) == Health.OK and max(Health.OK, Health.BAD_NORM) == Health.BAD_NORM
 
 
-def test_switches_are_those_that_are_on():
+def test_remedies_are_those_that_are_on():
     on = {"zero_optimization": {"overlap_comm": True}}
-    assert [each[:12] for each in switches(Health.BAD_LOSS, RUN | {"max_grad_norm": 0}, on, "fp16")] == [
+    assert [each[:12] for each in nan_remedies(Health.BAD_LOSS, RUN | {"max_grad_norm": 0}, on, "fp16")] == [
         "set overlap_", "--bf16 true ", "--max_grad_n", "a tenth of t",
     ]  # fmt: skip
-    assert switches(Health.BAD_NORM, RUN, {}, "bf16") == [
+    assert nan_remedies(Health.BAD_NORM, RUN, {}, "bf16") == [
         "a tenth of the learning rate (--learning_rate 2e-05) or a longer warmup (--warmup_steps)"
     ]
-    assert ["labels" in each for each in switches(Health.NO_LOSS, RUN, on, "fp16")] == [False, True]
+    assert ["labels" in each for each in nan_remedies(Health.NO_LOSS, RUN, on, "fp16")] == [False, True]
 
 
 def names(**changed: object) -> list[str]:
