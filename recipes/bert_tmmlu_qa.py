@@ -37,15 +37,18 @@ class BertTmmluQa(RecipeBase):
         """Four texts a record; the longer part of a pair is cut where both pass max_length."""
         pairs = [(record["question"], option) for record in records for option in record["options"]]
         encoded = tokenizer(
-            [q for q, _ in pairs], [o for _, o in pairs], truncation="longest_first", max_length=options.max_length,
+            [question for question, _ in pairs],
+            [option for _, option in pairs],
+            truncation="longest_first",
+            max_length=options.max_length,
             return_attention_mask=False,
-        )  # fmt: skip
+        )
         batch = {name: [flat[i : i + 4] for i in range(0, len(flat), 4)] for name, flat in encoded.items()}
-        labels, subjects = [r["answer"] for r in records], [r["subject"] for r in records]
+        labels, subjects = [record["answer"] for record in records], [record["subject"] for record in records]
         return batch | {"labels": labels, "subject": subjects, WEIGHTS: row_weights(records)}
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
-        """Questions with their subject, pooled and split anew, or by the files' own splits."""
+        """Questions with their subject, pooled and split again, or by the files' own splits."""
         data = self.config.data
         splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
         for name, rows in question_sources(data.dataset, data.subjects, data.columns):

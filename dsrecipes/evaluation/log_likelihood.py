@@ -6,7 +6,6 @@ Its tasks tmmluplus, cmmlu, mmlu and mmlu_continuation, without a chat template.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 from dsrecipes.data import questions
 from dsrecipes.data.questions import LETTERS
 from dsrecipes.errors import UserError
+from dsrecipes.evaluation.forms import FORMS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,29 +26,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 _DEFAULT_LIMIT = 2048
 """Tokens of a model that sets no limit, as in the harness."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a task of the harness writes a question."""
-
-    description: str
-    """Precedes everything; {subject} is the subject's name."""
-    ask: str
-    """The question up to its answer."""
-    letters: bool = True
-    """Whether the letters are scored, or the texts of the options."""
-
-
-_LETTERED = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\n"
-FORMS = {
-    "tmmluplus": Form("以下為{subject}的單選題，請提供正確答案的選項。\n\n", _LETTERED + "Answer:"),
-    "cmmlu": Form("以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", _LETTERED + "答案："),
-    "mmlu": Form("The following are multiple choice questions (with answers) about {subject}.\n\n", _LETTERED + "Answer:"),
-    "mmlu_continuation": Form(
-        "The following are questions (with answers) about {subject}.\n\n", "Question: {question}\nAnswer:", letters=False
-    ),
-}
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,10 +100,13 @@ class FinishedRun:
 
         They import datasets, bitsandbytes and more where these are installed, which took most of the time to a chat's prompt.
         """
-        packages = unneeded_packages(self.config.layers)
+        layers = self.layers()
+        # transformers remembers from its first import on what is installed: later it is too late
+        packages = [] if "transformers" in sys.modules else unneeded_packages(layers)
         if packages and self.has_adapter:
             packages = [name for name in packages if name != "peft"]
-            packages += [] if self.config.model.load_in_4bit else ["bitsandbytes"]
+            in_4bit, _ = layers.merged().get("load_in_4bit", (False, ""))
+            packages += [] if str(in_4bit).lower() == "true" else ["bitsandbytes"]
         with quick_imports(packages):
             import dsrecipes.model.load  # noqa: F401
 

@@ -121,12 +121,12 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
 def _save(model: Any, folder: Path, dtype: str, max_shard_size: str) -> None:
     import torch
 
-    from dsrecipes.launch.imports import hidden
+    from dsrecipes.launch.imports import hide_packages
 
     config = model.config.get_text_config()
     if getattr(config, "use_cache", None) is False:
         config.use_cache = True  # training turned it off
-    with hidden(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
 
 

@@ -55,9 +55,23 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     origin = checksum(source / MANIFEST)
     if is_complete(target) and read_writer(target).get("from") == origin:
         return {"path": str(target), "step": step, "bytes": 0}
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
-    saved = read_states(source, [])
+    size = _write_atomically(read_states(source, []), source, target, origin, made.get("sequences"))
+    return {"path": str(target), "step": step, "bytes": size}
+
+
+def _write_atomically(saved: CheckpointStates, source: Path, target: Path, origin: str, sequences: int | None) -> int:
+    """Write the checkpoint under another name, and rename it when it is complete; return its bytes.
+
+    Args:
+        saved: the states of `source`.
+        source: a sharded checkpoint.
+        target: where the unsharded one goes.
+        origin: checksum of the manifest of `source`, by which a copy that exists is recognized.
+        sequences: of the data, as the manifest of `source` has it.
+
+    Raises:
+        UserError: too little space.
+    """
     needed = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
     free = shutil.disk_usage(source).free
     if needed > free:
@@ -65,10 +79,12 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
             "DSR556",
             f"{target} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, or resume as it is",
         )
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # of a command that was killed
     try:
         staging.mkdir()
         _write(saved, source, staging)
-        origins = {"ranks": None, "sequences": made.get("sequences"), "from": origin}
+        origins = {"ranks": None, "sequences": sequences, "from": origin}
         write_manifest(staging, hash_files(staging, list_files(staging)), origins, read_manifest(source)["contract"])
         put_in_place(staging, target)
     except (OSError, RuntimeError) as error:
@@ -77,7 +93,7 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return {"path": str(target), "step": step, "bytes": needed}
+    return needed
 
 
 def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:

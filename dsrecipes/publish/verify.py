@@ -222,7 +222,7 @@ def _compare(
         except (TypeError, LookupError, ValueError, RuntimeError) as error:
             raise UserError(
                 "DSR550",
-                f"{run.folder.expected} is damaged, or of another model: its inputs of {name} cannot be computed ({error})",
+                f"{run.folder.reference} is damaged, or of another model: its inputs of {name} cannot be computed ({error})",
             ) from error
         limit = allowed_difference(expected, facts["precision"], run.config.model.load_in_4bit)
         if not difference <= limit:
