@@ -12,7 +12,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 project = "dsrecipes"
 author = "the authors of dsrecipes"
 copyright = ""
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference", "chinese_search"]
 
 # Warnings are errors. References to types of other libraries lead nowhere, since their inventories would be downloaded.
 nitpicky = True
@@ -36,6 +36,7 @@ html_show_sphinx = False
 html_show_sourcelink = False
 html_copy_source = False
 html_use_index = False
+html_show_search_summary = False  # summaries are fetched, which a browser refuses from file://
 templates_path = ["_templates"]
 html_sidebars = {
     "**": [

@@ -23,6 +23,7 @@ from dsrecipes.config.find import find_zero, schema_path, zero_names
 from dsrecipes.config.flags import FIXED, REMOVED
 from dsrecipes.config.help import known_flags
 from dsrecipes.config.layers import ALIASES
+from dsrecipes.data.formats import documented
 from dsrecipes.messages import RANGES, load_layer
 from dsrecipes.zero.lint import key_table
 
@@ -65,6 +66,9 @@ _CHINESE = {
     "an entry of `dataset`": "`dataset` 的一項",
     "keys that are not flags": "不是旗標的鍵",
     "keys that are flags": "也是旗標的鍵",
+    "format": "格式",
+    "columns of the prompt": "提示的欄位",
+    "columns of the answer": "回答的欄位",
 }
 """Headings and columns of the Chinese pages; descriptions that the program prints are English on both."""
 
@@ -231,9 +235,25 @@ def api(_: Words) -> Iterator[str]:
         yield f"```{{eval-rst}}\n.. {kind}:: dsrecipes.{name}\n{options}```\n"
 
 
+def row_formats(words: Words) -> Iterator[str]:
+    """The formats of rows, with the names that their columns may have."""
+    yield table((words("format"), words("columns of the prompt"), words("columns of the answer")), documented())
+
+
 GENERATORS: dict[str, Callable[[Words], Iterator[str]]] = {
     function.__name__: function
-    for function in (flags, fixed_flags, removed_flags, commands, yaml_keys, zero_files, zero_keys, messages, api)
+    for function in (
+        flags,
+        fixed_flags,
+        removed_flags,
+        commands,
+        yaml_keys,
+        zero_files,
+        zero_keys,
+        messages,
+        api,
+        row_formats,
+    )
 }
 
 

@@ -17,9 +17,9 @@ from dsrecipes.config.layers import Layers, layer
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
-from dsrecipes.data.files import Row
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.renamed import renamed
+from dsrecipes.data.rows import Row
 from dsrecipes.errors import UserError, inflect
 from dsrecipes.io.console import Console
 

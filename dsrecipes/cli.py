@@ -33,6 +33,8 @@ from dsrecipes.launch.task_ranks import refuse_tasks
 _READER_ENDED = 141
 """A shell's exit code of a command whose reader ended: 128 + SIGPIPE."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NAME_WIDTH = 23
+"""Columns of a name in `dsrecipes list`."""
 _LIST_HELP = """\
 usage: dsrecipes list
 
@@ -92,18 +94,22 @@ def train(argv: list[str]) -> int:
 
 
 def list_recipes(argv: list[str]) -> int:
-    """Print a line per recipe (what, model, data, size of machine), then the variants."""
+    """Print the recipes (what, size of machine, model, data), then the variants of each."""
     for name in find.recipe_names():
-        recipe = find.find_recipe(name)
-        assert recipe.yaml is not None
-        values = text.read_yaml(recipe.yaml)
-        facts = (values.get(key, "") for key in ("about", "model_name_or_path", "dataset", "machine"))
-        print(f"{name:<18}{' · '.join(map(str, facts))}")
-    print("\nwithout a GPU each runs a small offline profile")
+        path = find.find_recipe(name).yaml
+        assert path is not None
+        values = text.read_yaml(path)
+        print(f"{name:<{_NAME_WIDTH}}{values.get('about', '')} ({values.get('machine', '')})")
+        print(f"{'':<{_NAME_WIDTH}}{values.get('model_name_or_path', '')} · {values.get('dataset', '')}")
+    print("\nWithout a GPU each runs a small offline profile.")
     print("\nvariants (dsrecipes train --config NAME)")
-    for name in find.variant_names():
-        values = text.read_yaml(find.find_config(name))
-        print(f"{name:<30}{values.get('recipe')}: {values.get('about', '')}")
+    variants = {name: text.read_yaml(find.find_config(name)) for name in find.variant_names()}
+    for recipe in find.recipe_names():
+        own = {name: values for name, values in variants.items() if values.get("recipe") == recipe}
+        if own:
+            print(f"of {recipe}:")
+        for name, values in own.items():
+            print(f"  {name:<{_NAME_WIDTH}}{values.get('about', '')}")
     return 0
 
 

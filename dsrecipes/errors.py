@@ -1,4 +1,4 @@
-"""How a run ends early: what the user can mend (exit code 2) and what can simply go on (75), never with a traceback."""
+"""How does a run end early? With one message and exit code 2 for what the user can fix, or 75 for what can be resumed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 EXIT_CODE = 2
 RESUME_CODE = 75
-"""Exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
-_LONGEST = 2000
+"""Exit code of a run that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
+_MAX_LENGTH = 2000
+"""Characters of a message; a quoted value may be a whole file."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a file's content must not do to a terminal, or what cannot be printed."""
+"""Characters that would control the terminal or cannot be encoded; quoted content of a file may hold them."""
 
 
 class UserError(Exception):
@@ -30,14 +31,14 @@ class UserError(Exception):
         """
         if not message:  # until every message has its id
             code, message = "", code
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        if len(message) > _MAX_LENGTH:
+            message = f"{message[: _MAX_LENGTH // 2]} [...] {message[-_MAX_LENGTH // 2 :]}"
         self.code = code
         self.message = printable(message)
         super().__init__(coded(code, self.message) if code else self.message)
 
     def at(self, place: str) -> UserError:
-        """The same fault with the place where it was found in front: a file, a row, a flag."""
+        """The same fault, preceded by where it is: a file, a row, a flag."""
         return UserError(self.code, f"{place}: {self.message}")
 
 
@@ -47,8 +48,8 @@ def coded(code: str, message: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, and what no encoding has, as escapes; line ends and tabs stay."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with control characters and lone surrogates as escapes; line ends and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def inflect(count: float, noun: str) -> str:
@@ -65,7 +66,7 @@ def plural(count: float, noun: str) -> str:
 
 
 class RunStopped(Exception):
-    """A run was asked to leave before its end and has done so; says why, what is saved and how to go on."""
+    """A run was asked to stop early and has; the text says why, what is saved and how to resume."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,10 +4,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.chat import encode_chats, joined_roles, leading_as_context, unanswered, weight_of
+from dsrecipes.data.chat import encode_chats
+from dsrecipes.data.chat_fit import joined_roles, leading_as_context, unanswered, weight_of
 from dsrecipes.data.encode import Segments, encode_segments, weigh
-from dsrecipes.data.files import Row
-from dsrecipes.data.formats import as_turns, instruction_record
+from dsrecipes.data.parse import as_turns, instruction_record
+from dsrecipes.data.rows import Row
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -13,9 +13,9 @@ from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBa
 
 from dsrecipes.base import Metrics, RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.files import LocatedRows, Row, located
 from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
 from dsrecipes.data.questions import sources as question_sources
+from dsrecipes.data.rows import LocatedRows, Row, located
 from dsrecipes.data.sources import MixedSplit, SourceRows
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import WEIGHTS, row_weights

@@ -6,9 +6,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes.data.documents import LineRows
 from dsrecipes.data.encode import Segments, encode_texts
-from dsrecipes.data.files import FileRows, LineRows, Row
-from dsrecipes.data.formats import text_record
+from dsrecipes.data.files import FileRows
+from dsrecipes.data.parse import text_record
+from dsrecipes.data.rows import Row
 
 
 class Gpt2Clm(RecipeBase):

@@ -1,4 +1,4 @@
-"""The options that change how a record is tokenized."""
+"""Which options change how a row is tokenized?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """All that changes tokens, and so the cache key."""
+    """Everything that changes the tokens of a row, and therefore the key of the token cache."""
 
     max_length: int
     prompt_style: str

@@ -32,7 +32,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "dataloader_in_order": (True, _LOADER),
     "do_eval": (True, "validation rows are always evaluated when training ends; --eval_strategy adds evaluations"),
     "do_predict": (False, "`dsrecipes generate RUN` writes answers, `dsrecipes evaluate RUN` scores them"),
-    "do_train": (True, "this command trains; `dsrecipes evaluate RUN` evaluates without training, --dry_run stops before the first step"),
+    "do_train": (
+        True,
+        "this command trains; `dsrecipes evaluate RUN` evaluates without training, --dry_run stops before the first step",
+    ),
     "enable_jit_checkpoint": (False, "SIGTERM and SIGUSR1 save a checkpoint without it; see also --time_limit"),
     "eval_accumulation_steps": (None, "evaluation moves its results to the CPU after each batch"),
     "eval_do_concat_batches": (True, "a recipe's metrics see all rows at once"),
@@ -50,7 +53,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "include_for_metrics": (None, "a recipe's metrics see logits and labels"),
     "include_num_input_tokens_seen": ("no", "log.jsonl has tokens_per_second, without padding"),
     "label_names": (None, "the labels of a recipe are its column `labels`"),
-    "label_smoothing_factor": (0, "the loss is computed only at labeled positions, which Trainer's label smoothing does not support"),
+    "label_smoothing_factor": (
+        0,
+        "the loss is computed only at labeled positions, which Trainer's label smoothing does not support",
+    ),
     "length_column_name": ("length", "lengths are counted when the rows are tokenized"),
     "liger_kernel_config": (None, "Liger's kernels are not used; see --use_liger_kernel"),
     "local_rank": (-1, "the launcher sets the rank; `--procs N` starts N of them"),
@@ -65,7 +71,7 @@ FIXED: dict[str, tuple[Any, str]] = {
         False,
         "Liger's fused loss does not support logits_to_keep, and logits are computed only at labeled positions here",
     ),
-}  # fmt: skip
+}
 """Flag with one value here -> (that value, why, and what to use instead)."""
 
 WORKS = frozenset(

@@ -97,11 +97,8 @@ class Layers:
 
     def first_line(self) -> str:
         """The header's line on recipe and profile, with the flag that selects the other profile."""
-        other = {
-            "starter": " · the real model and data: --profile full",
-            "full": " · a small offline one: --profile starter",
-        }
-        hint = "" if self.why_profile == "the only one" else other[self.profile]
+        other = {"starter": "the real model and data: --profile full", "full": "a small offline one: --profile starter"}
+        hint = "" if self.why_profile == "the only one" else f" · {other[self.profile]}"
         return f"recipe    {self.recipe.name} · profile {self.profile} ({self.why_profile}){hint}"
 
     def by_user(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checks before and in the first step that rows and batches mean what they should."""
+"""Do rows and batches mean what they should? Checks before the first step, and of its batches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dsrecipes.data.sequences import PADDING_ROW, Features, Sequences
 from dsrecipes.errors import UserError
 
 _ROWS = 256
-"""Rows whose ends are looked at."""
-OFF = "--audit false leaves the check out"
+"""Rows that are examined."""
+OFF = "--audit false turns the check off"
 Batch = dict[str, torch.Tensor]
 
 
-# ---- do packed examples see each other? ----
+# ---- do packed examples influence each other? ----
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class PackedSample:
     sequences: list[list[Features]]
     collate: Callable[[list], Batch]
     forward: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-    """A batch's loss and logits, as in training but without dropout; all ranks must call it together, for under ZeRO-3
+    """A batch's loss and logits, as in training but without dropout; all ranks must call it together, because under ZeRO-3
     each holds a part of the weights."""
     exact: bool
     """Whether the forward pass computes in 32 bits."""
 
     def answer(self, packed: bool) -> tuple[float, torch.Tensor]:
-        """Loss, and logits (labels, vocabulary) where there is a label, example by example."""
+        """Compute the loss, and the logits (labels, vocabulary) where there is a label, example by example."""
         batch = self.collate(self.sequences if packed else [[row] for row in sum(self.sequences, [])])
         trained = batch.get("shift_labels", batch["labels"]) != IGNORE
         loss, logits = self.forward(batch)
@@ -45,13 +45,15 @@ class PackedSample:
 
 
 def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) -> PackedSample | None:
-    """Two examples of one of the first packed sequences, as short as they are found; None where no sequence holds two.
+    """Choose two short examples of one of the first packed sequences; None where no sequence holds two.
 
     Args:
-        batch: sequences of the largest micro batch. Above 1 the sample has a second sequence, of another length, because
+        data: the packed sequences.
+        batch: sequences of the largest micro batch. Above 1 the sample has a second sequence of another length, because
             some backends separate the examples of a sequence only in a batch of one.
-        later: other rows will be packed (a stream's), so that the two shortest are taken where no sequence holds two; else
-            the attention would depend on the window that a run begins or resumes in.
+        later: other rows will be packed (a stream's), so the two shortest rows are taken where no sequence holds two;
+            otherwise the attention would depend on the window that a run begins or resumes in.
+        how: the other fields of PackedSample.
     """
     lengths = data.row_lengths()
     sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
@@ -70,60 +72,64 @@ def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) 
 
 
 def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: tuple[float, torch.Tensor]) -> str:
-    """How the answer to packed examples differs from the answer to each by itself; empty where rounding explains it."""
-    (loss, logits), (expected, wanted) = packed, apart
-    if logits.shape != wanted.shape:
+    """Describe how the answer to packed examples differs from the answer to separate ones; '' where rounding explains it."""
+    (loss, logits), (expected_loss, expected_logits) = packed, apart
+    if logits.shape != expected_logits.shape:
         raise UserError(
-            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(wanted)}: fix the "
-            "recipe's collator"
+            "DSR181",
+            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(expected_logits)}: fix "
+            "the recipe's collator",
         )
-    if not wanted.isfinite().all():
-        return ""  # weights that hold NaN, which the first step names
+    if not expected_logits.isfinite().all():
+        return ""  # the weights hold NaN, which the first step reports
+    # in standard deviations of the logits: as much as rounding to 32 or to 16 bits may explain
     limit = 1e-4 if sample.exact else 0.1
-    largest = ((logits - wanted).abs().max() / wanted.std().clamp(min=1e-9)).item()
-    if largest <= limit and abs(loss - expected) <= limit * max(abs(expected), 1e-9):
+    largest = ((logits - expected_logits).abs().max() / expected_logits.std().clamp(min=1e-9)).item()
+    if largest <= limit and abs(loss - expected_loss) <= limit * max(abs(expected_loss), 1e-9):
         return ""
-    return f"loss {loss:.6g} instead of {expected:.6g}, logits off by {largest:.2g} standard deviations"
+    return f"loss {loss:.6g} instead of {expected_loss:.6g}, logits off by {largest:.2g} standard deviations"
 
 
 def check_isolation(model: PreTrainedModel, sample: PackedSample) -> None:
-    """Refuse packing where an example's loss or logits change with the one before it.
+    """Refuse packing where the loss or the logits of an example change with the one before it.
 
-    Models with ALiBi, learned positions of their own, or a recurrent state look across examples whatever the position
-    ids say; so does any model where a collator does not restart them, and flash attention in a model that does not pass
-    it the segments of a micro batch.
+    Models with ALiBi, learned positions of their own, or a recurrent state see across examples whatever the position ids are; so
+    does any model whose collator does not restart them, and flash attention in a model that does not pass it the segments of a
+    micro batch.
 
     Raises:
         UserError: they change; names the flag that turns packing off.
     """
-    apart = difference(sample, sample.answer(packed=True), sample.answer(packed=False))
-    if apart:
-        attention = model.config.get_text_config()._attn_implementation
-        other = ", or --attn_implementation sdpa" if "flash" in str(attention) else ""
-        raise UserError(
-            f"packing leaks in a {type(model).__name__}: behind another one, an example has {apart}. Give --packing "
-            f"false{other}, or fix the recipe's collator if it has one: position_ids begin at 0 in each example"
-            f"{' and flash attention needs cu_seq_lens_q (dsrecipes.data.collate.segments)' if other else ''}"
-        )
+    leak = difference(sample, sample.answer(packed=True), sample.answer(packed=False))
+    if not leak:
+        return
+    is_flash = "flash" in str(model.config.get_text_config()._attn_implementation)
+    other_attention = ", or --attn_implementation sdpa" if is_flash else ""
+    needed = " and flash attention needs cu_seq_lens_q (dsrecipes.data.collate.segments)" if is_flash else ""
+    raise UserError(
+        "DSR180",
+        f"packing leaks in a {type(model).__name__}: behind another one, an example has {leak}. Give --packing "
+        f"false{other_attention}, or fix the recipe's collator if it has one: position_ids begin at 0 in each example{needed}",
+    )
 
 
 # ---- rows ----
 
 
 def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse rows of which none ever trains on a token that ends an answer: the model could not learn to stop.
+    """Refuse rows that never train on a token that ends an answer: the model could not learn to stop.
 
     Raises:
         UserError: none of the first rows does.
     """
-    ends = np.array(sorted({*_own_ends(model), *_special_ends(tokenizer)}))
-    first = _first_rows(data)
-    rows = len(first)
-    if not any(np.isin(row["labels"][1:], ends).any() for row in first):
+    ends = np.array(sorted({*_ends_of_generation(model), *_special_ends(tokenizer)}))
+    rows = _first_rows(data)
+    if not any(np.isin(row["labels"][1:], ends).any() for row in rows):
         raise UserError(
-            f"none of the first {rows} training rows is trained on an end token ({tokenizer.eos_token}): the model could not "
-            "learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
-            f"{OFF} where that is meant"
+            "DSR182",
+            f"none of the first {len(rows)} training rows is trained on an end token ({tokenizer.eos_token}): the model could "
+            "not learn to stop. Let encode end each answer with eos (dsrecipes.data.encode.encode_segments does); "
+            f"{OFF} where this is intended",
         )
 
 
@@ -132,39 +138,43 @@ def _first_rows(data: Sequences) -> list[Features]:
     return [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
 
 
-def _own_ends(model: PreTrainedModel) -> list[int]:
-    """Where the model's generation stops by itself."""
+def _ends_of_generation(model: PreTrainedModel) -> list[int]:
+    """Ids at which the model's generation stops."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
 
 
 def _special_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """eos, <|im_end|>, <|eot_id|>, <end_of_turn>: special, and of no other use."""
+    """eos, <|im_end|>, <|eot_id|>, <end_of_turn>: tokens that are special, and of no other use."""
     named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
     return ends | ({tokenizer.eos_token_id} - {None})
 
 
 def stop_at_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
-    """Let generation stop at the special tokens that answers are trained to end with, and return a note where it did not.
+    """Let generation stop at the special tokens that answers are trained to end with; returns a note where it did not.
 
-    A chat template's end-of-turn token is often not the eos of the base model's generation_config.json.
+    The end-of-turn token of a chat template is often not the eos of the base model's generation_config.json.
     """
-    own, special = _own_ends(model), _special_ends(tokenizer)
+    known = _ends_of_generation(model)
     trained: set[int] = set()
     for row in _first_rows(data):
         labels = np.append(row["labels"], IGNORE)
-        trained.update(labels[:-1][(labels[:-1] != IGNORE) & (labels[1:] == IGNORE)].tolist())
-    missing = sorted((trained & special) - set(own))
-    if not missing or getattr(model, "generation_config", None) is None:
+        is_last = (labels[:-1] != IGNORE) & (labels[1:] == IGNORE)
+        trained.update(labels[:-1][is_last].tolist())
+    missing = sorted((trained & _special_ends(tokenizer)) - set(known))
+    config = getattr(model, "generation_config", None)
+    if not missing or config is None:
         return []
-    model.generation_config.eos_token_id = [*own, *missing]
+    config.eos_token_id = [*known, *missing]
     names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(missing)))
     return [f"answers end with {names}: added to eos_token_id of the saved generation_config.json, so that generation stops"]
 
 
 def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
-    """Prepared rows of a micro batch of which no token, or no answer, is trained on.
+    """Find the prepared rows of a micro batch of which nothing is trained on.
 
     Args:
         batch: what the collator made of them.
@@ -173,19 +183,19 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
         learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
-        return [row for line, each in zip(learned, rows, strict=True) for row in each if not line]
+        return [row for is_learned, numbers in zip(learned, rows, strict=True) for row in numbers if not is_learned]
     keep = batch.get("logits_to_keep")
-    if keep is not None:  # the labels of all sequences in one line
+    if keep is not None:  # then the labels of all sequences are in one line
         full = torch.full(keep.shape, IGNORE, dtype=labels.dtype)
         full[keep.cpu()] = labels.cpu()
         labels = full
     missing = []
-    for line, positions, each in zip(labels.cpu() != IGNORE, batch["position_ids"].cpu(), rows, strict=True):
+    for line, positions, numbers in zip(labels.cpu() != IGNORE, batch["position_ids"].cpu(), rows, strict=True):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(line)]
-        found = [bool(line[start:end].any()) for start, end in zip(starts, starts[1:], strict=False)]
-        if len(found) < len(each):  # positions do not restart: the sequence as a whole
-            found = [bool(line.any())] * len(each)
-        missing += [row for row, learned in zip(each, found, strict=False) if not learned]
+        learned = [bool(line[start:end].any()) for start, end in zip(starts, starts[1:], strict=False)]
+        if len(learned) < len(numbers):  # positions do not restart: look at the sequence as a whole
+            learned = [bool(line.any())] * len(numbers)
+        missing += [row for row, is_learned in zip(numbers, learned, strict=False) if not is_learned]
     return missing
 
 
@@ -197,25 +207,28 @@ class RankRows:
     """What a rank is about to train on."""
 
     steps: int
+    """Micro batches of an epoch."""
     sequences: list[int]
     """Those of the first step."""
 
 
-def check_ranks(found: list[RankRows]) -> None:
+def check_ranks(ranks: list[RankRows]) -> None:
     """Compare what the ranks are about to train on.
 
     Raises:
         UserError: they have different numbers of steps, or two have the same rows in the first step.
     """
-    counts = [each.steps for each in found]
-    if len(set(counts)) > 1:
-        told = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(counts))
-        raise UserError(f"the ranks have different numbers of micro batches ({told}): the others would wait for ever")
+    if len({rank.steps for rank in ranks}) > 1:
+        counts = ", ".join(f"rank {number} {rank.steps}" for number, rank in enumerate(ranks))
+        raise UserError(
+            "DSR183", f"the ranks have different numbers of micro batches ({counts}): the others would wait forever"
+        )
     owner: dict[int, int] = {}
-    for rank, each in enumerate(found):
-        for index in set(each.sequences) - {PADDING_ROW}:
-            if owner.setdefault(index, rank) != rank:
+    for number, rank in enumerate(ranks):
+        for index in set(rank.sequences) - {PADDING_ROW}:
+            if owner.setdefault(index, number) != number:
                 raise UserError(
-                    f"ranks {owner[index]} and {rank} have the same rows in the first step (sequence {index}): the sampler "
-                    "does not divide the data among the ranks"
+                    "DSR184",
+                    f"ranks {owner[index]} and {number} have the same rows in the first step (sequence {index}): the sampler "
+                    "does not divide the data among the ranks",
                 )

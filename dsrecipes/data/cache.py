@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.files import Row, fingerprint
+from dsrecipes.data.rows import Row, fingerprint
 
 CACHE_VERSION = 1
 """Part of every cache key. Raise it with each change to dsrecipes/data/ that changes the prepared files of some rows:

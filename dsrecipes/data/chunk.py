@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import record_batch
 from dsrecipes.data.encode import IGNORE, RowHooks
-from dsrecipes.data.files import LocatedRows, Row
 from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.records import Records, encode_group, record_hash
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import LocatedRows, Row
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.data.weights import WEIGHTS, normalize_weights
 from dsrecipes.errors import UserError
 
@@ -57,7 +57,7 @@ class Chunk:
     """Line for the header -> indices of the records that it holds for."""
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """record_hash of each record, where some are to be held out."""
-    seen: Seen = field(default_factory=Seen)
+    seen: ColumnUsage = field(default_factory=ColumnUsage)
     """Formats and columns of the rows; after a division the training part has those of all rows."""
 
     def subset(self, chosen: np.ndarray) -> Chunk:
@@ -74,6 +74,7 @@ class Chunk:
 
 def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
     """Divide rows into groups; an error while reading is raised after the rows before it."""
+    # characters bound a group too: 512 rows can be a kilobyte or a gigabyte
     group: Group = []
     size = 0
     try:
@@ -120,6 +121,7 @@ class Encoding:
         formatted = list(records)
         chunk = Chunk(records.dropped.get("bad row", 0), len(formatted), seen=records.seen)
         if self.keyed:
+            # computed here, in the worker, because hashing takes as long as encoding short rows
             chunk.keys = np.fromiter((record_hash(record) for _, record in formatted), np.uint64)
         if formatted:
             columns, good = encode_group(self.recipe, formatted, self.tokenizer, self.options, self.skip_bad_rows)

@@ -47,6 +47,7 @@ class CausalCollator:
                 end = start + len(row["input_ids"])
                 ids[line, start:end] = row["input_ids"]
                 positions[line, start:end] = np.arange(end - start)
+                # shifted here, row by row, so that the last token of a row does not predict the first of the next row
                 targets[line, start : end - 1] = row["labels"][1:]
                 if weights is not None and len(row[WEIGHTS]):
                     weights[line, start : end - 1] = row[WEIGHTS][1:]

@@ -96,6 +96,7 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
     Raises:
         UserError: the tokenizer has no eos token.
     """
+    # one call for all segments, because the overhead of a call exceeds the encoding of a short text
     texts = [text for segments in records for text, _ in segments]
     encoded = iter(_token_ids(texts, tokenizer))
     prefix, eos = _leading_special_tokens(tokenizer), eos_of(tokenizer)

@@ -35,11 +35,13 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     Returns:
         True for each chosen record; all False where there are fewer than two different records.
     """
+    # the choice is drawn over different records, in the order of their keys: so the order of the rows does not change it
     ordered = np.sort(keys)
     is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]
     firsts = np.flatnonzero(is_first).astype(np.int32)
     if len(firsts) < 2:
         return np.zeros(len(keys), bool)
+    # Python's shuffle and not numpy's: earlier versions drew with it, and `evaluate` must find the rows that they held out
     order = array("i", range(len(firsts)))
     random.Random(seed).shuffle(order)
     shuffled = np.frombuffer(order, np.int32)[:-1]  # one record always stays

@@ -1,6 +1,6 @@
-"""A JSON text of any size, value by value, with Python's own parser: what json.loads accepts, with the same values.
+"""How is a JSON text read that does not fit into memory? Value by value, with Python's own parser.
 
-Other incremental parsers differ from it: ijson refuses NaN, which pandas writes, and numbers above 64 bits, and turns
+So it accepts what json.loads accepts, with the same values. Other incremental parsers differ from it: ijson refuses NaN, which pandas writes, and numbers above 64 bits, and turns
 half of a surrogate pair into a question mark.
 """
 
@@ -16,24 +16,26 @@ from dsrecipes.errors import UserError
 _PIECE = 1 << 20
 """Characters that are read at a time."""
 _NEAR = 16
-"""An error so many characters before the end of what was read may come from the cut: within -Infinity or an escape."""
+"""An error this close to the end of what was read may come from the cut (within -Infinity or an escape), so more is read."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
 class JsonStream:
-    """Values of a JSON text one after another, with no more than one and a piece of text in memory."""
+    """Reads values one after another, with no more than one value and one piece of text in memory."""
 
     def __init__(self, file: TextIO, where: str) -> None:
-        """`where` begins the message of an error."""
+        """Begin at the start of an open file; `where` begins the messages."""
         self._file, self._where = file, where
         self._text, self._at, self._ended = "", 0, False
         self._line, self._column = 1, 1  # of the beginning of _text
 
     def _read(self) -> None:
-        """Forget what was used, and read at least as much as is left."""
+        """Drop what was used, and read at least as much as is left, so that a long value is not decoded too often."""
         used = self._text[: self._at]
         self._line, self._column = self._place(self._at)
+        # as much again as is left, because the decoder starts a value from its beginning each time: so a long value costs
+        # twice its length in all, and not its square
         piece = self._file.read(max(_PIECE, len(self._text) - len(used)))
         self._text, self._at, self._ended = self._text[self._at :] + piece, 0, not piece
 
@@ -43,10 +45,10 @@ class JsonStream:
 
     def _fault(self, problem: str, at: int | None = None) -> UserError:
         line, column = self._place(self._at if at is None else at)
-        return UserError(f"{self._where}, line {line}, column {column}: not JSON ({problem})")
+        return UserError("DSR005", f"{self._where}, line {line}, column {column}: not JSON ({problem})")
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is no space; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None
@@ -56,13 +58,13 @@ class JsonStream:
             self._read()
 
     def take(self, character: str) -> None:
-        """Pass over a character (UserError: the next one is another)."""
+        """Skip a character (UserError: the next one is another)."""
         if self.peek() != character:
             raise self._fault(f"Expecting {character!r}")
         self._at += 1
 
     def value(self) -> Any:
-        """The next value (UserError: not JSON)."""
+        """Return the next value (UserError: not JSON)."""
         self.peek()
         while True:
             try:
@@ -72,9 +74,9 @@ class JsonStream:
                 if self._ended or not cut:
                     raise self._fault(error.msg, error.pos) from None
             except RecursionError:
-                raise UserError(f"{self._where}: nested too deeply") from None
+                raise UserError("DSR005", f"{self._where}: nested too deeply") from None
             except ValueError as error:  # a whole number of thousands of digits
-                raise UserError(f"{self._where}: not JSON that can be read ({error})") from None
+                raise UserError("DSR005", f"{self._where}: not JSON that can be read ({error})") from None
             else:
                 if end < len(self._text) or self._ended:  # else a number may continue
                     self._at = end
@@ -82,7 +84,7 @@ class JsonStream:
             self._read()
 
     def items(self) -> Iterator[Any]:
-        """The values of an array."""
+        """Yield the values of an array."""
         self.take("[")
         if self.peek() == "]":
             self._at += 1
@@ -95,7 +97,7 @@ class JsonStream:
             self.take(",")
 
     def keys(self) -> Iterator[str]:
-        """The keys of an object; the caller takes each one's value before the next."""
+        """Yield the keys of an object; the caller must read the value of each before the next."""
         self.take("{")
         if self.peek() == "}":
             self._at += 1
@@ -112,6 +114,6 @@ class JsonStream:
             self.take(",")
 
     def end(self) -> None:
-        """Check that nothing follows."""
+        """Check that nothing follows (UserError)."""
         if self.peek():
             raise self._fault("Extra data")

@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dsrecipes.data.files import Row
+from dsrecipes.data.fields import as_text
 from dsrecipes.data.renamed import RenamedRows
-from dsrecipes.data.seen import LowerNames, name_form
-from dsrecipes.data.turns import as_text
+from dsrecipes.data.rows import Row
+from dsrecipes.data.usage import LowerNames, name_format
 from dsrecipes.data.weights import row_weight
 
 PAIRS = (
@@ -51,7 +51,7 @@ def labelled_record(row: Row) -> dict[str, Any]:
     if name is None:
         raise ValueError(f"no label column: expected one of {', '.join(LABELS)} (the row has: {', '.join(fields)})")
     record["label"] = _label(fields[name], name)
-    name_form(row, "texts with labels")
+    name_format(row, "texts with labels")
     return record | row_weight(fields)
 
 

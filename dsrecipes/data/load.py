@@ -1,4 +1,4 @@
-"""A data set's rows by split: a file, a folder or a name of the hub."""
+"""Which files and splits does a data set have? It is a file, a folder or a name of the hub."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsrecipes.data.files import SUFFIXES, FileRows, Row, json_splits, suffix
+from dsrecipes.data.decode import SUFFIXES, suffix
+from dsrecipes.data.files import FileRows
+from dsrecipes.data.json_files import json_splits
+from dsrecipes.data.rows import Row
 from dsrecipes.data.shapes import SPLITS
 from dsrecipes.errors import UserError
 from dsrecipes.io.paths import starter_path, user_path
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-"""What `datasets` writes beside the data."""
+"""Files that the library `datasets` writes next to the data."""
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's or its folder's name tells: train, validation, test, or None."""
+    """Return the split in the name of a file or of its folder: train, validation, test, or None."""
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0].lower()
+    # the last word that is a split counts: train_test.csv is a test split
     for word in reversed(re.split(r"[^a-z]+", stem)):
         if word in SPLITS:
             return SPLITS[word]
@@ -25,39 +29,43 @@ def split_of(path: Path) -> str | None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files below a folder, sorted; hidden ones and other kinds are passed over."""
-    found = [p for p in folder.rglob("*") if p.is_file() and suffix(p) in SUFFIXES and not p.name.startswith(".")]
-    found = [p for p in found if p.name not in _NOT_DATA]
-    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+    """Return the data files below a folder, sorted, without hidden ones and other kinds."""
+    files = [p for p in folder.rglob("*") if p.is_file() and suffix(p) in SUFFIXES and not p.name.startswith(".")]
+    files = [p for p in files if p.name not in _NOT_DATA]
+    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
 
 
 def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Iterable[Row]]:
-    """Rows by split name (train, validation, test) of a file, a folder or a hub data set.
+    """Load the rows of a file, a folder or a hub data set by split (train, validation, test).
 
     Raises:
-        UserError: nothing there, a kind of file that is not read, no network, a gated or unknown hub id.
+        UserError: there is nothing, the kind of file is unknown, no network, a gated or unknown hub name.
     """
     path = user_path(starter_path(dataset))
     if path.is_file():
         if suffix(path) not in SUFFIXES:
-            raise UserError(f"{path}: unknown kind of file; these are read: {' '.join(SUFFIXES)}, each also .gz")
+            raise UserError("DSR110", f"{path}: unknown kind of file; these are read: {' '.join(SUFFIXES)}, each also .gz")
         return {name: FileRows((path,), name) for name in json_splits(path) or ["train"]}
     if path.is_dir():
         files = data_files(path)
         if not files:
-            raise UserError(f"{path}: no data files in this folder; these are read: {' '.join(SUFFIXES)}, each also .gz")
+            raise UserError(
+                "DSR111", f"{path}: no data files in this folder; these are read: {' '.join(SUFFIXES)}, each also .gz"
+            )
         splits: dict[str, list[Path]] = {}
         for file in files:
             for name in json_splits(file) or [split_of(file.relative_to(path)) or "train"]:
                 splits.setdefault(name, []).append(file)
         return {name: FileRows(tuple(paths), name) for name, paths in splits.items()}
+    return _load_from_hub(dataset, config_name, path)
+
+
+def _load_from_hub(dataset: str, config_name: str | None, path: Path) -> dict[str, Iterable[Row]]:
+    """Load a data set by its name on the hub (UserError: it looks like a path)."""
+    # a misspelled path must not be looked up on the hub, where the message would be about the network
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or suffix(path) in SUFFIXES
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
-        raise UserError(f"--dataset {dataset}: no such file or folder")
-    return _hub(dataset, config_name)
-
-
-def _hub(dataset: str, config_name: str | None) -> dict[str, Iterable[Row]]:
+        raise UserError("DSR112", f"--dataset {dataset}: no such file or folder")
     import datasets
 
     try:
@@ -68,7 +76,7 @@ def _hub(dataset: str, config_name: str | None) -> dict[str, Iterable[Row]]:
 
 
 def fetch_csv(dataset: str) -> Path:
-    """The folder of a hub data set's CSV files, as they are: a column's type is not guessed file by file.
+    """Download the CSV files of a hub data set, because load_dataset would guess the types of columns file by file.
 
     Raises:
         UserError: no network, a gated or unknown name.
@@ -76,7 +84,7 @@ def fetch_csv(dataset: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if dataset.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
-        raise UserError(f"--dataset {dataset}: no such file or folder")
+        raise UserError("DSR112", f"--dataset {dataset}: no such file or folder")
     try:
         return Path(snapshot_download(dataset, repo_type="dataset", allow_patterns="*.csv"))
     except Exception as error:
@@ -84,6 +92,7 @@ def fetch_csv(dataset: str) -> Path:
 
 
 def _explained(error: Exception, dataset: str) -> Exception:
+    """Turn a failure of the hub into a UserError; other errors stay."""
     from datasets.exceptions import DatasetGenerationError
 
     from dsrecipes.io.hub import hub_error
@@ -93,4 +102,4 @@ def _explained(error: Exception, dataset: str) -> Exception:
         message = (
             f"data set {dataset} cannot be read: {str(error).splitlines()[0]}; see --dataset_config, or download its files"
         )
-    return UserError(message) if message else error
+    return UserError("DSR113", message) if message else error

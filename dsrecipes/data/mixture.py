@@ -39,6 +39,7 @@ def rows_by_epoch(sources: list[Source], available: dict[str, int]) -> dict[str,
     weighted = [source for source in sources if not source.rows]
     if not any(source.weight for source in weighted):
         return counts
+    # largest remainder: round all down, then give the missing rows to the largest fractions, so that the sum is exact
     weights = np.array([source.weight or 1.0 for source in weighted])
     total = sum(available[source.name] for source in weighted)
     exact = total * weights / weights.sum()
@@ -226,9 +227,12 @@ class Mixture(JoinedSequences):
 
     def drawn(self, epoch: int) -> list[np.ndarray]:
         """The rows that an epoch has of each source, by their numbers there."""
+        # an epoch depends on all draws before it, so an earlier epoch than the last one starts again from the first
         following, iterators = self._drawn
         if following > epoch or not iterators:
             following = 0
+            # crc32, because hash() of a text differs from process to process; a seed by name, so that another source in the
+            # list does not change the draws of this one
             iterators = [
                 draws(len(part), self.counts[name], (self._seed, zlib.crc32(name.encode())))
                 for name, part in self._parts.items()

@@ -24,10 +24,10 @@ from dsrecipes.data.cache import cache_key, is_written, writing
 from dsrecipes.data.chunk import Chunk, Encoding, groups
 from dsrecipes.data.columns import ColumnWriter, read_batches, view
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.files import Row, located
 from dsrecipes.data.holdout import HoldOut, hold_out
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.provenance import RowSources
+from dsrecipes.data.rows import Row, located
 from dsrecipes.data.split import Split, SplitStats, read_splits, refuse_empty
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.io.console import Console
@@ -91,7 +91,7 @@ def _write_splits(
 ) -> None:
     """Write all splits to a scratch folder, and rename it when it is complete."""
     scratch = folder.with_suffix(".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed; we hold the lock
     scratch.mkdir(parents=True)
     stats: dict[str, SplitStats] = {}
     for name, rows in splits.items():
@@ -104,10 +104,12 @@ def _write_splits(
             else:
                 stats |= _write(_divided(chunks, scratch, divide), scratch, encoding, [name, "validation"])
     refuse_empty(stats, splits)
+    # what a recipe can only decide with all rows known, such as the numbers of class names
     paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
     was_held_out = "validation" in stats and "validation" not in splits
     for name, fingerprint in encoding.recipe.finish(paths, was_held_out, encoding.options).items():
         stats[name].fingerprint = fingerprint
+    # stats.json is written last, and the folder renamed at once: an entry that has it is complete
     (scratch / "stats.json").write_text(json.dumps({name: asdict(split) for name, split in stats.items()}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)

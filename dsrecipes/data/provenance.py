@@ -1,6 +1,6 @@
 """From which file and line did each prepared row come?
 
-The places are stored beside the tokens, so that a message about a batch can name the rows of the user's files.
+The places are stored next to the tokens, so that a message about a batch can name the rows of the user's files.
 """
 
 from __future__ import annotations

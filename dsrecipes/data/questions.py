@@ -1,4 +1,4 @@
-"""Files of four-way questions (TMMLU+, CMMLU, MMLU: question, A, B, C, D, answer), by subject and split."""
+"""How are files of four-way questions read? Columns, subjects and splits of TMMLU+, CMMLU and MMLU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from dsrecipes.data.files import Row, located
 from dsrecipes.data.load import data_files, fetch_csv, load_splits, split_of
 from dsrecipes.data.renamed import with_names
-from dsrecipes.data.seen import LowerNames, name_form
+from dsrecipes.data.rows import Row, located
 from dsrecipes.data.shapes import SPLITS
+from dsrecipes.data.usage import LowerNames, name_format
 from dsrecipes.data.weights import row_weight
 from dsrecipes.errors import UserError, nearest
 from dsrecipes.io.paths import starter_path, user_path
 
 LETTERS = "ABCD"
 SHARES = {"train": 0.70, "validation": 0.25, "test": 0.05}
-"""Shares of the pooled rows."""
+"""Shares of the splits where all rows are pooled and divided."""
 GROUPS = {
     "STEM": """advance_chemistry basic_medical_science computer_science engineering_math junior_chemistry
         junior_math_exam junior_science_exam organic_chemistry pharmacy physics secondary_physics
@@ -41,22 +41,24 @@ GROUPS = {
 """The 66 subjects of TMMLU+ by group (Tam et al., arXiv:2403.01858; github.com/iKala/ievals, subject list)."""
 SUBJECTS = {subject: group for group, names in GROUPS.items() for subject in names.split()}
 UNGROUPED = "ungrouped"
+"""Group of the subjects of other data."""
 
 
 def question_record(row: Row) -> dict:
-    """{"question", "options" (four), "answer" (0 to 3), "subject", and "weight" if given}; column names in any letter case.
+    """Read a row as {"question", "options" (four), "answer" (0 to 3), "subject", "weight" if given}; columns in any letter case.
 
     Raises:
         ValueError: a field is missing or empty, the answer is not one of the letters, or the weight is no number.
     """
     fields = LowerNames(row)
     question, *options = (_text(fields, name) for name in ("question", "a", "b", "c", "d"))
+    # Chinese files also write the letter in its wide form
     letter = unicodedata.normalize("NFKC", _text(fields, "answer")).strip().upper()
     if letter not in tuple(LETTERS):
         raise ValueError(f"field 'answer' must be A, B, C or D, found {fields['answer']!r}")
     if not question.strip():
         raise ValueError("field 'question' is empty")
-    name_form(row, "questions")
+    name_format(row, "questions")
     return {
         "question": question,
         "options": options,
@@ -75,53 +77,56 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return str(value)
 
 
-def wanted_subjects(asked: list[str], known: Iterable[str]) -> set[str] | None:
-    """The subjects that names and groups mean; None for all.
+def wanted_subjects(names: list[str], known: Iterable[str]) -> set[str] | None:
+    """Return the subjects of --subjects, names and groups; None for all.
 
     Raises:
-        UserError: a name that is neither a subject of the data nor a group.
+        UserError: a name is neither a subject of the data nor a group.
     """
-    if not asked:
+    if not names:
         return None
     known = set(known)
     chosen: set[str] = set()
-    for name in asked:
+    for name in names:
         members = {subject for subject in known if SUBJECTS.get(subject, UNGROUPED) == name}
         if name not in known and not members:
             choices = sorted({*known, *GROUPS})
             raise UserError(
+                "DSR132",
                 f"--subjects {name}: no such subject or group in the data{nearest(name, choices)}. "
-                f"Groups: {', '.join(GROUPS)}; subjects: {', '.join(sorted(known))}"
+                f"Groups: {', '.join(GROUPS)}; subjects: {', '.join(sorted(known))}",
             )
         chosen |= members or {name}
     return chosen
 
 
 def sources(
-    dataset: str, asked: list[str], columns: Mapping[str, str] | None = None
+    dataset: str, subjects: list[str], columns: Mapping[str, str] | None = None
 ) -> Iterable[tuple[str, list[tuple[str, Row]]]]:
-    """(split, located rows with their subject) of each file; of a hub data set its CSV files are fetched.
+    """Yield (split, [(place, row)]) of each file of questions, each row with its subject; a hub data set is downloaded.
 
     Args:
+        dataset: a file, a folder or a hub name.
+        subjects: names and groups of those to read; none reads all.
         columns: the file's columns by the names that are read here.
     """
     folder = user_path(starter_path(dataset))
     if not folder.exists():
-        wanted_subjects(asked, SUBJECTS)
+        wanted_subjects(subjects, SUBJECTS)
         folder = fetch_csv(dataset)
     files = [folder] if folder.is_file() else data_files(folder)
     if not files:
-        load_splits(str(folder))  # says what is missing
+        load_splits(str(folder))  # raises, and says what is missing
     by_subject = [(subject_of(path), path) for path in files]
-    wanted = wanted_subjects(asked, {subject for subject, _ in by_subject})
+    wanted = wanted_subjects(subjects, {subject for subject, _ in by_subject})
     splits = {path: split_of(path.relative_to(folder) if folder.is_dir() else path) for path in files}
     if "train" not in splits.values():
-        # the few `dev` questions of a subject are TMMLU+'s train split; its validation questions are called `val`
+        # TMMLU+ has no train split: it calls the few example questions of a subject `dev`, and its validation questions `val`
         splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
     for subject, path in by_subject:
         if wanted is None or subject in wanted:
             for split, rows in load_splits(str(path)).items():  # a JSON file may hold several
-                named = [(where, _with_subject(with_names(row, columns or {}), subject)) for where, row in located(rows)]
+                named = [(place, _with_subject(with_names(row, columns or {}), subject)) for place, row in located(rows)]
                 yield (splits[path] or "train") if split == "train" else split, named
 
 
@@ -136,27 +141,27 @@ def _is_dev(path: Path) -> bool:
 
 
 def subject_of(path: Path) -> str:
-    """The subject that a file's name tells: physics_test.csv and test/physics.csv are physics."""
+    """Return the subject in a file's name: physics_test.csv and test/physics.csv are physics."""
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
     head, _, last = stem.rpartition("_")
     return head if head and last.lower() in SPLITS else stem
 
 
 def plain(text: str) -> str:
-    """Text without what makes equal questions look unlike: letter case, spacing, wide forms."""
+    """Normalize a text so that equal questions compare equal: without letter case, spacing and wide forms."""
     return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text)).casefold()
 
 
 def pool(rows: list[tuple[str, Row]], seed: int) -> dict[str, list[tuple[str, Row]]]:
-    """Split 70/25/5 inside each subject, seeded; equal questions (letter case and spacing aside) stay together.
+    """Divide questions 70/25/5 inside each subject, with a seed; questions that are equal after `plain` stay together.
 
-    Each question in turn goes where its split is furthest behind its share, so that small subjects, too, add up to
-    the shares over all.
+    Each question goes to the split that is furthest behind its share, so that the shares hold over all subjects, however
+    small.
     """
     repeats: dict[str, list[tuple[str, Row]]] = {}
-    for where, row in rows:
+    for place, row in rows:
         question = next((value for key, value in row.items() if str(key).strip().lower() == "question"), None)
-        repeats.setdefault(plain(str(question)), []).append((where, row))
+        repeats.setdefault(plain(str(question)), []).append((place, row))
     subjects: dict[str, list[list[tuple[str, Row]]]] = {}
     for same in repeats.values():
         subjects.setdefault(str(same[0][1].get("subject", "")), []).append(same)
@@ -166,6 +171,6 @@ def pool(rows: list[tuple[str, Row]], seed: int) -> dict[str, list[tuple[str, Ro
         draw.shuffle(subjects[subject])
         for same in subjects[subject]:
             seen += len(same)
-            name = max(SHARES, key=lambda each: SHARES[each] * seen - len(splits[each]))
-            splits[name] += same
+            behind = {name: share * seen - len(splits[name]) for name, share in SHARES.items()}
+            splits[max(SHARES, key=behind.__getitem__)] += same
     return splits

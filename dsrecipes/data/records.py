@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.files import Row, located
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import Row, located
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 
 BAD_ROW = (ValueError, KeyError, TypeError, AttributeError)
@@ -24,11 +24,11 @@ class Records:
     def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
         self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
         self.dropped: dict[str, int] = {}
-        self.seen = Seen()
+        self.seen = ColumnUsage()
         """Formats and columns of the rows; complete after an iteration."""
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
-        bad, seen = 0, Seen()
+        bad, seen = 0, ColumnUsage()
         for place, row in located(self.rows):
             try:
                 record = seen.format(self.format_row, row)
@@ -57,6 +57,7 @@ def bad_row(place: str, error: Exception) -> UserError:
 def record_hash(record: dict) -> int:
     """Hash a record without its weights to 64 bits: records with equal hashes must be on the same side of a split."""
     text = json.dumps(_without_weights(record), sort_keys=True, default=str).encode()
+    # md5 for speed: the hash only has to spread records, nobody attacks it
     return int.from_bytes(hashlib.md5(text, usedforsecurity=False).digest()[:8])
 
 
@@ -96,6 +97,7 @@ def encode_group(
     try:
         return recipe.encode([record for _, record in group], tokenizer, options), list(range(len(group)))
     except (ValueError, TypeError) as failure:
+        # a tokenizer says which text it refuses, but not of which row, so the records are tried one by one
         good = []
         for index, (place, record) in enumerate(group):
             try:

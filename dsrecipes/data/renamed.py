@@ -1,4 +1,4 @@
-"""--columns: a file's columns under the names that a recipe reads."""
+"""Which column of a file does a recipe read under which name? --columns."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from dsrecipes.data.files import Row, fingerprint, located
+from dsrecipes.data.rows import Row, fingerprint, located
 from dsrecipes.errors import UserError, nearest
 
 _LOOKED_AT = 1000
-"""Rows of which one must have a column: in JSON a row may lack what it has nothing for."""
+"""Number of first rows of which one must have a column; in JSON a row may leave out an empty field."""
 
 
 class MappedRow(dict):
-    """A row some of whose columns the user named; `mapped` are their new names."""
+    """A row with columns that the user renamed; `mapped` are the new names."""
 
     mapped: tuple[str, ...] = ()
 
 
 class OptionalColumns(dict):
-    """Names of --columns for rows that need not have any of the columns."""
+    """A --columns mapping for rows that need not have any of the columns, such as those of a file of prompts."""
 
 
 def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dict[str, Iterable[Row]]:
-    """Each split's rows with `columns` (recipe's name -> file's column) renamed; rows that are renamed already stay.
+    """Rename the columns of each split's rows; rows that are renamed already stay.
 
-    Data without one of the columns are refused when they are first read, unless these are OptionalColumns.
+    Args:
+        splits: rows by split.
+        columns: the recipe's name -> the file's column. Data without one of the columns are refused when they are first
+            read, unless this is OptionalColumns.
     """
     if not columns:
         return splits
@@ -36,63 +39,68 @@ def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dic
 
 
 def _is_renamed(rows: Any) -> bool:
-    """Whether a recipe's load_rows has done it, perhaps below rows of its own making."""
+    """Whether a recipe's load_rows has renamed the columns, perhaps below rows of its own."""
     while rows is not None and not isinstance(rows, RenamedRows):
         rows = getattr(rows, "rows", None)
     return rows is not None
 
 
 def with_names(row: Row, columns: Mapping[str, str]) -> Row:
-    """A row with the columns that it has renamed."""
-    return RenamedRows((), tuple(columns.items())).of(row) if columns else row
+    """Rename those of the columns that a row has."""
+    return RenamedRows((), tuple(columns.items())).rename(row) if columns else row
 
 
 @dataclass(frozen=True)
 class RenamedRows:
-    """Rows under the recipe's names."""
+    """Rows with renamed columns."""
 
     rows: Iterable[Row]
     columns: tuple[tuple[str, str], ...]
+    """(the recipe's name, the file's column)."""
     required: bool = True
 
     def __iter__(self) -> Iterator[Row]:
         return (row for _, row in self.located())
 
     def located(self) -> Iterator[tuple[str, Row]]:
-        """Rows with their places; raises UserError where no row has one of the columns."""
+        """Yield rows with their places (UserError: no row has one of the columns)."""
         rows = located(self.rows)
         first = list(islice(rows, _LOOKED_AT))
         self.check(first)
         return self.apply(chain(first, rows))
 
     def apply(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-        """(where, row) with each row under the recipe's names."""
-        return ((where, self.of(row)) for where, row in rows)
+        """Rename the columns of (place, row)."""
+        return ((place, self.rename(row)) for place, row in rows)
 
     @property
     def fingerprint(self) -> str:
-        """The rows' own and the names."""
+        """Hash of the rows, and the names."""
         return f"{self.columns} {fingerprint(self.rows)}"
 
     def check(self, rows: list[tuple[str, Row]]) -> None:
-        """Refuse the first rows of data where a column is required and none has it (UserError)."""
+        """Check the first rows of data (UserError: none of them has a required column)."""
         for name, column in self.columns if self.required and rows else ():
             if any(name in getattr(row, "mapped", ()) or _has(row, column) for _, row in rows):
                 continue
             known = list(dict.fromkeys(str(key) for _, row in rows for key in row))
-            place = rows[0][0].rpartition(", ")[0] or "the data"
+            file = rows[0][0].rpartition(", ")[0] or "the data"
             raise UserError(
-                f"--columns {name}={column}: {place} has no column {column!r}{nearest(column, known)}; it has {', '.join(known)}"
+                "DSR130",
+                f"--columns {name}={column}: {file} has no column {column!r}{nearest(column, known)}; it has "
+                f"{', '.join(known)}",
             )
 
-    def of(self, row: Row) -> Row:
-        """The row under the recipe's names."""
+    def rename(self, row: Row) -> Row:
+        """Return the row with its columns renamed."""
         if isinstance(row, MappedRow):
-            return row  # a recipe's load_rows has done it
+            return row  # a recipe's load_rows has renamed it
         result = MappedRow(row)
         values = {name: _take(result, row, column) for name, column in self.columns if _has(row, column)}
         for name in values.keys() & result.keys():
-            result[f"{name} (replaced by --columns)"] = result.pop(name)  # so that it counts as unused
+            result[f"{name} (replaced by --columns)"] = result.pop(
+                name
+            )  # under a name that no recipe reads, so that it counts as unused
         if not values:
             return row
         result.update(values)
@@ -101,17 +109,22 @@ class RenamedRows:
 
 
 def _has(row: Row, column: str) -> bool:
+    """Whether a row has a column, or `column.key` inside one."""
+    if column in row:
+        return True
     head, _, rest = column.partition(".")
-    return column in row or (bool(rest) and isinstance(row.get(head), dict) and _has(row[head], rest))
+    inner = row.get(head)
+    return bool(rest) and isinstance(inner, dict) and _has(inner, rest)
 
 
 def _take(result: Row, row: Row, column: str) -> Any:
-    """The value of a column, or of `column.key` inside one, which leaves the row."""
+    """Move the value of a column, or of `column.key` inside one, out of the result."""
     if column in row:
         result.pop(column, None)
         return row[column]
     head, _, rest = column.partition(".")
-    result[head] = inner = dict(result.get(head, row[head]))
+    inner = dict(result[head] if head in result else row[head])
+    result[head] = inner
     value = _take(inner, row[head], rest)
     if not inner:
         del result[head]

@@ -54,6 +54,7 @@ class Sequences(TorchDataset):
             name: Column(table.column(name)) for name in table.column_names if Column.reads(table.schema.field(name).type)
         }
         weights: Any = self.columns.pop(WEIGHTS, None)
+        # weights that are all 1 are left out, so that runs without weights take the faster path of the loss
         numbers = weights.numbers() if weights is not None else [np.ones(1, np.float32)]
         if self.class_weights is not None:
             labels = np.concatenate(self.columns["labels"].numbers())

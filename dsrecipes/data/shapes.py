@@ -1,33 +1,43 @@
-"""The shapes in which JSON files hold rows: lists, columns of lists, pandas' to_json, and several splits in one file."""
+"""Where are the rows in a JSON file? Lists, columns of lists, pandas' to_json, and several splits in one file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from dsrecipes.data.rows import Row
 from dsrecipes.data.turns import is_turn
 from dsrecipes.errors import UserError
 
-Row = dict[str, Any]
-SPLITS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""What a split may be called -> train, validation or test."""
+_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+SPLITS = {alias: split for split, aliases in _NAMES.items() for alias in aliases}
+"""Name of a split in files and folders -> train, validation or test."""
 _WRAPPERS = ("data", "rows", "examples", "records")
-"""Keys that hold the rows of a file that has other things beside them."""
+"""Keys that hold the rows of a file with other content."""
 _CHATS = ("messages", "conversations", "conversation")
+"""Keys of a file that is a single chat."""
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def kind(value: Any) -> str:
-    """A JSON value's type in words."""
-    return {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
-            type(None): "null"}.get(type(value), type(value).__name__)  # fmt: skip
+    """Return the type of a JSON value for a message."""
+    return _KINDS.get(type(value), type(value).__name__)
 
 
-def row_of(value: Any, where: str) -> Row:
-    """An item of a list, or a line, as a row: an object; turns, which are a chat; or text.
+def row_of(value: Any, place: str) -> Row:
+    """Return an item of a list, or a line, as a row: it is an object, the turns of a chat, or text.
 
     Raises:
         UserError: anything else.
@@ -39,21 +49,25 @@ def row_of(value: Any, where: str) -> Row:
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         if not is_turn(value[0]):
             raise UserError(
-                f"{where}: a list of objects that are not turns ({', '.join(map(str, value[0]))}), where a row was expected; "
-                "a file that is one list of rows has a name that ends in .json"
+                "DSR123",
+                f"{place}: a list of objects that are not turns ({', '.join(map(str, value[0]))}), where a row was expected; "
+                "a file that is one list of rows has a name that ends in .json",
             )
         return {"messages": value}
     found = f"a list of {kind(value[0])}" if isinstance(value, list) and value else kind(value)
-    raise UserError(f"{where}: expected an object with named fields, a list of turns (a chat), or text, found {found}")
+    raise UserError(
+        "DSR123", f"{place}: expected an object with named fields, a list of turns (a chat), or text, found {found}"
+    )
 
 
 def splits_in(value: Any) -> dict[str, Any]:
-    """The rows by split, train, validation and test, of a file such as {"train": [...], "test": [...]}; else empty."""
+    """Return the rows of {"train": [...], "test": [...]} by split; empty for a file of another shape."""
     if not isinstance(value, dict):
         return {}
     if isinstance(value.get("data"), dict):
         value = value["data"]
-    kinds = (list,) if any(isinstance(rows, list) for rows in value.values()) else (dict,)  # objects beside lists are notes
+    # an object next to lists is a comment on them, unless it has the name of a split
+    kinds = list if any(isinstance(rows, list) for rows in value.values()) else dict
     inner = {
         key: rows for key, rows in value.items() if isinstance(rows, kinds) or (key in SPLITS and isinstance(rows, dict))
     }
@@ -64,7 +78,7 @@ def splits_in(value: Any) -> dict[str, Any]:
 
 
 def rows_in(value: Any, path: object) -> Iterable[Any]:
-    """The rows of a JSON file's value, whichever of the shapes it has; each of them goes through row_of.
+    """Return the rows of a JSON file's value; the caller passes each one to row_of.
 
     Raises:
         UserError: none of the shapes.
@@ -72,7 +86,7 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a list of rows, found {kind(value)}")
+        raise UserError("DSR119", f"{path}: expected a list of rows, found {kind(value)}")
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
         return _split_orient(value, path)
     if isinstance(value.get("schema"), dict) and isinstance(value.get("data"), list):
@@ -89,13 +103,14 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     if value and all(isinstance(column, dict) for column in value.values()):
         return _columns_of_objects(value, path)
     raise UserError(
+        "DSR119",
         f"{path}: expected a list of rows, found an object ({', '.join(map(str, list(value)[:8])) or 'empty'}). Write "
-        '[{...}, {...}], one object a line (.jsonl), {"train": [...], "test": [...]}, or {"column": [...], ...}'
+        '[{...}, {...}], one object a line (.jsonl), {"train": [...], "test": [...]}, or {"column": [...], ...}',
     )
 
 
 def _without_row_number(row: Any) -> Any:
-    """A row of pandas' orient=table; an index that is no number is a column with content."""
+    """Remove the index from a row of pandas' orient=table; an index that is no number has content, and stays."""
     if isinstance(row, dict) and isinstance(row.get("index"), int):
         return {name: value for name, value in row.items() if name != "index"}
     return row
@@ -106,12 +121,13 @@ def _holds_rows(value: Any) -> bool:
 
 
 def _refuse_splits(value: dict[str, Any], path: object) -> None:
-    """Refuse lists of rows of which some have the name of a split, and others a name that no split has."""
+    """Refuse lists of rows of which only some have the name of a split."""
     lists = [key for key, rows in value.items() if _holds_rows(rows)]
     if any(key.strip().lower() in SPLITS for key in lists):
         raise UserError(
+            "DSR124",
             f"{path}: holds the lists of rows {', '.join(lists)}, which are not all splits; a list for each of train, "
-            "validation and test is read: rename or remove the others"
+            "validation and test is read: rename or remove the others",
         )
 
 
@@ -120,13 +136,14 @@ def _is_chat(value: Any) -> bool:
 
 
 def _split_orient(value: dict[str, Any], path: object) -> list[Row]:
-    """pandas' orient=split; an index that is no row number is a column with content."""
+    """Read pandas' orient=split; an index that is no row number has content, and becomes a column."""
     columns, data, index = value["columns"], value["data"], value.get("index")
     for number, values in enumerate(data, 1):
         if not isinstance(values, list) or len(values) != len(columns):
             found = f"{len(values)} values" if isinstance(values, list) else kind(values)
             raise UserError(
-                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}"
+                "DSR125",
+                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}",
             )
     rows = [dict(zip(map(str, columns), values, strict=True)) for values in data]
     if not isinstance(index, list) or len(index) != len(rows) or all(isinstance(label, int) for label in index):
@@ -138,19 +155,22 @@ def _columns_of_lists(value: dict[str, list[Any]], path: object) -> list[Row]:
     lengths = {name: len(column) for name, column in value.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise UserError(f"{path}: its columns have different lengths ({counts}); each must have a value for every row")
+        raise UserError(
+            "DSR125", f"{path}: its columns have different lengths ({counts}); each must have a value for every row"
+        )
     return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
 
 
 def _columns_of_objects(value: dict[str, dict[str, Any]], path: object) -> list[Row]:
-    """pandas' default, {column: {row: value}}, or orient=index, {row: {column: value}}: rows are called by numbers."""
+    """Read pandas' default, {column: {row: value}}, or orient=index, {row: {column: value}}: the level of numbers is the rows."""
     outer, inner = _are_numbers(value), _are_numbers(key for column in value.values() for key in column)
     if outer and not inner:
         return list(value.values())
     if not inner or outer:
         raise UserError(
+            "DSR126",
             f"{path}: objects in an object, of which neither level is numbered, so rows cannot be told from columns; write "
-            'a list of rows (pandas: to_json(path, orient="records"))'
+            'a list of rows (pandas: to_json(path, orient="records"))',
         )
     numbers = dict.fromkeys(number for column in value.values() for number in column)
     return [{name: column.get(number) for name, column in value.items()} for number in numbers]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from dsrecipes.config.sources import Source
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.files import Row
 from dsrecipes.data.holdout import HoldOut, hold_out, hold_out_alone
 from dsrecipes.data.prepare import prepare
 from dsrecipes.data.renamed import renamed
+from dsrecipes.data.rows import Row
 from dsrecipes.data.split import Split, SplitStats
 from dsrecipes.errors import UserError, coded
 
@@ -76,6 +76,7 @@ def source_rows(data: DataConfig, load: LoadRows) -> list[SourceRows]:
     Raises:
         UserError: a data set cannot be read, or lacks the requested split.
     """
+    # a plain data set keeps hold_out, which meets the share exactly; several need a choice that does not depend on the others
     if not data.is_mixture:
         return [SourceRows(data.sources[0], data, _loaded(data.sources[0], data, load), holds_out=True, hold_out=hold_out)]
     training = [_training_rows(source, data, load) for source in data.sources]
@@ -84,7 +85,7 @@ def source_rows(data: DataConfig, load: LoadRows) -> list[SourceRows]:
 
 def _loaded(source: Source, data: DataConfig, load: LoadRows) -> dict[str, Iterable[Row]]:
     """The rows of a source, under the names that --columns gives their columns."""
-    return dict(renamed(load(source), data.columns))
+    return renamed(dict(load(source)), data.columns)
 
 
 def _training_rows(source: Source, data: DataConfig, load: LoadRows) -> SourceRows:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from dsrecipes.data.chunk import Chunk
 from dsrecipes.data.columns import view
-from dsrecipes.data.files import Row
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import Row
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.errors import UserError, plural
 
@@ -49,7 +49,7 @@ class SplitStats:
     """Of the tokens, labels and weights, in their order."""
     largest_id: int | None = None
     """The greatest token id; None where it is not known."""
-    seen: Seen = field(default_factory=Seen)
+    seen: ColumnUsage = field(default_factory=ColumnUsage)
     """Row formats and unused columns; of held-out rows among those of the split that they come from."""
     notes: dict[str, int] = field(default_factory=dict)
     """Line for the header -> rows that it holds for."""
@@ -57,7 +57,7 @@ class SplitStats:
     def __post_init__(self) -> None:
         """Rebuild `seen`, which stats.json holds as a plain object."""
         if isinstance(self.seen, dict):
-            self.seen = Seen(**self.seen)
+            self.seen = ColumnUsage(**self.seen)
 
     def count(self, chunk: Chunk) -> None:
         """Add a chunk's rows and tokens."""
@@ -127,7 +127,7 @@ def refuse_empty(stats: dict[str, SplitStats], splits: Mapping[str, Iterable[Row
 
 def _only_file(rows: object) -> str:
     """`FILE: ` where the rows are those of one file."""
-    files = getattr(getattr(rows, "rows", rows), "files", ())
+    files: tuple[Path, ...] = getattr(getattr(rows, "rows", rows), "files", ())
     return f"{files[0]}: " if len(files) == 1 else ""
 
 

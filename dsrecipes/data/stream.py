@@ -76,6 +76,7 @@ class Stream(TorchDataset):
         self.fingerprint = self.reader.fingerprint()
         self.window: Window
         self._thread = ThreadPoolExecutor(1, "stream")
+        # one window ahead: the thread reads while the model computes, and no more than two windows are in memory
         self._next: Future[Window] | None = None
 
     @property

@@ -1,4 +1,7 @@
-"""Rows of files by position: a piece is read without reading what comes before it, as far as the kind of file allows."""
+"""Which rows are in a piece of a file? Reads a piece without what comes before it, as far as the kind of file allows.
+
+A streamed run needs this to shuffle pieces, and to resume at a position instead of reading everything again.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from dsrecipes.data.files import _MARKS, Row, _read, _without_nulls, parquet_readable, pieces, readable, suffix
+from dsrecipes.data.decode import BYTE_ORDER_MARKS, readable, suffix
+from dsrecipes.data.documents import pieces
+from dsrecipes.data.files import read_file
+from dsrecipes.data.parquet import parquet_readable
+from dsrecipes.data.rows import Row, without_nulls
 from dsrecipes.data.shapes import row_of
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError
@@ -23,18 +31,21 @@ UNIT = 1 << 17
 _ROWS = 256
 """Rows of a piece, where positions are counted in rows."""
 _HEAD = 1 << 16
+"""Bytes that are read to see what a file is, and the size of read buffers."""
 _BOM = b"\xef\xbb\xbf"
-Position = dict[str, int]
-"""Where in a unit the next piece begins: `offset` and `line`, or `rows` that come before it."""
-
-
 _BYTE = ", byte "
+Position = dict[str, int]
+"""Where in a unit the next piece begins: `offset` and `line`, or the number of `rows` before it."""
+Rows = list[tuple[str, Row]]
+"""(place, row)."""
+Piece = tuple[Rows, Position | None]
+"""Rows, and where the next piece of the unit begins; None where the unit ends."""
 
 
-class Spot(str):
-    """`FILE, byte 100`: the place of a row that was found by its byte; as text it is `FILE, line 7`.
+class BytePlace(str):
+    """The place of a row that was found by its byte, `FILE, byte 100`; str() of it is `FILE, line 7`.
 
-    The line is counted when a message needs it, for that takes reading all that comes before.
+    Counting the line takes reading all that comes before, so it is done only when a message needs it.
     """
 
     def __str__(self) -> str:
@@ -43,7 +54,7 @@ class Spot(str):
         return f"{path}, line {_line_at(path, int(offset))}"
 
     def __format__(self, spec: str) -> str:
-        """The same."""
+        """`FILE, line 7`."""
         return str(self)
 
 
@@ -56,17 +67,12 @@ def _line_at(path: str, offset: int) -> int:
 
 
 def readable_place(place: str) -> str:
-    """A place with its line, where it has a byte."""
-    return str(Spot(place)) if _BYTE in place else place
+    """Return a place with its line instead of its byte."""
+    return str(BytePlace(place)) if _BYTE in place else place
 
 
-Rows = list[tuple[str, Row]]
-Piece = tuple[Rows, Position | None]
-"""Rows with their places, and where the next piece of the unit begins; None where the unit ends."""
-
-
-def _kind(path: Path) -> str:
-    """How a file is read: jsonl at any line, parquet at any row group, lines at saved offsets, whole from its start."""
+def _access(path: Path) -> str:
+    """How a file can be read: "jsonl" at any line, "parquet" at any row group, "lines" at saved offsets, "whole" from its start."""
     kind = suffix(path)
     if path.name.endswith(".gz"):
         return "whole"
@@ -74,7 +80,8 @@ def _kind(path: Path) -> str:
         return "parquet"
     with readable(path), path.open("rb") as file:
         head = file.read(_HEAD)
-    if head.startswith(tuple(_MARKS)) or b"\0" in head or (b"\r" in head[:-1] and b"\n" not in head):
+    has_only_cr = b"\r" in head[:-1] and b"\n" not in head
+    if head.startswith(tuple(BYTE_ORDER_MARKS)) or b"\0" in head or has_only_cr:
         return "whole"
     if kind == ".json":
         line, _, rest = head.partition(b"\n")
@@ -86,12 +93,12 @@ def _kind(path: Path) -> str:
 
 
 class Units:
-    """Files as numbered units, each read on its own: 128 kB of JSON Lines, a row group of Parquet, or another file."""
+    """Numbers the units of files, each of which is read by itself: 128 kB of JSON Lines, a row group of Parquet, or another file."""
 
     def __init__(self, files: tuple[Path, ...], split: str = "train") -> None:
-        """Look at sizes and beginnings; no row is read yet. `split` is that of FileRows."""
+        """Look at the sizes and beginnings of the files; no row is read yet. `split` is that of FileRows."""
         self.files, self.split = files, split
-        self.kinds = [_kind(path) for path in files]
+        self.kinds = [_access(path) for path in files]
         self.bytes = [path.stat().st_size for path in files]
         self._groups = {path: _group_rows(path) for path, kind in zip(files, self.kinds, strict=True) if kind == "parquet"}
         counts = [self._units(path, kind, size) for path, kind, size in zip(files, self.kinds, self.bytes, strict=True)]
@@ -107,12 +114,12 @@ class Units:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """Bytes of each unit, about."""
+        """Approximate bytes of each unit."""
         counts = np.diff(self._starts)
         return np.repeat(np.array(self.bytes) / np.maximum(counts, 1), counts)
 
     def progress(self, unit: int, position: Position) -> float:
-        """Bytes of a unit before a position, about; 0 where they are not known."""
+        """Approximate bytes of a unit before a position; 0 where they are unknown."""
         file = self._file(unit)
         if self.kinds[file] == "parquet":
             group = unit - int(self._starts[file])
@@ -123,16 +130,19 @@ class Units:
         return int(np.searchsorted(self._starts, unit, side="right")) - 1
 
     def pieces(self, unit: int, position: Position | None = None) -> Iterator[Piece]:
-        """The rows of a unit from a position on.
+        """Yield the rows of a unit from a position on, in pieces.
 
         Raises:
-            UserError: a file that cannot be read, or has changed since the stream began.
+            UserError: a file cannot be read, or has changed since the stream began.
         """
         file = self._file(unit)
         path, kind, number = self.files[file], self.kinds[file], unit - int(self._starts[file])
         with readable(path):
             if path.stat().st_size != self.bytes[file]:
-                raise UserError(f"{path}: changed while it was streamed; start again with a file that stays as it is")
+                raise UserError(
+                    "DSR157",
+                    f"{path}: changed while it was streamed; start a new run, and do not change the file while it runs",
+                )
             if kind == "jsonl":
                 yield _jsonl(path, number * UNIT), None
             elif kind == "parquet":
@@ -140,36 +150,37 @@ class Units:
             elif kind == "lines":
                 yield from _lines(path, position or {"offset": 0, "line": 1})
             else:
-                yield from _counted(_read(path, self.split), position)
+                yield from _counted(read_file(path, self.split), position)
 
 
 def _jsonl(path: Path, start: int) -> Rows:
-    """Rows of the lines that begin in the unit at `start`; the last one may end behind it."""
+    """Read the lines that begin in the unit at byte `start`; the last one may end behind the unit."""
     rows: Rows = []
     with path.open("rb", buffering=_HEAD) as file:
         if start:
+            # from one byte before, so that a line that begins exactly at `start` is not skipped
             file.seek(start - 1)
             file.readline()  # the rest of a line that belongs to the unit before
         offset = file.tell()
         while offset < start + UNIT and (line := file.readline()):
-            where = Spot(f"{path}{_BYTE}{offset}")
+            place = BytePlace(f"{path}{_BYTE}{offset}")
             text = (line.removeprefix(_BOM) if offset == 0 else line).decode()
             offset += len(line)
             if text.strip():
-                rows.append((where, _object(text, where)))
+                rows.append((place, _object(text, place)))
     return rows
 
 
-def _object(text: str, where: Spot) -> Row:
+def _object(text: str, place: BytePlace) -> Row:
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError):
-        row = parse_json(text, str(where))  # says what is wrong
-    return row if isinstance(row, dict) else row_of(row, str(where))
+    except (ValueError, RecursionError):  # json.loads is faster, and parse_json has the message
+        row = parse_json(text, str(place))  # raises, with the line and the column
+    return row if isinstance(row, dict) else row_of(row, str(place))
 
 
 def _group_rows(path: Path) -> list[int]:
-    """Rows of each row group of a Parquet file."""
+    """Count the rows of each row group of a Parquet file."""
     import pyarrow.parquet
 
     with parquet_readable(path):
@@ -178,6 +189,7 @@ def _group_rows(path: Path) -> list[int]:
 
 
 def _parquet(path: Path, group: int, groups: list[int], position: Position | None) -> Iterator[Piece]:
+    """Read a row group in pieces; `groups` are the rows of each group."""
     import pyarrow.parquet
 
     before, skipped, number = sum(groups[:group]), position["rows"] if position else 0, 0
@@ -185,17 +197,17 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
     while True:
         with parquet_readable(path):
             batch = next(batches, None)
-            first, number = number, number + (batch.num_rows if batch is not None else 0)
-            rows = [_without_nulls(row) for row in batch.to_pylist()] if batch is not None and first >= skipped else []
-        if batch is None:
-            return
+            if batch is None:
+                return
+            first, number = number, number + batch.num_rows
+            rows = [without_nulls(row) for row in batch.to_pylist()] if first >= skipped else []
         if first >= skipped:
             places = [f"{path}, row {before + first + row}" for row in range(1, len(rows) + 1)]
             yield list(zip(places, rows, strict=True)), {"rows": number} if number < groups[group] else None
 
 
 def _counted(rows: Iterator[tuple[str, Row]], position: Position | None) -> Iterator[Piece]:
-    """Pieces of a file that is read from its start: what comes before the position is read and left out."""
+    """Divide the rows of a file that can only be read from its start; those before the position are skipped."""
     number = position["rows"] if position else 0
     rows = islice(rows, number, None)
     while piece := list(islice(rows, _ROWS)):
@@ -204,9 +216,9 @@ def _counted(rows: Iterator[tuple[str, Row]], position: Position | None) -> Iter
 
 
 class _Lines:
-    """Lines of an open UTF-8 file from an offset, which know the byte that each begins at."""
+    """Yields the lines of an open UTF-8 file from an offset on, and records the byte at which each begins."""
 
-    def __init__(self, file: io.BufferedReader, offset: int, line: int) -> None:
+    def __init__(self, file: BinaryIO, offset: int, line: int) -> None:
         self.file, self.offset, self.line = file, offset, line
         self.starts: dict[int, int] = {}
 
@@ -216,7 +228,7 @@ class _Lines:
             if self.offset == 0 and raw.startswith(_BOM):
                 raw, self.offset = raw[len(_BOM) :], len(_BOM)
             text = raw.decode()
-            # a text file's lines end at a lone \r too
+            # in text mode a line ends at a lone \r too
             for part in io.StringIO(text, newline="") if "\r" in text[:-2] else [text]:
                 self.starts[self.line] = self.offset
                 self.line, self.offset = self.line + 1, self.offset + len(part.encode())
@@ -224,39 +236,44 @@ class _Lines:
 
 
 def _lines(path: Path, position: Position) -> Iterator[Piece]:
-    """Pieces of CSV, TSV or text, cut where a record begins."""
-    kind, first = suffix(path), position["line"]
+    """Divide CSV, TSV or text into pieces, cut where a record begins."""
+    is_text = suffix(path) == ".txt"
     with path.open("rb", buffering=_HEAD) as file:
-        head = list(islice(_Lines(file, 0, 1), 1000)) if first > 1 and kind != ".txt" else []
-        lines = _Lines(file, position["offset"], first)
-        if kind == ".txt":
-            texts = pieces(lines, first, bool(position.get("unfinished")))
-            rows = ((f"{path}, line {line}", row) for line, row in texts)
-        else:
-            rows = table_rows(iter(lines), path, kind == ".tsv", first, head)
-        piece: Rows = []
+        lines, located = _rows_from(file, path, position)
+        rows: Rows = []
         begin = 0
-        for where, row in rows:
-            line = int(where.rpartition(" ")[2])
+        for place, row in located:
+            line = int(place.rpartition(" ")[2])
             offset = lines.starts[line]
-            if piece and offset - begin >= UNIT:
-                unfinished = kind == ".txt" and not piece[-1][1]["end"]
-                yield piece, {"offset": offset, "line": line, "unfinished": int(unfinished)}
-                piece = []
+            if rows and offset - begin >= UNIT:
+                unfinished = is_text and not rows[-1][1]["end"]
+                yield rows, {"offset": offset, "line": line, "unfinished": int(unfinished)}
+                rows = []
                 lines.starts = {number: start for number, start in lines.starts.items() if number >= line}
-            if not piece:
+            if not rows:
                 begin = offset
-            piece.append((where, row))
-        if piece:
-            yield piece, None
+            rows.append((place, row))
+        if rows:
+            yield rows, None
+
+
+def _rows_from(file: BinaryIO, path: Path, position: Position) -> tuple[_Lines, Iterator[tuple[str, Row]]]:
+    """The rows of an open file of lines from a position on, and the lines that they are read from."""
+    kind, first = suffix(path), position["line"]
+    head = list(islice(_Lines(file, 0, 1), 1000)) if first > 1 and kind != ".txt" else []
+    lines = _Lines(file, position["offset"], first)
+    if kind == ".txt":
+        texts = pieces(lines, first, bool(position.get("unfinished")))
+        return lines, ((f"{path}, line {line}", row) for line, row in texts)
+    return lines, table_rows(iter(lines), path, kind == ".tsv", first, head)
 
 
 def digest_bytes(path: Path) -> bytes:
-    """Samples of a file's bytes: its beginning, its end and 62 places between them, each of 4 kB."""
+    """Return samples of a file's bytes: 4 kB of its beginning, of its end and of 62 places between them."""
     size = path.stat().st_size
+    samples = []
     with path.open("rb") as file:
-        found = []
         for sample in range(64):
             file.seek(max(0, size - 4096) * sample // 63)
-            found.append(file.read(4096))
-    return os.fsencode(path.name) + str(size).encode() + b"".join(found)
+            samples.append(file.read(4096))
+    return os.fsencode(path.name) + str(size).encode() + b"".join(samples)

@@ -185,6 +185,7 @@ class WindowReader:
         Raises:
             UserError: a row has a fault (with its place), or no row of an epoch has a token to train on.
         """
+        # rows left over from the window before come first, so that no row is skipped or used twice
         growing = _GrowingWindow(begin, self.block)
         unit, position, ended = self._fill(growing, begin)
         if not growing.places:
@@ -271,6 +272,7 @@ class WindowReader:
         sampler = StepSampler(data.lengths, self.per_step, seed=self.seed, shuffle=self.shuffle)
         sampler.set_epoch(step)  # so that each window is shuffled differently
         order = sampler.order()
+        # rows of an unfinished step join the next window; only at the end of an epoch they are trained on with padding rows
         if ended or PADDING_ROW not in order[-1]:
             return order, []
         left = [row for sequence in order[-1] if sequence != PADDING_ROW for row in data.rows(int(sequence))]

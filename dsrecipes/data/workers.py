@@ -1,4 +1,8 @@
-"""Process a stream of groups on all cores, results in order; a few groups are processed here, without workers."""
+"""How are rows prepared on all cores? A pool of forked processes that returns results in order.
+
+Forked, because workers then have the recipe (of any module, a notebook's too) and the tokenizer without pickling them. A few groups are
+processed in this process, because starting workers would take longer.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +27,39 @@ Group = TypeVar("Group")
 Result = TypeVar("Result")
 
 FEW = 8
-"""So many groups are processed here: starting workers would take longer."""
+"""Groups that are processed without workers."""
 _MOST = 32
-"""Beyond this number of workers the reading process is the bottleneck."""
+"""Most workers: with more, the process that reads is the bottleneck."""
 _AHEAD = 3
-"""Groups a worker that are read ahead: they bound the memory."""
+"""Groups for each worker that are read ahead; a bound on memory."""
 _PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that the kernel sends when the parent ends."""
 
 _function: Callable[[Any], Any]
-"""In a worker: what it does with each group."""
+"""In a worker process: what it does with each group."""
 
 
 def cores() -> int:
-    """Workers to start: as many as this process has cores, 1 where processes cannot be forked safely."""
+    """Return the number of workers to start: the cores of this process, or 1 where processes cannot be forked safely."""
     if not sys.platform.startswith("linux") or multiprocessing.current_process().daemon:
         return 1
     return min(len(os.sched_getaffinity(0)), _MOST)
 
 
 def in_order(function: Callable[[Group], Result], groups: Iterable[Group], workers: int, few: int = FEW) -> Iterator[Result]:
-    """`function` of each group, in order; an error reaches the caller where its result would have.
+    """Yield `function` of each group, in order; an error is raised where its result would have been.
 
-    Workers are forked, so a function of any module, a notebook's too, and a tokenizer are there without being pickled;
-    groups and results are. At most _AHEAD groups for each worker are in flight.
+    Groups and results are pickled. At most _AHEAD groups for each worker are in flight.
+
+    Args:
+        function: of one group.
+        groups: an error while they are read is raised after the results of the groups before it.
+        workers: processes to start; 1 processes everything here.
+        few: number of groups up to which no workers are started.
 
     Raises:
         UserError: a worker was killed.
-        Exception: what the function or `groups` raised.
+        Exception: what `function` or `groups` raised.
     """
     groups = iter(groups)
     first = list(_guarded(islice(groups, few + 1)))
@@ -68,22 +78,23 @@ def in_order(function: Callable[[Group], Result], groups: Iterable[Group], worke
             yield _result(pending.popleft())
     except BrokenProcessPool:
         raise UserError(
+            "DSR105",
             f"one of {workers} processes that prepare the rows was killed, perhaps for lack of memory. Allow fewer, for "
-            "example two: taskset -c 0,1 COMMAND"
+            "example two: taskset -c 0,1 COMMAND",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class _Failed:
-    """An error in the place of a group or of a result."""
+    """Stands for a group or a result, where there was an error instead."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
 def _guarded(groups: Iterator[Group]) -> Iterator[Group | _Failed]:
-    """The groups, and last the error that ended them: rows before it come first, as without workers."""
+    """Yield the groups, and last the error that ended them, so that the groups before it are processed first."""
     try:
         yield from groups
     except Exception as error:
@@ -91,13 +102,14 @@ def _guarded(groups: Iterator[Group]) -> Iterator[Group | _Failed]:
 
 
 def _checked(value: Any) -> Any:
+    """Return a value, or raise the error that it stands for."""
     if isinstance(value, _Failed):
         raise value.error
     return value
 
 
 def _forked(function: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
-    """A pool whose processes have started, which they do at the first call."""
+    """Start a pool; the first call makes it fork its processes."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (function, os.getpid()))
     # the tokenizers library must not use threads of its own in a fork, and warns where it had some before
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -127,7 +139,7 @@ def _result(future: Future) -> Any:
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """Ctrl-C and signals are the parent's business; a worker ends with it, however it ends."""
+    """Set up a worker: it leaves Ctrl-C to the parent, and ends with the parent, however that ends."""
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -135,9 +147,11 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before prctl
-    gc.freeze()  # a collection would write into the pages that are shared with the parent
+    gc.freeze()  # garbage collection would write into the pages that are shared with the parent
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # a fork has none of the parent's OpenMP threads, and would wait for them
+        sys.modules["torch"].set_num_threads(
+            1
+        )  # a fork does not have the OpenMP threads of its parent, and would wait for them
 
 
 def _call(group: Any) -> Any:
@@ -146,6 +160,6 @@ def _call(group: Any) -> Any:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception that does not survive the way back would break the pool
+        except Exception:  # an exception that cannot be unpickled would break the pool
             error = RuntimeError("".join(traceback.format_exception(error)))
         return _Failed(error)

@@ -28,9 +28,10 @@ class JudgedItem:
 
 def read_rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[tuple[str, Json]]:
     """(where, row) of a file's rows, or of those that the run held out."""
-    from dsrecipes.data.files import SUFFIXES, located, suffix
+    from dsrecipes.data.decode import SUFFIXES, suffix
     from dsrecipes.data.load import load_splits
     from dsrecipes.data.renamed import OptionalColumns, renamed
+    from dsrecipes.data.rows import located
     from dsrecipes.evaluation.rows import EvaluationRows
 
     if prompts:
@@ -74,7 +75,7 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
     """What a row asks, without the marks of the model's prompt format where the row's form is known."""
-    from dsrecipes.data.formats import instruction_record, with_answer
+    from dsrecipes.data.parse import instruction_record, with_answer
     from dsrecipes.data.records import BAD_ROW
 
     with contextlib.suppress(*BAD_ROW):

@@ -104,7 +104,7 @@ class LocalJudge:
         Raises:
             UserError: prompt and reply do not fit into the model's positions.
         """
-        from dsrecipes.data.chat import chat_template
+        from dsrecipes.data.chat_template import chat_template
         from dsrecipes.inference.answers import positions
 
         try:

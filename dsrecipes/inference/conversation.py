@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from dsrecipes.data.chat import chat_template
+from dsrecipes.data.chat_template import chat_template
 from dsrecipes.data.records import BAD_ROW
 from dsrecipes.errors import UserError
 from dsrecipes.inference.answers import generation_settings, positions

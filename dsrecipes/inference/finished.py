@@ -70,7 +70,7 @@ class FinishedRun:
     @cached_property
     def reasons(self) -> bool:
         """Whether the run trained on reasoning before answers."""
-        from dsrecipes.data.chat import REASONING
+        from dsrecipes.data.chat_answers import REASONING
 
         try:
             splits = json.loads(self.folder.data.read_text("utf-8"))

@@ -151,8 +151,10 @@ def _read_questions(run: FinishedRun, prompts: str | Path | Iterable[Json], skip
 
 def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json | str]]:
     """Rows with their places; of a .txt file its lines, as texts."""
-    from dsrecipes.data.files import FileRows, located, suffix
+    from dsrecipes.data.decode import suffix
+    from dsrecipes.data.files import FileRows
     from dsrecipes.data.load import load_splits
+    from dsrecipes.data.rows import located
     from dsrecipes.io.paths import starter_path
 
     if not isinstance(prompts, (str, Path)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.formats import with_answer
+from dsrecipes.data.parse import with_answer
 from dsrecipes.data.records import BAD_ROW
 from dsrecipes.errors import UserError
 

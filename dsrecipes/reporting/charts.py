@@ -1,4 +1,4 @@
-"""The curves of runs as plain numbers: what report.js draws, and what a table beside each chart tells."""
+"""Which curves does a report draw? Plain numbers for report.js, and the same numbers for the table below each chart."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dsrecipes.reporting.recorded import RecordedRun, as_mapping, is_number
+from dsrecipes.runs.figures import FIGURES, chart_titles
 
-_CURVES = {
-    "loss": {"loss": "train", "eval_loss": "validation"},
-    "accuracy": {"eval_accuracy": "validation"},
-    "learning_rate": {"learning_rate": ""},
-    "grad_norm": {"grad_norm": ""},
-    "speed": {"tokens_per_second": ""},
-    "memory": {"peak_memory_gb": ""},
-}
-"""Charts by name: keys of log.jsonl, and which of two lines each is."""
 _POINTS = 4000
-"""Points of a chart's key, shared by the runs: all charts together stay under a megabyte."""
+"""Points of one line, shared by the runs, so that all charts together stay below a megabyte."""
 _TABLE_ROWS = 100
+"""Rows of the table below a chart."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; `run` is the number of its run, `part` train, validation or nothing."""
+    """One line of a chart; `run` is the index of its run, `part` train, validation or empty."""
 
     run: int
     name: str
@@ -38,18 +31,18 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over the training step, or counts over lengths (`kind` bars)."""
+    """Lines over the training step (`kind` line), or counts over lengths (`kind` bars)."""
 
     key: str
     kind: str
     series: list[Series] = field(default_factory=list)
     gaps: int = 0
-    """Values that are no finite numbers."""
+    """Values that are not finite numbers."""
     split: str = ""
 
     def table(self) -> list[list[float | None]]:
-        """x and the value of each series, a row for each x; every n-th of many, the first and the last among them."""
-        columns = [dict(zip(each.x, each.y, strict=True)) for each in self.series]
+        """A row for each x: x and the value of each series; of many rows every n-th, always with the first and the last."""
+        columns = [dict(zip(series.x, series.y, strict=True)) for series in self.series]
         steps = sorted(set().union(*columns))
         if len(steps) > _TABLE_ROWS:
             steps = [steps[i * (len(steps) - 1) // (_TABLE_ROWS - 1)] for i in range(_TABLE_ROWS)]
@@ -57,27 +50,39 @@ class Chart:
 
 
 def curves(runs: list[RecordedRun]) -> list[Chart]:
-    """A chart of each figure that a run logged."""
+    """A chart for each figure that a run logged, in the order of FIGURES."""
     charts = []
-    for name, parts in _CURVES.items():
-        series, gaps = [], 0
+    for name in chart_titles("en"):
+        lines = {key: figure.line for key, figure in FIGURES.items() if figure.chart == name}
         if name == "loss":
-            parts = parts | _losses_by_source(runs)
-        for number, run in enumerate(runs):
-            for key, part in parts.items():
-                points = [(line["step"], line[key]) for line in run.log if line.get(key) is not None]
-                values = [(step, float(f"{value:.6g}") if is_number(value) else None) for step, value in points]
-                gaps += sum(value is None for _, value in values)
-                if any(value is not None for _, value in values):
-                    kept = thin(values, _POINTS // len(runs))
-                    series.append(Series(number, run.name, part, [x for x, _ in kept], [y for _, y in kept]))
-        if series:
-            charts.append(Chart(name, "line", series, gaps))
+            lines |= _losses_by_source(runs)
+        chart = _chart(name, lines, runs)
+        if chart.series:
+            charts.append(chart)
     return charts
 
 
+def _chart(name: str, lines: dict[str, str], runs: list[RecordedRun]) -> Chart:
+    """A chart of keys of log.jsonl; `lines` gives the part that each key is."""
+    series, gaps = [], 0
+    for number, run in enumerate(runs):
+        for key, part in lines.items():
+            values = [(entry["step"], _finite(entry[key])) for entry in run.log if entry.get(key) is not None]
+            missing = sum(value is None for _, value in values)
+            gaps += missing
+            if missing < len(values):
+                points = thin(values, _POINTS // len(runs))
+                series.append(Series(number, run.name, part, [x for x, _ in points], [y for _, y in points]))
+    return Chart(name, "line", series, gaps)
+
+
+def _finite(value: object) -> float | None:
+    """A number with six digits, which is what a chart can show; None for what is not a finite number."""
+    return float(f"{value:.6g}") if is_number(value) else None
+
+
 def _losses_by_source(runs: list[RecordedRun]) -> dict[str, str]:
-    """Keys of the validation losses of single data sets -> the name of the data set."""
+    """Key of the validation loss on one data set -> name of the data set."""
     names = _in_order(name for run in runs for name in as_mapping(run.splits.get("validation", {}).get("sources")))
     return {f"eval_{name}_loss": name for name in names}
 
@@ -89,22 +94,22 @@ def thin(points: list[tuple[float, float | None]], limit: int) -> list[tuple[flo
     size = -(-len(points) * 2 // limit)
     kept: list[tuple[float, float | None]] = []
     for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        finite = [i for i in stretch if points[i][1] is not None]
-        ends = {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])} if finite else {start}
-        kept += [points[i] for i in sorted(ends)]
+        stretch = points[start : start + size]
+        finite = [(y, index) for index, (_, y) in enumerate(stretch) if y is not None]
+        extremes = {min(finite)[1], max(finite)[1]} if finite else {0}
+        kept += [stretch[index] for index in sorted(extremes)]
     return kept
 
 
 def lengths(runs: list[RecordedRun]) -> list[Chart]:
-    """How long the rows of each split are, a chart a split."""
+    """The lengths of the rows of each split, one chart per split."""
     charts = []
     for split in _in_order(name for run in runs for name in run.splits):
         series = []
         for number, run in enumerate(runs):
-            told = run.splits.get(split, {}).get("lengths")
-            edges, counts = (told.get("edges"), told.get("counts")) if isinstance(told, dict) else (None, None)
-            if _is_histogram(edges, counts):
+            histogram = as_mapping(run.splits.get(split, {}).get("lengths"))
+            edges, counts = histogram.get("edges"), histogram.get("counts")
+            if isinstance(edges, list) and isinstance(counts, list) and _is_histogram(edges, counts):
                 middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
                 series.append(Series(number, run.name, "", middles, counts))
         if series:
@@ -112,9 +117,8 @@ def lengths(runs: list[RecordedRun]) -> list[Chart]:
     return charts
 
 
-def _is_histogram(edges: object, counts: object) -> bool:
-    both = isinstance(edges, list) and isinstance(counts, list) and len(edges) == len(counts) + 1
-    return both and all(map(is_number, [*edges, *counts]))
+def _is_histogram(edges: list[object], counts: list[object]) -> bool:
+    return len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run folder holds about its run, read without torch; a run that died or goes on still can be read."""
+"""What does a run folder say about its run? Read without torch, also while the run is training or after a crash."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dsrecipes.errors import UserError
 from dsrecipes.io.text import read_yaml
@@ -17,7 +17,7 @@ Json = Any
 
 
 def read_json(path: Path) -> Json:
-    """A JSON file, or a .jsonl file as a list of its lines; one cut off by a death lacks its last line.
+    """Read a JSON file, or a .jsonl file as a list of its lines, without the half line that a killed run leaves.
 
     Raises:
         UserError: it cannot be read.
@@ -25,12 +25,12 @@ def read_json(path: Path) -> Json:
     try:
         return read_log(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError("DSR560", f"{path} cannot be read: {error}") from error
 
 
 @dataclass
 class RecordedRun:
-    """One run folder's files as plain Python; what is missing or damaged is empty, and `notes` say what is damaged."""
+    """The files of a run folder as plain Python. What is missing or damaged is empty; `notes` lists what is damaged."""
 
     folder: RunFolder
     name: str
@@ -42,7 +42,7 @@ class RecordedRun:
         try:
             value = read_json(path)
         except UserError as error:
-            self.notes.append(str(error))
+            self.notes.append(error.message)
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -58,22 +58,22 @@ class RecordedRun:
 
     @cached_property
     def metrics(self) -> dict[str, Json]:
-        """metrics.json; empty while a run is not finished."""
+        """metrics.json; empty until a run is finished."""
         return self._read(self.folder.metrics)
 
     @cached_property
     def splits(self) -> dict[str, dict[str, Json]]:
-        """data.json: what became of each split's rows."""
-        return {name: each for name, each in self._read(self.folder.data).items() if isinstance(each, dict)}
+        """data.json: split -> what was read, kept and dropped of its rows."""
+        return {name: facts for name, facts in self._read(self.folder.data).items() if isinstance(facts, dict)}
 
     @cached_property
     def verified(self) -> dict[str, Json]:
-        """VERIFIED.json, in the run folder or beside the model."""
+        """VERIFIED.json, in the run folder or next to the model."""
         return self._read(self.folder.verified) or self._read(self.folder.model / self.folder.verified.name)
 
     @cached_property
     def log(self) -> list[dict[str, Json]]:
-        """The whole lines of log.jsonl."""
+        """The complete lines of log.jsonl."""
         lines = read_log(self.folder.log) if self.folder.log.is_file() else []
         return [line for line in lines if isinstance(line, dict) and is_number(line.get("step"))]
 
@@ -81,9 +81,9 @@ class RecordedRun:
     def others(self) -> list[Path]:
         """Other JSON files in the run folder: samples, comparisons, what the recipe wrote."""
         folder = self.folder
-        own = (folder.ds_config, folder.environment, folder.data, folder.metrics, folder.verified, folder.log)
-        found = (path for path in folder.path.iterdir() if path.suffix in (".json", ".jsonl"))
-        return sorted(path for path in found if path.is_file() and path not in own)
+        known = (folder.ds_config, folder.environment, folder.data, folder.metrics, folder.verified, folder.log)
+        paths = (path for path in folder.path.iterdir() if path.suffix in (".json", ".jsonl"))
+        return sorted(path for path in paths if path.is_file() and path not in known)
 
     @property
     def origins(self) -> dict[str, Json]:
@@ -102,26 +102,26 @@ class RecordedRun:
 
 
 def as_mapping(value: Json) -> dict[str, Json]:
-    """A value that should be an object, or an empty one: files of a run may be damaged."""
+    """The value where it is an object, else an empty one, since files of a run may be damaged."""
     return value if isinstance(value, dict) else {}
 
 
-def is_number(value: Json) -> bool:
-    """Whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # as a float, too
+def is_number(value: Json) -> TypeGuard[float]:
+    """Whether a value is a finite number, also as a float; true and false are not numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def open_recorded(names: list[str | Path]) -> list[RecordedRun]:
-    """Run folders with a short name for each: the folder's, or its path where two are called the same.
+    """Open run folders, each with a short name: the folder's name, or its path where two have the same name.
 
     Raises:
-        UserError: a folder is none, or is named twice.
+        UserError: not a run folder, or one is given twice.
     """
     folders = [find_run(str(name), ended=False) for name in names]
     paths = [folder.path.resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(f"{path}: this run is named twice")
+            raise UserError("DSR561", f"{path}: this run is given twice")
     short = [path.name for path in paths]
     return [
         RecordedRun(folder, path.name if short.count(path.name) == 1 else str(path))

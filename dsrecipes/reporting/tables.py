@@ -1,4 +1,4 @@
-"""JSON as tables, whatever its form: what a report shows of metrics, comparisons and samples."""
+"""How does JSON of any form become tables? Metrics, comparisons and samples in a report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Json = Any
 _CELL = 2000
 """Characters of a cell; a longer text is cut and says so."""
 _DEEP = 3
+"""Levels of objects that become tables of their own; deeper ones are shown as JSON."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Table:
 
     @property
     def right(self) -> list[bool]:
-        """Which columns hold numbers alone."""
+        """Which columns hold only numbers, which are aligned to the right."""
         columns = zip(*self.rows, strict=True)
         return [all(value is None or is_number(value) for value in column) for column in columns] or [False] * len(
             self.columns
@@ -34,7 +35,7 @@ class Table:
 
 
 def is_plain(value: Json) -> bool:
-    """Whether a value fills one cell."""
+    """Whether a value fits one cell."""
     return not isinstance(value, (dict, list))
 
 
@@ -42,28 +43,31 @@ def tables(value: Json, caption: str, room: int, depth: int = 0) -> list[Table]:
     """A value as tables: the plain values of an object first, then a table for each object or list inside it.
 
     Args:
+        value: any JSON.
+        caption: what the first table is called.
         room: characters that one table may take; its first rows that fit are shown.
+        depth: objects around this value.
     """
-    if isinstance(value, dict) and value and all(_is_record(each) for each in value.values()):
-        return [_records([{"": name} | each for name, each in value.items()], caption, room)]
+    if isinstance(value, dict) and value and all(map(_is_record, value.values())):
+        return [_records([{"": name} | record for name, record in value.items()], caption, room)]
     if isinstance(value, dict) and depth < _DEEP:
-        plain = [[name, each] for name, each in value.items() if is_plain(each)]
-        found = [_cut(caption, ["", ""], plain, room)] if plain else []
-        for name, each in value.items():
-            if not is_plain(each):
-                found += tables(each, f"{caption} · {name}", room, depth + 1)
-        return found
-    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        plain = [[name, item] for name, item in value.items() if is_plain(item)]
+        result = [_cut(caption, ["", ""], plain, room)] if plain else []
+        for name, item in value.items():
+            if not is_plain(item):
+                result += tables(item, f"{caption} · {name}", room, depth + 1)
+        return result
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return [_records(value, caption, room)]
     items = value if isinstance(value, list) else [value]
-    return [_cut(caption, [""], [[each] for each in items], room)] if items else []
+    return [_cut(caption, [""], [[item] for item in items], room)] if items else []
 
 
-def by_run(found: list[tuple[str, Mapping[str, Json]]]) -> Table:
-    """Plain values of several runs side by side, under the runs' names."""
-    keys = dict.fromkeys(key for _, values in found for key, value in values.items() if is_plain(value))
-    rows = [[key, *(values.get(key) for _, values in found)] for key in keys]
-    return Table("", ["", *(name for name, _ in found)], rows, len(rows))
+def by_run(runs: list[tuple[str, Mapping[str, Json]]]) -> Table:
+    """Plain values of several runs side by side, below the runs' names."""
+    keys = dict.fromkeys(key for _, values in runs for key, value in values.items() if is_plain(value))
+    rows = [[key, *(values.get(key) for _, values in runs)] for key in keys]
+    return Table("", ["", *(name for name, _ in runs)], rows, len(rows))
 
 
 def differing(table: Table) -> Table:
@@ -72,18 +76,26 @@ def differing(table: Table) -> Table:
     return Table(table.caption, table.columns, rows, len(rows))
 
 
-def nested(found: list[tuple[str, Mapping[str, Json]]]) -> list[Table]:
-    """Objects of objects (accuracy by subject) of several runs, joined by name: a table for each key."""
-    result = []
-    for key in dict.fromkeys(key for _, values in found for key, value in values.items() if _is_nest(value)):
-        parts = [(name, values.get(key, {})) for name, values in found if _is_nest(values.get(key))]
-        heads = [(name, head) for name, part in parts for head in dict.fromkeys(h for each in part.values() for h in each)]
-        held = dict(parts)
-        names = dict.fromkeys(row for _, part in parts for row in part)
-        rows = [[row, *(held[name].get(row, {}).get(head) for name, head in heads)] for row in names]
-        columns = ["", *(head if len(found) == 1 else f"{name}: {head}" for name, head in heads)]
-        result.append(Table(key, columns, rows, len(rows)))
-    return result
+def nested(runs: list[tuple[str, Mapping[str, Json]]]) -> list[Table]:
+    """Objects of objects (accuracy by subject) of several runs, joined by name: one table for each key."""
+    keys = dict.fromkeys(key for _, values in runs for key, value in values.items() if _is_nest(value))
+    return [_joined(key, runs) for key in keys]
+
+
+def _joined(key: str, runs: list[tuple[str, Mapping[str, Json]]]) -> Table:
+    """The objects that the runs have for one key, a row for each name and a column for each run and inner key."""
+    nests = {name: values[key] for name, values in runs if _is_nest(values.get(key))}
+    heads = [
+        (name, head)
+        for name, nest in nests.items()
+        for head in dict.fromkeys(head for record in nest.values() for head in record)
+    ]
+    rows = [
+        [row, *(nests[name].get(row, {}).get(head) for name, head in heads)]
+        for row in dict.fromkeys(row for nest in nests.values() for row in nest)
+    ]
+    columns = ["", *(head if len(runs) == 1 else f"{name}: {head}" for name, head in heads)]
+    return Table(key, columns, rows, len(rows))
 
 
 def _is_record(value: Json) -> bool:
@@ -95,12 +107,13 @@ def _is_nest(value: Json) -> bool:
 
 
 def _records(records: list[dict[str, Json]], caption: str, room: int) -> Table:
-    columns = list(dict.fromkeys(key for each in records for key in each))
-    return _cut(caption, columns, [[each.get(key) for key in columns] for each in records], room)
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    return _cut(caption, columns, [[record.get(key) for key in columns] for record in records], room)
 
 
 def _cut(caption: str, columns: list[str], rows: list[list[Json]], room: int) -> Table:
-    kept = []
+    """A table of the first rows that fit into `room` characters, at least one."""
+    kept: list[list[Json]] = []
     for row in rows:
         cells = [_cell(value) for value in row]
         room -= sum(len(str(cell)) for cell in cells)
@@ -111,6 +124,7 @@ def _cut(caption: str, columns: list[str], rows: list[list[Json]], room: int) ->
 
 
 def _cell(value: Json) -> Json:
+    """A value as it fills a cell: a list as lines, a nested value as JSON, a long text cut."""
     if isinstance(value, list) and all(map(is_plain, value)):
         value = "\n".join(map(str, value))
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -21,64 +21,85 @@ from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.weights import fingerprint, read_tensors, weight_files
 
 Batch = dict[str, torch.Tensor]
-_TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
 RANDOM_LENGTH = 16
 """Tokens of a row of random ids, at most."""
-_ROWS, _WIDTH, _KEPT = 2, 64, 4
-"""Number of training rows and their length in tokens; positions from the end whose logits are recorded."""
+# English, Chinese, code with a tab and a non-ASCII letter, and the special tokens of Llama and ChatML
+_TEXTS = ("Read 3 pages.", "臺灣最高的山是玉山。", "def half(x):\n\treturn x / 2  # naïve", "<s> [INST] a </s> <|im_end|>")
+_ROWS = 2
+"""Training rows that are recorded."""
+_LENGTH = 64
+"""Their length in tokens, at most."""
+_POSITIONS = 4
+"""Positions from the end whose logits are recorded for a causal model."""
 _NOT_INPUTS = ("labels", WEIGHTS, TOKEN_COUNTS)
-"""What of a batch the model is not given."""
+"""Keys of a batch that the model's forward pass does not receive."""
 _FACTS = {
-    "step": int, "auto_class": str, "precision": str, "dtype": str, "learned": bool, "tokenizer": dict, "weights": dict,
+    "step": int,
+    "auto_class": str,
+    "precision": str,
+    "dtype": str,
+    "learned": bool,
+    "tokenizer": dict,
+    "weights": dict,
     "files": dict,
-}  # fmt: skip
-"""What is recorded beside the logits."""
+}
+"""Fact that is recorded beside the logits -> its type."""
 
 
 def random_inputs(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
-    """Two rows of random ids, each of four choices for multiple choice."""
+    """Two rows of random ids, (2, length), or (2, 4, length) for multiple choice."""
     shape = (2, 4, length) if auto_class.endswith("ForMultipleChoice") else (2, length)
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids} if auto_class.endswith("ForCausalLM") else {"input_ids": ids, "attention_mask": ids * 0 + 1}
+    if auto_class.endswith("ForCausalLM"):
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def first_rows(data: Sequences, collate: Callable[[list], Batch], auto_class: str) -> Batch:
-    """The first tokens of the first training rows; for a causal model one example a row and no mask, so none is packed."""
+    """The first tokens of the first training rows, as inputs of the model.
+
+    For a causal model one example per row, without a mask: packing and padding are not compared here.
+    """
     items = [data[i] for i in range(min(_ROWS, len(data)))]
     if auto_class.endswith("ForCausalLM"):
-        width = min(_WIDTH, *(len(item[0]["input_ids"]) for item in items))
-        return {"input_ids": torch.tensor([item[0]["input_ids"][:width].tolist() for item in items])}
+        length = min(_LENGTH, *(len(item[0]["input_ids"]) for item in items))
+        return {"input_ids": torch.tensor([item[0]["input_ids"][:length].tolist() for item in items])}
     batch = {key: value for key, value in collate(items).items() if key not in _NOT_INPUTS}
     shape = batch["input_ids"].shape
-    return {key: value[..., :_WIDTH] if value.shape == shape else value for key, value in batch.items()}
+    return {key: value[..., :_LENGTH] if value.shape == shape else value for key, value in batch.items()}
 
 
 def logits_of(model: PreTrainedModel, batch: Batch, auto_class: str) -> torch.Tensor:
-    """Logits in fp32 on the CPU; of a causal model those of the last positions."""
+    """Logits in fp32 on the CPU; of a causal model only those of the last positions."""
     causal = auto_class.endswith("ForCausalLM")
+    options = {"use_cache": False} if causal else {}
     model.eval()
     with torch.no_grad():
-        logits = model(**batch, **({"use_cache": False} if causal else {})).logits
-    return (logits[:, -_KEPT:] if causal else logits).float().cpu().contiguous()
+        logits = model(**batch, **options).logits
+    return (logits[:, -_POSITIONS:] if causal else logits).float().cpu().contiguous()
 
 
 def allowed_difference(logits: torch.Tensor, precision: str, four_bit: bool) -> float:
-    """How far rounding may move the logits of the same weights, in units of the logits or of their standard deviation."""
+    """How far rounding may move the logits of the same weights: a share of their standard deviation, which counts as 1 at least.
+
+    bf16 and fp16 have 8 and 11 bits of mantissa, and errors add up over all layers; the logits of another model differ
+    by several standard deviations.
+    """
     share = 1e-4
     if precision != "fp32":
-        share = 0.2  # of 8 bits or 11 bits of mantissa, over all layers; another model's logits differ by several
+        share = 0.2
     elif four_bit:
         share = 1e-2
     return share * max(1.0, logits.std().item())
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Ids of fixed texts, and the number of tokens."""
+    """Number of tokens, and the ids of fixed texts."""
     return {"size": len(tokenizer), "texts": {text: tokenizer(text)["input_ids"] for text in _TEXTS}}
 
 
-def _saved_tensors(model: Path) -> dict[str, str]:
-    """Name and fingerprint of each tensor; none where the save went wrong, which verify tells once all ranks are done."""
+def saved_fingerprints(model: Path) -> dict[str, str]:
+    """Name and fingerprint of each saved tensor; none where the save went wrong, which verify reports after all ranks end."""
     try:
         return {name: fingerprint(tensor) for path in weight_files(model) for name, tensor in read_tensors(path)}
     except UserError:
@@ -105,7 +126,7 @@ def save_reference(
     folder.verified.unlink(missing_ok=True)  # it is about an earlier model/
     others = [path for path in folder.model.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".md")]
     facts = facts | {
-        "weights": _saved_tensors(folder.model),
+        "weights": saved_fingerprints(folder.model),
         "files": {path.relative_to(folder.model).as_posix(): checksum(path) for path in sorted(others)},
     }
     staged = folder.reference.with_suffix(".partial")
@@ -114,35 +135,46 @@ def save_reference(
 
 
 def read_reference(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Batch]]:
-    """What was recorded: the facts, and by name inputs with their logits.
+    """Read the recorded facts, and by name the inputs with their logits.
 
     Raises:
-        UserError: nothing was, or it cannot be read.
+        UserError: nothing was recorded, or it is damaged.
     """
-    if not folder.reference.is_file():
+    path = folder.reference
+    if not path.is_file():
         raise UserError(
-            f"{folder.path}: nothing to verify against, {folder.reference.name} is missing. It is written when training ends; "
-            "a run of an older version has none"
+            "DSR333",
+            f"{folder.path}: nothing to verify against, {path.name} is missing. It is written when training ends; "
+            "a run of an older version has none",
         )
     batches: dict[str, Batch] = {}
-    for key, tensor in read_tensors(folder.reference):
+    for key, tensor in read_tensors(path):
         name, _, part = key.partition("/")
         batches.setdefault(name, {})[part] = tensor
     try:
-        with safe_open(folder.reference, "pt") as file:
+        with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-        for name, kind in _FACTS.items():
-            if not isinstance(facts[name], kind):
-                raise TypeError(name)
-        dtype, texts = getattr(torch, facts["dtype"]), facts["tokenizer"]["texts"]
-        whole = isinstance(dtype, torch.dtype) and isinstance(texts, dict) and facts["auto_class"].startswith("AutoModelFor")
-        if not whole or not batches or not all("logits" in each for each in batches.values()):
-            raise ValueError(facts["auto_class"])
+        _check_facts(facts, batches)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder.reference} is damaged: it does not hold what was recorded when training ended") from error
+        problem = "it does not hold what is recorded when training ends"
+        raise UserError("DSR334", f"{path} is damaged: {problem}") from error
     return facts, batches
+
+
+def _check_facts(facts: dict[str, Any], batches: dict[str, Batch]) -> None:
+    """Check names and types (ValueError, LookupError, TypeError or AttributeError)."""
+    for name, kind in _FACTS.items():
+        if not isinstance(facts[name], kind):
+            raise TypeError(name)
+    if not isinstance(getattr(torch, facts["dtype"]), torch.dtype) or not isinstance(facts["tokenizer"]["texts"], dict):
+        raise TypeError(facts["dtype"])
+    if not facts["auto_class"].startswith("AutoModelFor"):
+        raise ValueError(facts["auto_class"])
+    if not batches or not all("logits" in batch for batch in batches.values()):
+        raise ValueError("logits")
 
 
 def describe_verification(facts: dict[str, Any]) -> str:
     """VERIFIED.json in words."""
-    return f"{plural(facts['tensors'], 'tensor')}, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"
+    count = plural(facts["tensors"], "tensor")
+    return f"{count}, largest difference {facts['largest_difference']:.1g} (allowed {facts['allowed']:.1g})"

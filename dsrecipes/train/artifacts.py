@@ -25,6 +25,7 @@ from dsrecipes.data.split import Split
 from dsrecipes.io.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train.summary import _sources
+from dsrecipes.zero.internals import engine_config
 
 if TYPE_CHECKING:
     from dsrecipes.config.schema import Config
@@ -148,7 +149,7 @@ def _devices() -> list[str]:
 
 def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
     """ds_config.json as the engine took it; no `auto` is left in it."""
-    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    config = engine_config(trainer.accelerator)
     text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
     write_whole(folder.ds_config, text + "\n")
 

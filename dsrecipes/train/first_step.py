@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from dsrecipes.data.audit import OFF, RankRows, check_ranks, unlabelled
 from dsrecipes.errors import UserError, plural
 from dsrecipes.train.state import Run
+from dsrecipes.zero.internals import local_shard
 from dsrecipes.zero.shards import check_shards, gradient_bytes, measure_shards
 
 _EXPERT = re.compile(r"(^|\.)experts\.")
@@ -123,7 +124,7 @@ class FirstStep(TrainerCallback):
 def sick_weight(model: torch.nn.Module) -> str | None:
     """The first parameter, or this rank's part of one, that holds a NaN or infinite number."""
     for name, parameter in model.named_parameters():
-        values = getattr(parameter, "ds_tensor", parameter).detach()
+        values = local_shard(parameter).detach()
         if values.is_floating_point() and values.numel() and not torch.stack(values.aminmax()).isfinite().all():
             return name
     return None

@@ -13,18 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import rewrite_logs
 
 from dsrecipes.io.console import Console
+from dsrecipes.runs.figures import FIGURES
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import truncate_log
 
-_SHOWN = {
-    "loss": "loss {:.3f}",
-    "eval_loss": "eval {:.3f}",
-    "learning_rate": "lr {:.1e}",
-    "grad_norm": "norm {:.2f}",
-    "tokens_per_second": "{:,.0f} tok/s",
-    "samples_per_second": "{:.3g} rows/s",
-    "peak_memory_gb": "{:.1f} GB",
-}
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
 """A short bar, so that all figures fit beside it in 110 columns."""
 
@@ -60,9 +52,12 @@ class Recorder(TrainerCallback):
         line = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
         self._write(json.dumps(line) + "\n")
         self._draw(rewrite_logs(logs), state.global_step)
-        self.shown |= {key: value for key, value in logs.items() if key in _SHOWN and value is not None}
+        formats = {key: figure.bar for key, figure in FIGURES.items() if figure.bar}
+        self.shown |= {key: value for key, value in logs.items() if key in formats and value is not None}
         if self.bar is not None:
-            self.bar.set_postfix_str(" ".join(_SHOWN[key].format(self.shown[key]) for key in _SHOWN if key in self.shown))
+            self.bar.set_postfix_str(
+                " ".join(text.format(self.shown[key]) for key, text in formats.items() if key in self.shown)
+            )
 
     def _write(self, line: str) -> None:
         """Append to log.jsonl; a disk that is full or gone costs no training."""

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.schema import Config
-from dsrecipes.data.files import Row
 from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
+from dsrecipes.data.rows import Row
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import (
     MixedSplit,

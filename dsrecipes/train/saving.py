@@ -23,6 +23,7 @@ from dsrecipes.launch.signals import StopSignals
 from dsrecipes.model.task import unwrapped
 from dsrecipes.runs.checkpoint_manifest import FileFacts, hash_files, list_files, write_manifest
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.zero.internals import file_writer, full_numel
 
 PROGRESS = "progress.json"
 """What Trainer keeps between two steps and does not save."""
@@ -113,7 +114,7 @@ class SavingTrainer(Trainer):
                     shutil.rmtree(cut_off, ignore_errors=True)
                 writing.mkdir(parents=True)
         self._refuse_failures(step)
-        with _noting(getattr(model, "checkpoint_engine", None), self._note):
+        with _noting(file_writer(model), self._note):
             super()._save_checkpoint(model, trial)
         best = self.state.best_global_step
         if best and (best == step or self._path(best).is_dir()):
@@ -184,7 +185,7 @@ class SavingTrainer(Trainer):
         """Bytes of the next checkpoint: those of the last one, or before the first one weights and states reckoned."""
         if self._saved_bytes:
             return self._saved_bytes
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        sizes = [(full_numel(p), p.element_size(), p.requires_grad) for p in self.model.parameters()]
         trained = sum(count for count, _, grad in sizes if grad)
         written = sum(count * size for count, size, grad in sizes if grad or trained == sum(n for n, _, _ in sizes))
         return 2 * written + 12 * trained  # the model and the engine's copy; fp32 weights and two moments

@@ -15,12 +15,13 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsrecipes.data.encode import IGNORE
-from dsrecipes.data.seen import Seen
 from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split, describe_dropped
 from dsrecipes.data.stream import Stream
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import plural
 from dsrecipes.model.bundled import needs_conversion
+from dsrecipes.runs.figures import FIGURES
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.reference import describe_verification
 
@@ -59,10 +60,10 @@ def _about(name: str, stats: SplitStats, sequences: Sequences) -> str:
 
 def _seen(splits: dict[str, Split]) -> list[str]:
     """The forms of the rows, and columns that are not used, over all splits."""
-    seen = Seen()
+    seen = ColumnUsage()
     for split in splits.values():
         seen.merge(split.stats.seen)
-    return seen.words()
+    return seen.describe()
 
 
 def _weights(splits: dict[str, Split], class_weights: np.ndarray | None, names: Mapping[int, str]) -> list[str]:
@@ -206,17 +207,8 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float,
     """Result, where things are, the next commands; `data` are the facts of a stream."""
     figures = {key: value for key, value in result.metrics.items() if isinstance(value, (int, float))}
     shown = [f"train loss {figures['train_loss']:.4f}"] if figures.get("train_loss") is not None else []
-    for key, words in (
-        ("eval_loss", "validation loss"),
-        ("eval_perplexity", "perplexity"),
-        ("eval_accuracy", "accuracy"),
-        ("eval_macro_f1", "macro-F1"),
-        ("eval_pearson", "Pearson"),
-        ("test_loss", "test loss"),
-        ("test_accuracy", "test accuracy"),
-        ("test_macro_f1", "test macro-F1"),
-        ("test_pearson", "test Pearson"),
-    ):
+    footers = {key: figure.footer for key, figure in FIGURES.items() if figure.footer}
+    for key, words in footers.items():
         if key in figures:
             guess = figures.get(f"{key}_majority")
             shown.append(

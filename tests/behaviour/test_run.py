@@ -35,7 +35,7 @@ FILES = {
     "broken.jsonl.gz": (gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 999)[:-20], ["broken.jsonl.gz", "damaged gzip"]),
     "broken.parquet": (b"PAR1", ["broken.parquet", "not a Parquet file"]),
     "latin.jsonl": ('{"instruction": "a", "output": "é"}'.encode("latin-1"), ["latin.jsonl", "not UTF-8", "line 1"]),
-    "missing.jsonl": (b'{"instruction": "a", "output": "b"}\n{"output": "b"}', ["missing.jsonl, line 2: no known form of rows: the row has output; expected one of", "--skip_bad_rows"]),
+    "missing.jsonl": (b'{"instruction": "a", "output": "b"}\n{"output": "b"}', ["missing.jsonl, line 2: no known format of rows: the row has output; expected one of", "--skip_bad_rows"]),
     "typed.json": (b'[{"instruction": "a", "output": ["b"]}]', ["typed.json, row 1: field 'output' must be text, found list"]),
     "empty_output.json": (b'[{"instruction": "a", "output": ""}]', ["row 1: field 'output' is empty", "--skip_bad_rows"]),
     "empty.json": (b"[]", ["empty.json: the train data are empty"]),

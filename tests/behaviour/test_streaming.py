@@ -1,4 +1,4 @@
-"""--streaming true: positions in files, windows, exact resume without reading what was used, and what is refused."""
+"""--streaming true: positions in files, windows, exact resume without reading used rows, and refused settings."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def write(folder: Path, form: str, rows: list[dict[str, str]]) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_row_comes_once_and_any_position_goes_on_from_there(tmp_path: Path, form: str) -> None:
+def test_every_row_occurs_once_and_reading_continues_from_any_position(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, form, ROWS)
     files = units.Units((path,))
     pieces = [
@@ -166,7 +166,7 @@ def read(data: Stream, steps: int) -> None:
 
 @pytest.mark.parametrize(("recipe", "form"), [(AlpacaLlamaSft, "jsonl"), (AlpacaLlamaSft, "csv"), (AlpacaLlamaSft, "jsonl.gz"), (Gpt2Clm, "txt")])  # fmt: skip
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_state_continues_as_if_nothing_had_been(tmp_path: Path, recipe: type, form: str, packing: bool) -> None:
+def test_a_stream_continues_exactly_from_a_state(tmp_path: Path, recipe: type, form: str, packing: bool) -> None:
     path = write(tmp_path, form, instructions(50))
     whole = a_stream(path, recipe, packing=packing)
     whole.begin(None)
@@ -218,7 +218,7 @@ def test_named_columns_are_streamed(tmp_path: Path) -> None:
     data = a_stream(RenamedRows(files, (("instruction", "task"),)))
     read(data, 3)
     assert data.window.end.read.kept > 5
-    with pytest.raises(UserError, match="has no column 'job'"):
+    with pytest.raises(UserError, match="'job'.*DSR130"):
         read(a_stream(RenamedRows(files, (("instruction", "job"),))), 1)
 
 
@@ -239,7 +239,7 @@ def test_a_bad_row_in_the_middle_names_file_and_line(tmp_path: Path, form: str) 
     place = {"jsonl": "line 59", "csv": "line 31", "parquet": "row 30", "jsonl.gz": "line 59"}[form]
     path = write(tmp_path, form, rows)
     data = a_stream(path, shuffle=False)
-    with pytest.raises(UserError, match=f"{path}, {place}: field 'output' is empty"):
+    with pytest.raises(UserError, match=f"{path}, {place}: field 'output' .*DSR101"):
         read(data, 20)
     skipping = a_stream(path, shuffle=False, skip_bad_rows=True)
     read(skipping, 20)
@@ -253,9 +253,9 @@ def test_a_bad_row_in_the_middle_names_file_and_line(tmp_path: Path, form: str) 
         (lambda text: text.replace('"output"', "output", 30), "not JSON"),
         (
             lambda text: text[: len(text) // 2] + "17\n" + text[len(text) // 2 :].partition("\n")[2],
-            "not JSON|expected an object",
+            "DSR005|DSR123",
         ),
-        (lambda text: "\n\n", "the train data are empty"),
+        (lambda text: "\n\n", "DSR103"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, spoil: Any, problem: str) -> None:
@@ -270,13 +270,13 @@ def test_bytes_that_are_not_utf8_and_a_file_that_changes_are_named(tmp_path: Pat
     path = write(tmp_path, "jsonl", instructions(60))
     good = path.read_bytes()
     path.write_bytes(good[:3000].replace(b"Count", b"C\xf6unt") + good[3000:])
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="DSR116"):
         read(a_stream(path, shuffle=False), 20)
     path.write_bytes(good)
     data = a_stream(path)
     data.begin(None)
     path.write_bytes(good + good)
-    with pytest.raises(UserError, match="changed while it was streamed"):
+    with pytest.raises(UserError, match="DSR157"):
         contents(data, range(30))
 
 
@@ -290,16 +290,16 @@ def test_another_end_token_is_another_stream(tmp_path: Path) -> None:
 def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl", instructions(5))
     data = a_stream(path, check_ids=partial(check_ids, tokenizer=llama_tokenizer(), rows=60))
-    with pytest.raises(UserError, match=f"{path}, line .*embedding"):
+    with pytest.raises(UserError, match=f"{path}, line .*DSR158"):
         data.begin(None)
 
 
 REFUSED = {
-    "no steps": ({"num_train_epochs": 2, "max_steps": -1}, "--streaming true: .*give --max_steps N"),
-    "held out": ({"validation_split": 0.1}, "--validation_split: .*--eval_dataset"),
-    "hub": ({"dataset": "tatsu-lab/alpaca"}, "download first"),
-    "epochs": ({"eval_strategy": "epoch"}, "--eval_strategy epoch: .*steps"),
-    "recipe": ({"recipe": "bert_tmmlu_qa", "model_name_or_path": None, "dataset": None}, "causal language models"),
+    "no steps": ({"num_train_epochs": 2, "max_steps": -1}, "DSR153"),
+    "held out": ({"validation_split": 0.1}, "DSR154"),
+    "hub": ({"dataset": "tatsu-lab/alpaca"}, "DSR152"),
+    "epochs": ({"eval_strategy": "epoch"}, "--eval_strategy .*DSR155"),
+    "recipe": ({"recipe": "bert_tmmlu_qa", "model_name_or_path": None, "dataset": None}, "DSR151"),
 }
 
 

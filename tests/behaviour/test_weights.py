@@ -220,7 +220,7 @@ def test_a_weight_column_of_questions(tmp_path: Path) -> None:
 # ---- rows to batches ----
 
 
-def test_weights_stand_where_their_labels_are() -> None:
+def test_weights_have_the_positions_of_their_labels() -> None:
     ids = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]]
     labels = [[IGNORE, 2, IGNORE, 4], [IGNORE, 6, 7], [IGNORE, IGNORE, 10, 11]]
     columns = {"input_ids": ids, "labels": labels, WEIGHTS: [[9.0, 0.5, 9.0, 2.0], [], [9.0, 9.0, 0.25, 4.0]]}
@@ -250,7 +250,7 @@ def test_labels_of_weight_0_are_no_labels_and_ones_cost_nothing() -> None:
     batch = {"labels": [[IGNORE, 5, 6, 7], [IGNORE, 5], [IGNORE, 8]], WEIGHTS: [[0, 1, 0, 1], [9, 1], [1, 3]]}
     normalize_weights(batch)
     assert batch == {"labels": [[IGNORE, 5, IGNORE, 7], [IGNORE, 5], [IGNORE, 8]], WEIGHTS: [[], [], [0, 3]]}
-    with pytest.raises(UserError, match="2 labels and 1 weights"):
+    with pytest.raises(UserError, match="2 labels and 1 weights.*DSR104"):
         normalize_weights({"labels": [[1, 2]], WEIGHTS: [[1.0]]})
 
 
@@ -262,7 +262,7 @@ def test_rows_that_differ_in_weight_alone_are_equal() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, "x", float("nan"), float("inf"), [1], {}, "1e39", 10**400])
-def test_what_is_no_weight(value: Any) -> None:
+def test_values_that_are_no_weights(value: Any) -> None:
     with pytest.raises(ValueError, match="'weight' must be a weight .* found"):
         row_weight({"weight": value})
     assert (row_weight({}), row_weight({"weight": ""}), row_weight({"weight": "2.5"})) == ({}, {}, {"weight": 2.5})
@@ -309,11 +309,11 @@ def test_class_weights_that_mean_nothing(words: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("words", "labels", "message"),
     [
-        (["1", "2"], [0, 1, 2], "has 2 numbers for 3 classes: bad, so-so, good"),
-        (["goof=2"], [0, 1, 2], "no such class (did you mean good?); the classes are 0 (bad), 1 (so-so), 2 (good)"),
-        (["3=2"], [0, 1, 2], "--class_weights 3: no such class"), (["bad=1,0=2"], [0, 1, 2], "a class has two weights"),
-        (["good=5,bad=0"], [0, 0], "every class that has training rows weighs 0"), (["balanced"], [0.5, 1.5], "one class each"),
-        (["balanced"], [[0, 1], [1, 1]], "one class each"),
+        (["1", "2"], [0, 1, 2], "has 2 numbers for 3 classes: bad, so-so, good [DSR171]"),
+        (["goof=2"], [0, 1, 2], "(did you mean good?); the classes are 0 (bad), 1 (so-so), 2 (good) [DSR174]"),
+        (["3=2"], [0, 1, 2], "DSR174"), (["bad=1,0=2"], [0, 1, 2], "DSR172"),
+        (["good=5,bad=0"], [0, 0], "DSR173"), (["balanced"], [0.5, 1.5], "DSR170"),
+        (["balanced"], [[0, 1], [1, 1]], "DSR170"),
     ],
 )  # fmt: skip
 def test_class_weights_that_do_not_fit(words: list[str], labels: list, message: str) -> None:

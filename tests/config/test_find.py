@@ -44,12 +44,12 @@ def test_a_recipe_is_a_name_a_file_or_a_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("find", "name", "parts"),
     [
-        (find_recipe, "gpt2_cml", ["gpt2_cml", "did you mean gpt2_clm?", "bert_tmmlu_qa", "path/to/mine.py"]),
-        (find_recipe, "nowhere/mine.py", ["nowhere/mine.py", "no such file"]),
-        (find_recipe, "no_such_package.mine", ["unknown recipe", "gpt2_clm"]),
-        (find_config, "alpaca_lama3", ["alpaca_lama3", "did you mean alpaca_llama3?", "gpt2_medium_32gb"]),
-        (find_zero, "zero4", ["--deepspeed zero4", "did you mean zero", "zero3_nvme", "none", "path"]),
-        (starter_path, "starter:data/nothing.txt", ["starter:data/nothing.txt", "no such bundled file"]),
+        (find_recipe, "gpt2_cml", ["gpt2_cml", "did you mean gpt2_clm?", "bert_tmmlu_qa", "path/to/mine.py", "DSR030"]),
+        (find_recipe, "nowhere/mine.py", ["nowhere/mine.py", "DSR030"]),
+        (find_recipe, "no_such_package.mine", ["no_such_package.mine", "gpt2_clm", "DSR030"]),
+        (find_config, "alpaca_lama3", ["alpaca_lama3", "did you mean alpaca_llama3?", "gpt2_medium_32gb", "DSR031"]),
+        (find_zero, "zero4", ["--deepspeed zero4", "did you mean zero", "zero3_nvme", "none", "DSR032"]),
+        (starter_path, "starter:data/nothing.txt", ["starter:data/nothing.txt", "DSR002"]),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(find, name, parts):
@@ -74,13 +74,13 @@ def test_short_names_and_paths_of_configurations(tmp_path):
     ("raw", "parts"),
     [
         (b"max_steps: 1\nlearning_rate: [1,\n", ["line 3", "column"]),
-        (b"a: 1\nb: 2\na: 3\n", ["line 3", "'a' is written twice"]),
-        (b"starter:\n  a: 1\n  a: 2\n", ["line 3", "'a' is written twice"]),
+        (b"a: 1\nb: 2\na: 3\n", ["line 3", "'a'", "DSR004"]),
+        (b"starter:\n  a: 1\n  a: 2\n", ["line 3", "'a'", "DSR004"]),
         (b"? [1, 2]\n: 3\n", ["line 1"]),
-        (b"- a\n- b\n", ["key: value"]),
-        (b"3: 4\n", ["key: value"]),
-        (b"a: 1\nb: caf\xe9\n", ["line 2", "not UTF-8", "0xe9"]),
-        (b"a: !!python/object/apply:os.system ['true']\n", ["line 1", "constructor"]),
+        (b"- a\n- b\n", ["DSR004"]),
+        (b"3: 4\n", ["DSR004"]),
+        (b"a: 1\nb: caf\xe9\n", ["line 2", "0xe9", "DSR003"]),
+        (b"a: !!python/object/apply:os.system ['true']\n", ["line 1", "constructor", "DSR004"]),
         (b"a: 1\x00\n", ["unacceptable character"]),
     ],
 )

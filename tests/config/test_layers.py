@@ -1,7 +1,5 @@
 """Flags as a mapping, and how the values of a run are layered."""
 
-import sys
-
 import pytest
 from support.tiny import TWO_METHODS
 
@@ -15,7 +13,7 @@ def test_flags_become_a_mapping():
     expected = {"a": "3", "b_c": "2", "on": "true", "subjects": ["STEM", "physics"], "lr": "-1", "empty": ""}
     assert parse_flags(argv) == expected
     for stray in (["gpt2"], ["--a=1", "2"], ["-a", "1"]):
-        with pytest.raises(UserError, match="unexpected argument"):
+        with pytest.raises(UserError, match="DSR033"):
             parse_flags(stray)
 
 
@@ -44,10 +42,10 @@ def test_a_yaml_has_a_starter_section_and_names_the_same_recipe(tmp_path):
     }  # fmt: skip
     assert layer({**flags, "profile": "full"}).merged()["model_name_or_path"] == ("big", str(config))
     assert layer({**flags, "recipe": str(recipe)}).recipe == layer(flags).recipe
-    with pytest.raises(UserError, match=f"the recipe is gpt2_clm, but {config} has `recipe: {recipe}`"):
+    with pytest.raises(UserError, match=f"gpt2_clm.*{config}.*{recipe}.*DSR036"):
         layer({**flags, "recipe": "gpt2_clm"})
     config.write_text("starter: 1\n")
-    with pytest.raises(UserError, match=f"{config}: `starter:` must hold"):
+    with pytest.raises(UserError, match=f"{config}.*DSR037"):
         layer({**flags, "recipe": "gpt2_clm"})
 
 
@@ -62,26 +60,10 @@ def test_profiles(monkeypatch):
     assert layer({"recipe": "gpt2_clm", "use_cpu": "true"}).why_profile == "--use_cpu"
     assert layer({"config": "gpt2_medium_32gb"}).profile == "full"
     assert layer({"config": "gpt2_medium_32gb", "profile": "starter"}).profile == "starter"
-    with pytest.raises(UserError, match="--profile big: choose from auto, full, starter"):
+    with pytest.raises(UserError, match="--profile big.*auto, full, starter.*DSR034"):
         layer({"recipe": "gpt2_clm", "profile": "big"})
-    with pytest.raises(UserError, match=r"no recipe given.*gpt2_clm"):
+    with pytest.raises(UserError, match="gpt2_clm.*DSR035"):
         layer({})
-
-
-def test_accelerators_are_counted_without_torch(tmp_path, monkeypatch):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: X (UUID: a)'\necho 'GPU 1: X (UUID: b)'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert accelerators() == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert accelerators() == 1
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with fake.open("a") as file:
-        file.write("echo '  MIG 1g.10gb     Device  0: (UUID: MIG-c)'\necho '  MIG 1g.10gb     Device  1: (UUID: MIG-d)'\n")
-    assert accelerators() == 1  # CUDA gives a process one instance
 
 
 def test_another_model_or_data_set_forgets_what_was_said_of_the_first():

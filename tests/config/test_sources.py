@@ -54,20 +54,20 @@ def test_files_that_are_called_the_same_get_longer_names():
     [
         ([{"path": "a", "weight": 0}, "b"], "--dataset, entry 1 (a): weight is 0: expected a number above 0"),
         ([{"path": "a", "weight": "nan"}], "expected a number above 0"),
-        ("[]", "--dataset is missing"),
+        ("[]", "DSR046"),
         ([{"path": "a", "rows": 2.5}], "rows is 2.5: expected a whole number above 0"),
         ([{"path": "a", "rows": True}], "rows is True"),
-        ([{"path": "a", "rows": 5, "weight": 1}], "give `rows` (rows an epoch) or `weight` (a share), not both"),
+        ([{"path": "a", "rows": 5, "weight": 1}], "[DSR060]"),
         ([{"path": "a", "weights": 1}], "unknown key 'weights' (did you mean weight?)"),
-        ([{"weight": 1}], "`path` is missing"),
+        ([{"weight": 1}], "[DSR060]"),
         ([{"path": "a", "split": "dev"}], "split is 'dev': choose from train, validation, test"),
         ([{"path": "a", "max_length": 65}], "a: its max_length 65 is above the run's, 64"),
         ([{"path": "a", "max_length": 1}], "a: max_length is 1"),
         ([{"path": "a", "columns": "x"}], "a: columns x: give each of the recipe's names once"),
         ([{"path": "a", "prompt_style": "chatml"}], "prompt_style is 'chatml': choose from alpaca, chat"),
-        ([{"path": "a", "name": "a b"}], "the name 'a b' of a source"),
-        (["a.json", "a.json"], "2 sources have the name 'a': give each a `name` of its own"),
-        ('{"path": "a", "path": "b"}', "key 'path' is written twice"),
+        ([{"path": "a", "name": "a b"}], "[DSR061]"),
+        (["a.json", "a.json"], "2 sources have the name 'a'"),
+        ('{"path": "a", "path": "b"}', "[DSR005]"),
         ('{"path": "a"', "--dataset"),
     ],
 )
@@ -77,5 +77,5 @@ def test_nonsense_is_refused(given, message):
 
 
 def test_shares_are_not_for_validation_rows():
-    with pytest.raises(UserError, match=r"--eval_dataset \(b\): `rows` and `weight` are shares of the training rows"):
+    with pytest.raises(UserError, match=r"--eval_dataset \(b\).*DSR060"):
         data("a", eval_dataset={"path": "b", "weight": 1})

@@ -1,4 +1,4 @@
-"""Packing is refused where examples see each other; rows that never end, rows without labels, rows of two ranks."""
+"""Checks of rows and batches: packed examples that influence each other, rows without an end or labels, rows of two ranks."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_positions_that_restart_keep_examples_apart(dtype, select):
         assert check_isolation(model, two) is None and two.answer(packed=True)[1].shape == (3 + 5 + 3, 64)
 
 
-def test_alibi_does_not_and_the_flag_is_named():
+def test_packing_with_alibi_is_refused():
     torch.manual_seed(0)
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.5))
     collate = CausalCollator(0, select_logits=True)
@@ -49,7 +49,7 @@ def test_alibi_does_not_and_the_flag_is_named():
         batch.pop("position_ids")
         return batch
 
-    with pytest.raises(UserError, match=r"packing leaks in a BloomForCausalLM.*loss .* instead of .*--packing false"):
+    with pytest.raises(UserError, match=r"BloomForCausalLM.*loss .* instead of .*DSR180"):
         check_isolation(model, sample_of(model, without_positions, True))
 
 
@@ -67,12 +67,12 @@ def test_rows_that_never_end_are_refused():
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 77]
     for end in (tokenizer.eos_token_id, 77):
         check_ends(sequences(end=end), tokenizer, model)
-    with pytest.raises(UserError, match=r"none of the first 5 training rows is trained on an end token.*--audit false"):
+    with pytest.raises(UserError, match=r"first 5 training rows.*DSR182"):
         check_ends(sequences(end=78), tokenizer, model)
 
 
 @pytest.mark.parametrize("select", [True, False])
-def test_rows_without_a_label_are_found_wherever_they_stand(select):
+def test_rows_without_a_label_are_found_in_any_sequence(select):
     data, collate = sequences(capacity=None), CausalCollator(0, select)
     for masked in ([], [0], [1], [2], [0, 3], [0, 1, 2, 3]):
         items = [[data[0][0], data[1][0]], [data[2][0]], [data[3][0]]]
@@ -81,7 +81,7 @@ def test_rows_without_a_label_are_found_wherever_they_stand(select):
         for number in masked:
             flat[number]["labels"] = torch.full((len(flat[number]["labels"]),), -100).numpy()
         assert unlabelled(collate(items), rows) == masked
-    filled = [[0], []]  # a filler has no row, and no label
+    filled = [[0], []]  # a padding row has no number, and no label
     assert unlabelled(collate([data[0], data[-1]]), filled) == []
 
 
@@ -95,9 +95,9 @@ def test_answers_without_a_label_are_found():
     assert unlabelled(batch, [[0], [1], []]) == [1]
 
 
-def test_ranks_have_as_many_steps_and_rows_of_their_own():
+def test_ranks_must_have_equal_numbers_of_steps_and_different_rows():
     check_ranks([RankRows(6, [0, 1, -1]), RankRows(6, [2, 3, -1])])
-    with pytest.raises(UserError, match=r"different numbers of micro batches \(rank 0 6, rank 1 8\)"):
+    with pytest.raises(UserError, match=r"rank 0 6, rank 1 8.*DSR183"):
         check_ranks([RankRows(6, [0]), RankRows(8, [1])])
-    with pytest.raises(UserError, match=r"ranks 0 and 2 have the same rows in the first step \(sequence 4\)"):
+    with pytest.raises(UserError, match=r"ranks 0 and 2 .*sequence 4.*DSR184"):
         check_ranks([RankRows(6, [4]), RankRows(6, [1]), RankRows(6, [4])])

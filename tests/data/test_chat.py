@@ -1,4 +1,4 @@
-"""Which ids a chat becomes: compared with apply_chat_template over all templates at hand, and what they refuse."""
+"""Chats as token ids: compared with apply_chat_template for many templates; what templates refuse or leave out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from support.tiny import SHARED, STARTER, llama_tokenizer, needs_shared
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.chat import NEW_IDS, NO_END, NO_REASONING, NO_TOOLS, REASONING, UNANSWERED, encode_chats, end_ids
+from dsrecipes.data.chat import encode_chats, end_ids
+from dsrecipes.data.chat_answers import NEW_IDS, NO_END, REASONING
+from dsrecipes.data.chat_fit import UNANSWERED
+from dsrecipes.data.chat_template import NO_REASONING, NO_TOOLS
 from dsrecipes.data.chunk import Encoding
 from dsrecipes.data.encode import IGNORE
 from dsrecipes.errors import UserError
@@ -63,7 +66,7 @@ OWN = {
         "{% if add_generation_prompt %}## assistant\n{% else %}{{ eos_token }}{% endif %}"
     ),
 }
-"""Templates of other families' forms."""
+"""Templates in the style of other model families."""
 TEXTS = ["<b>The</b> first", "second one", "水 is third", "Fourth.", "the fifth"]
 KEEP = EncodeOptions(4096, "chat")
 CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -73,7 +76,7 @@ TOOLS = [
 
 
 def templates() -> dict[str, str]:
-    """All that are at hand, by name."""
+    """All available templates by name."""
     paths = [*SHARED.glob("chat_templates/*.jinja"), *SHARED.glob("cases/models/*/chat_template.jinja")]
     found = {
         path.stem if path.parent.name == "chat_templates" else path.parent.name: path.read_text("utf-8") for path in paths
@@ -90,7 +93,7 @@ def _base(kind: str):
 
 
 def tokenizer_of(kind: str, template: str, special: bool):
-    """A tokenizer with this template, whose markers are tokens of it, or plain text."""
+    """A tokenizer with this template; the template's markers are special tokens, or plain text."""
     tokenizer = copy.deepcopy(_base(kind))
     tokenizer.chat_template = template
     if special:
@@ -127,7 +130,7 @@ def answers_of(batch: dict) -> list[tuple[list[int], list[int]]]:
 
 
 def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) -> list[str]:
-    """Compare a chat with what apply_chat_template says alone; returns the texts that are learned."""
+    """Compare a chat with the result of apply_chat_template; return the texts that are learned."""
     batch = encode_chats([{"messages": turns, "tools": tools}], tokenizer, KEEP)
     learned = answers_of(batch)
     indices = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -221,7 +224,7 @@ THINKING = (
 SAID = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n{}<end_of_turn>"
 
 
-def test_what_a_template_refuses_is_put_elsewhere_with_a_note():
+def test_turns_that_a_template_refuses_are_moved_with_a_note():
     """System text, an assistant turn at the beginning, two turns of one role: nothing is lost."""
     user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
     system, again = {"role": "system", "content": "Be Tom."}, {"role": "user", "content": "There?"}
@@ -246,7 +249,7 @@ def test_what_a_template_refuses_is_put_elsewhere_with_a_note():
         encoded(GEMMA, [user, answer, answer | {"weight": 0}])
 
 
-def test_templates_of_rarer_forms():
+def test_unusual_templates():
     """A header behind the last answer too; contents as parts alone; answers that end with a special token of their own."""
     turns = chat(2)
     whole, learned, notes = encoded(CHATML, turns)
@@ -328,7 +331,7 @@ def test_tools_calls_and_results():
     assert encoded(templates()["qwen3"], as_text) == encoded(templates()["qwen3"], turns)
 
 
-def test_calls_without_an_id_are_numbered_where_the_template_wants_ids():
+def test_calls_without_an_id_are_numbered_where_the_template_needs_ids():
     """Mistral's: results have the ids of their calls, whatever order and ids the file has."""
     show = "{% if x.id is not defined or x.id|length != 9 %}{{ raise_exception('ids of 9') }}{% endif %}{{ x.id }} {{ x.function|tojson }}"
     template = CHATML.replace(
@@ -352,7 +355,7 @@ def test_calls_without_an_id_are_numbered_where_the_template_wants_ids():
     assert NEW_IDS not in encoded(template, [user, {"role": "assistant", "content": "", "tool_calls": [CALL]}])[2]
 
 
-def test_turns_after_the_last_answer_are_named():
+def test_turns_after_the_last_answer_are_noted():
     turns = chat(1) + chat(1)[:1]
     assert encoded(CHATML, turns)[2] == [UNANSWERED] and encoded(CHATML, chat(1))[2] == []
     assert encoded(CHATML, turns)[:2] == encoded(CHATML, chat(1))[:2]
@@ -370,7 +373,7 @@ def test_generation_stops_at_what_answers_end_with():
 
 def test_templates_without_an_answer_to_find():
     tokenizer = copy.deepcopy(_base("gpt2"))
-    with pytest.raises(UserError, match="no chat template; use --prompt_style alpaca"):
+    with pytest.raises(UserError, match="DSR140"):
         encode_chats([{"messages": chat(1)}], tokenizer, KEEP)
     for template, message in (
         (

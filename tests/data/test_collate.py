@@ -114,7 +114,7 @@ def test_shapes_labels_and_selected_logits():
     assert "logits_to_keep" not in plain and (plain["shift_labels"] != IGNORE).sum() == 4
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.PER_EXAMPLE])
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
 def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
     data = dataset([120, 2, 3, 57, 9, 33, 2, 90, 17, 64, 5, 40], masked=2)

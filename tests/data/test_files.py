@@ -1,4 +1,4 @@
-"""Files as rows; every kind of damaged file says where it is damaged."""
+"""Reading files as rows: every kind of file, and a message with the place for every kind of damage."""
 
 import csv
 import gzip
@@ -10,8 +10,9 @@ import pytest
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 from support.tiny import SHARED, needs_shared
 
-from dsrecipes.data.files import FileRows, fingerprint, located
+from dsrecipes.data.files import FileRows
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.rows import fingerprint, located
 from dsrecipes.errors import UserError
 
 ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]
@@ -40,7 +41,7 @@ def write(path, rows):
 def test_rows_of_each_kind_of_file(tmp_path, kind, packed):
     path = write(tmp_path / f"rows.{kind}{packed}", ROWS)
     rows = load_splits(str(path))["train"]
-    assert list(rows) == ROWS == list(rows)  # twice: files are read anew
+    assert list(rows) == ROWS == list(rows)  # twice: files are read again at each pass
     places = [where for where, _ in located(rows)]
     assert places[0].startswith(f"{path}, ") and places[0] != places[1]
 
@@ -90,7 +91,7 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
 
     (small, problem), found = read(), []
     for piece in (1, 7, 1 << 20):
-        monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+        monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
         monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", piece)
         rows, big_problem = read()
         assert repr(rows) == repr(small)  # NaN is unequal to itself
@@ -104,16 +105,16 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
 
 
 def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsrecipes.data.files._BIG", 0)
+    monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
     monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", 5)
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n {"b": "some text"},\n\n  {"a": }]')
     found = []
-    with pytest.raises(UserError, match=r"rows.json, line 4, column 9: not JSON \(Expecting value\)"):
+    with pytest.raises(UserError, match=r"rows.json, line 4, column 9: .*\[DSR005\]"):
         found.extend(FileRows((path,)).located())
     assert [where.rsplit(", ")[1] for where, _ in found] == ["row 1", "row 2"]
     path.write_bytes(b'[{"a": 1},\n{"a": "\xe9"}]')
-    with pytest.raises(UserError, match="not UTF-8 .byte 0xe9 in line 2."):
+    with pytest.raises(UserError, match=r"byte 0xe9 in line 2.*DSR116"):
         list(FileRows((path,)))
 
 
@@ -149,38 +150,38 @@ def gz_cut(raw: bytes) -> bytes:
 
 GOOD = b'{"a": 1}\n'
 DAMAGED = [
-    ("x.json", b'[{"a": 1},\n{"a": }]', ["x.json, line 2, column 7", "not JSON"]),
-    ("x.json", b'{"a": 1}', ["x.json", "expected a list of rows, found an object"]),
-    ("x.json", b'[{"a": 1}, [2]]', ["x.json, row 2", "found a list"]),
-    ("x.json", b"", ["x.json", "not JSON"]),
-    ("x.json", b"[" * 200_000, ["x.json", "too deeply"]),
-    ("x.jsonl", GOOD + b"\n" + b'{"a": 1', ["x.jsonl, line 3, column", "not JSON"]),
-    ("x.jsonl", GOOD + b"3\n", ["x.jsonl, line 2", "found a number"]),
-    ("x.jsonl", GOOD + b"nul\n", ["x.jsonl, line 2"]),
-    ("x.jsonl", GOOD * 2 + '{"a": "é"}'.encode("latin-1"), ["x.jsonl", "not UTF-8", "0xe9", "line 3"]),
-    ("x.csv", b"a,b\n1,2\n1,2,3\n", ["x.csv, line 3", "3 fields", "2 columns"]),
-    ("x.csv", b'a,b\n1,2\n"1,2\n', ["x.csv, line 3", "not CSV"]),
-    ("x.tsv", b'a\tb\n"1" one\t2\t3\n', ["x.tsv, line 2: not CSV (a quote inside a cell must be doubled)"]),
-    ("x.csv", b"a,b,\n1\n", ["x.csv, line 2: 1 field where the header has 2 columns"]),
-    ("x.csv", b"a,a\n1,2\n", ["x.csv, line 1", "twice"]),
-    ("x.csv", "a,b\n1,2\n請問台灣的首都在哪裡,2\n".encode("big5"), ["x.csv", "not UTF-8", "line 3", "iconv -f BIG5"]),
-    ("x.csv", "a,b\n请问中国的首都在哪里,2\n".encode("gbk"), ["x.csv", "not UTF-8", "line 2", "iconv -f GB18030"]),
-    ("x.csv", "a,b\r\n1,2\r\ncafé,2\r\n".encode("latin-1"), ["not UTF-8", "0xe9 in line 3", "iconv -f CP1252"]),
-    ("x.csv", "a,b\r1,2\rcafé,2\r".encode("latin-1"), ["not UTF-8", "0xe9 in line 3"]),
-    ("x.csv", "a,b\n1,2\n".encode("utf-16-le"), ["x.csv", "zero bytes", "save it as UTF-8"]),
-    ("x.tsv", "a\tb\n1\t2\n".encode("utf-16")[:-1], ["x.tsv", "damaged utf-16", "save it as UTF-8"]),
-    ("x.csv", b"sep=;\r\na;b\r\n1;2\r\n3\r\n", ["x.csv, line 4: 1 field where", "2 columns", "semicolons"]),
-    ("x.csv", b"a,b\r1,2\r3,4,5\r", ["x.csv, line 3: 3 fields", "2 columns"]),
-    ("x.csv", b'a,b\n"1\n1",2\n,,\n3,4,5\n', ["x.csv, line 5: 3 fields"]),
-    ("x.csv", b"a, b,b\n1,2,3\n", ["x.csv, line 1", "'b' appears twice"]),
-    ("x.parquet", b"PAR1 this is none PAR1", ["x.parquet", "not a Parquet file"]),
-    ("x.parquet", b"", ["x.parquet", "not a Parquet file"]),
-    ("x.txt", b"one\ntwo \xff\n", ["x.txt", "not UTF-8", "0xff", "line 2"]),
-    ("x.jsonl.gz", GOOD, ["x.jsonl.gz", "damaged gzip"]),
-    ("x.jsonl.gz", gz_cut(GOOD), ["x.jsonl.gz", "damaged gzip"]),
-    ("x.parquet.gz", gz_cut(GOOD), ["x.parquet.gz", "damaged gzip"]),
-    ("x.csv.gz", gzip.compress(b"a,b\n1,\xe9\n"), ["x.csv.gz", "not UTF-8", "line 2"]),
-    ("x.xml", b"<a/>", ["x.xml", "unknown kind", ".jsonl"]),
+    ("x.json", b'[{"a": 1},\n{"a": }]', ["x.json, line 2, column 7", "DSR005"]),
+    ("x.json", b'{"a": 1}', ["x.json", "found an object", "DSR119"]),
+    ("x.json", b'[{"a": 1}, [2]]', ["x.json, row 2", "found a list", "DSR123"]),
+    ("x.json", b"", ["x.json", "DSR005"]),
+    ("x.json", b"[" * 200_000, ["x.json", "too deeply", "DSR005"]),
+    ("x.jsonl", GOOD + b"\n" + b'{"a": 1', ["x.jsonl, line 3, column", "DSR005"]),
+    ("x.jsonl", GOOD + b"3\n", ["x.jsonl, line 2", "found a number", "DSR123"]),
+    ("x.jsonl", GOOD + b"nul\n", ["x.jsonl, line 2", "DSR005"]),
+    ("x.jsonl", GOOD * 2 + '{"a": "é"}'.encode("latin-1"), ["x.jsonl", "DSR116", "0xe9", "line 3"]),
+    ("x.csv", b"a,b\n1,2\n1,2,3\n", ["x.csv, line 3", "3 fields", "2 columns", "DSR129"]),
+    ("x.csv", b'a,b\n1,2\n"1,2\n', ["x.csv, line 3", "DSR127"]),
+    ("x.tsv", b'a\tb\n"1" one\t2\t3\n', ["x.tsv, line 2: not CSV (a quote inside a cell must be doubled)", "DSR127"]),
+    ("x.csv", b"a,b,\n1\n", ["x.csv, line 2: 1 field where the header has 2 columns", "DSR129"]),
+    ("x.csv", b"a,a\n1,2\n", ["x.csv, line 1", "DSR128"]),
+    ("x.csv", "a,b\n1,2\n請問台灣的首都在哪裡,2\n".encode("big5"), ["x.csv", "DSR116", "line 3", "iconv -f BIG5"]),
+    ("x.csv", "a,b\n请问中国的首都在哪里,2\n".encode("gbk"), ["x.csv", "DSR116", "line 2", "iconv -f GB18030"]),
+    ("x.csv", "a,b\r\n1,2\r\ncafé,2\r\n".encode("latin-1"), ["DSR116", "0xe9 in line 3", "iconv -f CP1252"]),
+    ("x.csv", "a,b\r1,2\rcafé,2\r".encode("latin-1"), ["DSR116", "0xe9 in line 3"]),
+    ("x.csv", "a,b\n1,2\n".encode("utf-16-le"), ["x.csv", "DSR117"]),
+    ("x.tsv", "a\tb\n1\t2\n".encode("utf-16")[:-1], ["x.tsv", "damaged utf-16", "DSR116"]),
+    ("x.csv", b"sep=;\r\na;b\r\n1;2\r\n3\r\n", ["x.csv, line 4: 1 field where", "2 columns", "semicolons", "DSR129"]),
+    ("x.csv", b"a,b\r1,2\r3,4,5\r", ["x.csv, line 3: 3 fields", "2 columns", "DSR129"]),
+    ("x.csv", b'a,b\n"1\n1",2\n,,\n3,4,5\n', ["x.csv, line 5: 3 fields", "DSR129"]),
+    ("x.csv", b"a, b,b\n1,2,3\n", ["x.csv, line 1", "'b' appears twice", "DSR128"]),
+    ("x.parquet", b"PAR1 this is none PAR1", ["x.parquet", "DSR122"]),
+    ("x.parquet", b"", ["x.parquet", "DSR122"]),
+    ("x.txt", b"one\ntwo \xff\n", ["x.txt", "DSR116", "0xff", "line 2"]),
+    ("x.jsonl.gz", GOOD, ["x.jsonl.gz", "DSR115"]),
+    ("x.jsonl.gz", gz_cut(GOOD), ["x.jsonl.gz", "DSR115"]),
+    ("x.parquet.gz", gz_cut(GOOD), ["x.parquet.gz", "DSR115"]),
+    ("x.csv.gz", gzip.compress(b"a,b\n1,\xe9\n"), ["x.csv.gz", "DSR116", "line 2"]),
+    ("x.xml", b"<a/>", ["x.xml", "DSR110", ".jsonl"]),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Folders, paths and hub names as splits of rows."""
+"""Data sets as splits: folders, paths and hub names."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_a_folder_is_split_by_names(tmp_path):
     assert found == {"train": ["more/extra.jsonl", "train.jsonl"], "validation": ["dev.jsonl"], "test": ["test/b.jsonl"]}
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match=r"no data files in this folder.*\.parquet"):
+    with pytest.raises(UserError, match=r"\.parquet.*DSR111"):
         load_splits(str(empty))
 
 
@@ -26,22 +26,22 @@ def test_a_folder_is_split_by_names(tmp_path):
     [("wiki.train.txt", "train"), ("physics_dev.csv", "validation"), ("test/physics.csv", "test"), ("valid.txt", "validation"),
      ("a/latest.csv", None), ("train/x.csv", "train"), ("x-val.jsonl.gz", "validation")],
 )  # fmt: skip
-def test_the_split_that_a_name_tells(tmp_path, name, split):
+def test_the_split_in_a_name(tmp_path, name, split):
     assert split_of(tmp_path / "data" / name) == split
 
 
 @pytest.mark.parametrize("name", ["./gone.json", "gone.jsonl", "/no/where", "a/b/c", "two words", "gone.csv.gz"])
-def test_a_path_that_is_not_there(name):
-    with pytest.raises(UserError, match="no such file or folder"):
+def test_a_path_that_does_not_exist(name):
+    with pytest.raises(UserError, match="DSR112"):
         load_splits(name)
 
 
 def test_a_hub_name_without_a_network():
-    with pytest.raises(UserError, match=r"data set nobody/nothing-here .*cannot be reached.*--dataset FILE"):
+    with pytest.raises(UserError, match=r"nobody/nothing-here .*--dataset FILE.*DSR113"):
         load_splits("nobody/nothing-here")
 
 
-def test_the_starter_data_keep_what_was_promised():
+def test_the_starter_data_have_the_documented_sizes():
     instructions = json.loads((STARTER / "data" / "instructions.json").read_text("utf-8"))
     assert len(instructions) >= 200 and (STARTER / "data" / "prose.txt").stat().st_size >= 60_000
     texts = [row["instruction"] + row.get("input", "") + row["output"] for row in instructions]

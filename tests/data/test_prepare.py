@@ -1,4 +1,4 @@
-"""Rows to token files: what is kept, dropped, held out, refused, and what the cache remembers."""
+"""Preparing rows: what is kept, dropped, held out and refused, and what the cache key covers."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from dsrecipes.base import RecipeBase
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import ColumnWriter, record_batch
 from dsrecipes.data.encode import encode_texts
-from dsrecipes.data.formats import text_field
+from dsrecipes.data.fields import text_field
 from dsrecipes.data.holdout import hold_out
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
@@ -80,7 +80,7 @@ def test_tokens_in_are_tokens_trained_and_one_counted_tail(tokenizer, length):
     assert Counter(everything)[tokenizer.eos_token_id] == sum(row["end"] for row in rows) >= 1
 
 
-def test_eos_stands_between_documents(tokenizer, tmp_path):
+def test_eos_separates_documents(tokenizer, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}, {"text": "three three three"}])
     ids = [token for row in prepared(Gpt2Clm, path, tokenizer, 3)["train"].data for token in row["input_ids"]]
     assert tokenizer.decode(ids).startswith("one<|endoftext|>two<|endoftext|>")
@@ -112,7 +112,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
-def test_a_bad_row_stops_with_its_place_or_is_dropped_and_counted(tokenizer, tmp_path, name, kind):
+def test_a_bad_row_is_refused_with_its_place_or_dropped_and_counted(tokenizer, tmp_path, name, kind):
     bad, problem = BAD[name]
     good = {"instruction": "a", "input": "", "output": "b"}
     path = write_rows(tmp_path / f"rows.{kind}", [good, good, bad, good])
@@ -155,12 +155,12 @@ def test_nothing_to_train_on_is_refused(tokenizer, rows, recipe, length, parts):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
 def test_an_empty_file_is_refused(tokenizer, tmp_path, name):
     (tmp_path / name).write_text("[]" if name == "a.json" else "text\n" if name == "a.csv" else "")
-    with pytest.raises(UserError, match="train data are empty: no rows"):
+    with pytest.raises(UserError, match="train data .*DSR103"):
         prepared(Gpt2Clm, str(tmp_path / name), tokenizer)
 
 
 def test_only_bad_rows_are_counted_in_the_refusal(tokenizer):
-    with pytest.raises(UserError, match=r"no train row has a token to train on: 2 rows dropped \(2 bad rows\)"):
+    with pytest.raises(UserError, match=r"2 rows dropped \(2 bad rows\).*DSR102"):
         prepared(Lines, {"train": [{}, {"text": [1]}]}, tokenizer, skip_bad_rows=True)
 
 
@@ -200,7 +200,7 @@ def test_validation_rows_are_not_trained_on(tokenizer):
     assert len(given["train"].data) == 200 and len(given["validation"].data) == 3
 
 
-def test_the_cache_is_of_the_content(tokenizer, tmp_path):
+def test_the_cache_key_covers_the_content(tokenizer, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"text {n}"} for n in range(20)])
 
     def tokenized(*args, **kwargs):
@@ -220,7 +220,7 @@ def test_the_cache_is_of_the_content(tokenizer, tmp_path):
     assert tokenized(path, tokenizer) == 0
 
 
-def test_a_learning_rate_is_no_part_of_the_cache(tmp_path):
+def test_the_learning_rate_is_not_part_of_the_cache_key(tmp_path):
     from dsrecipes import load_recipe
     from dsrecipes.base import recipe_class
 
@@ -236,7 +236,7 @@ def test_a_learning_rate_is_no_part_of_the_cache(tmp_path):
     assert len(key(max_length=128)) == 2
 
 
-def test_a_torn_cache_entry_is_written_again(tokenizer, tmp_path):
+def test_an_incomplete_cache_entry_is_written_again(tokenizer, tmp_path):
     rows = {"train": [{"text": "one two"}]}
     prepared(Lines, rows, tokenizer)
     (entry,) = [each for each in (tmp_path / "cache" / "data").iterdir() if each.is_dir()]
@@ -323,13 +323,13 @@ def test_a_bad_row_in_a_worker_is_named_and_the_first_one_wins(tokenizer, tmp_pa
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("{")
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"rows.jsonl, line 201: field 'text' is missing"):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 201: field 'text' .*DSR101"):
             prepared(Lines, path, tokenizer, workers=workers)
-    with pytest.raises(UserError, match=r"rows.jsonl, line 400.*not JSON"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 400.*DSR005"):
         prepared(Lines, path, tokenizer, workers=2, skip_bad_rows=True)
     assert not multiprocessing.active_children()
     left = {entry.name.split(".", 1)[-1] for entry in (tmp_path / "cache" / "data").iterdir()}
-    assert left <= {"lock", "partial"}  # nothing that a later run would take
+    assert left <= {"lock", "partial"}  # nothing that a later run would use
 
 
 def test_the_fingerprint_is_of_the_rows_whatever_batches_they_are_written_in(tmp_path):
@@ -343,7 +343,7 @@ def test_the_fingerprint_is_of_the_rows_whatever_batches_they_are_written_in(tmp
     assert together.fingerprint == apart.fingerprint != other.fingerprint and together.largest == 6
 
 
-def test_a_killed_preparation_leaves_nothing_that_a_later_run_takes(tokenizer, tmp_path, monkeypatch):
+def test_a_killed_preparation_leaves_nothing_that_a_later_run_uses(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("dsrecipes.data.chunk._ROWS", 16)
     path = write_rows(tmp_path / "rows.jsonl", rows_of_all_kinds(600))
     pids = tmp_path / "pids"
@@ -389,7 +389,7 @@ def test_the_splits_of_one_file_have_cache_entries_of_their_own(tokenizer, tmp_p
     assert tokenizer.batch_decode(texts, skip_special_tokens=True) == ["one", "two"]
 
 
-def test_what_a_call_of_the_tokenizer_leaves_set_is_not_a_part_of_the_key(tmp_path):
+def test_truncation_left_over_from_a_call_is_not_part_of_the_key(tmp_path):
     own, rows = AutoTokenizer.from_pretrained(STARTER / "gpt2"), [{"text": "one two three"}]
     before = prepared(Lines, {"train": rows}, own)["train"].path
     own(["one two three"], truncation=True, max_length=2)

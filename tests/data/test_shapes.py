@@ -1,4 +1,4 @@
-"""Rows and files in the forms that people have them, as the records that a recipe trains on."""
+"""Rows and files in the formats that are in use, as the records that a recipe trains on."""
 
 import json
 
@@ -12,12 +12,12 @@ from support.tiny import SHARED, needs_shared, write_rows
 
 from dsrecipes.config.schema import DataConfig
 from dsrecipes.config.values import parse_columns
-from dsrecipes.data.files import located
-from dsrecipes.data.formats import instruction_record, with_answer
 from dsrecipes.data.load import load_splits
+from dsrecipes.data.parse import instruction_record, with_answer
 from dsrecipes.data.records import Records
 from dsrecipes.data.renamed import renamed
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import located
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 
 
@@ -41,7 +41,7 @@ def alpaca(instruction, output, context=""):
 
 def read(path, recipe=AlpacaLlamaSft, columns=None, skip=False):
     """{split: records} of a file, and what was counted."""
-    records, seen = {}, Seen()
+    records, seen = {}, ColumnUsage()
     for name, rows in renamed(load_splits(str(path)), columns or {}).items():
         source = Records(recipe.format_row, rows, skip)
         records[name] = [record for _, record in source]
@@ -105,7 +105,7 @@ def test_every_file_of_the_cases():
     for name, problem in REFUSED.items():
         with pytest.raises(UserError, match=f"{name}, {problem}"):
             read(folder / name)
-    assert read(folder / "dolly.jsonl")[1].words() == [
+    assert read(folder / "dolly.jsonl")[1].describe() == [
         "Alpaca rows (instruction, context, response)", "unused columns: category",
     ]  # fmt: skip
 
@@ -171,7 +171,7 @@ ROWS = {
 def test_a_row_becomes_a_record(name):
     row, record = ROWS[name]
     before = json.dumps(row)
-    assert instruction_record(row) == record == Seen().format(AlpacaLlamaSft.format_row, row)
+    assert instruction_record(row) == record == ColumnUsage().format(AlpacaLlamaSft.format_row, row)
     assert json.dumps(row) == before  # a row is read more than once
 
 
@@ -197,7 +197,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_row_at_fault_says_what_was_expected(name):
+def test_a_faulty_row_gets_a_message_with_what_was_expected(name):
     row, problem = WRONG[name]
     with pytest.raises(ValueError, match=problem):
         instruction_record(row)
@@ -217,7 +217,7 @@ def test_a_text_recipe_takes_texts_and_names_the_recipe_for_others():
         Gpt2Clm.format_row({"title": "t"})
 
 
-def test_rows_without_an_answer_can_be_asked():
+def test_an_answer_is_added_to_rows_without_one():
     for row, column in (
         ({"prompt": "p"}, "completion"),
         ({"query": "q", "response": ""}, "response"),
@@ -260,7 +260,7 @@ SIZES = [(name, big) for name in FILES for big in (False, True) if not (big and 
 
 @pytest.mark.parametrize(("name", "big"), SIZES)
 def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsrecipes.data.files._BIG", 0 if big else 1 << 30)
+    monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0 if big else 1 << 30)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(FILES[name], indent=1))
     records, seen = read(path)
@@ -291,7 +291,7 @@ def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
         ({"train": PAIR, "extra": PAIR}, "lists of rows train, extra, which are not all splits"),
     ],
 )
-def test_other_json_says_what_was_expected(value, problem, tmp_path):
+def test_json_of_another_shape_is_refused(value, problem, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=f"rows.json.*{problem}"):
         read(tmp_path / "rows.json")
@@ -343,18 +343,18 @@ def test_columns_under_other_names(tmp_path):
     )
     records, seen = read(path, columns={"prompt": "q", "output": "a", "context": "n.c"})
     assert records["train"] == [alpaca("i", "4", "x"), alpaca("j", "p")]
-    assert seen.words() == [
+    assert seen.describe() == [
         "prompts and completions (prompt, output, context)",
         "unused columns: n (in 1 row), output (replaced by --columns) (in 1 row)",
     ]
-    with pytest.raises(UserError, match=r"--columns output=anser: .*a.jsonl has no column 'anser'.*it has q, a, output, n"):
+    with pytest.raises(UserError, match=r"--columns output=anser: .*a.jsonl .*'anser'.*q, a, output, n.*DSR130"):
         read(path, columns={"output": "anser"})
     chats = write_rows(tmp_path / "b.jsonl", [{"messages": TURNS, "question": "i", "reply": "o"}])
     assert read(chats, columns={"answer": "reply"})[0]["train"] == [alpaca("i", "o")]  # what is mapped is what is trained on
     assert read(chats, Gpt2Clm, {"text": "reply"})[0]["train"] == [{"text": "o", "end": True}]
     both = write_rows(tmp_path / "c.jsonl", [{"instruction": "i", "q": "p", "a": "o"}])
     assert read(both, columns={"prompt": "q", "completion": "a"})[0]["train"] == [alpaca("p", "o")]
-    with pytest.raises(UserError, match=r"--columns instrution=.*not used.*\(did you mean instruction\?\)"):
+    with pytest.raises(UserError, match=r"--columns instrution=.*\(did you mean instruction\?\).*DSR131"):
         read(both, columns={"instrution": "q", "output": "a"})
 
 
@@ -373,27 +373,27 @@ def test_columns_as_flag_and_mapping():
 def test_an_index_of_pandas_that_is_no_number_is_a_column(orient, tmp_path):
     frame = pandas.DataFrame({"instruction": ["i"], "output": ["o"]}, index=["a"])
     frame.to_json(tmp_path / "a.json", orient=orient)
-    assert read(tmp_path / "a.json")[1].words()[1:] == ["unused columns: index"]
+    assert read(tmp_path / "a.json")[1].describe()[1:] == ["unused columns: index"]
 
 
-def test_forms_and_unused_columns_are_counted_and_merged():
+def test_formats_and_unused_columns_are_counted_and_merged():
     rows = [{"instruction": "i", "output": "o", "id": 0}, {"messages": [TURNS[0] | {"time": 5}, TURNS[1]], "source": ""}]
-    parts = [Seen(), Seen()]
+    parts = [ColumnUsage(), ColumnUsage()]
     for part, row in zip(parts, rows, strict=True):
         part.format(AlpacaLlamaSft.format_row, row)
     parts[0].merge(parts[1])
-    parts[0].merge(Seen(**json.loads(json.dumps(vars(parts[1])))))
-    assert parts[0].words() == [
+    parts[0].merge(ColumnUsage(**json.loads(json.dumps(vars(parts[1])))))
+    assert parts[0].describe() == [
         "2 chats (messages), 1 Alpaca rows (instruction, output)",
         "unused columns: id (in 1 row), messages.time (in 2 rows)",
     ]
 
 
-def test_a_recipe_of_ones_own_has_its_columns_observed():
-    own = Seen()
+def test_the_columns_of_a_users_own_recipe_are_observed():
+    own = ColumnUsage()
     for row in ({"title": "t", "body": "b", "id": 3}, {"title": "t", "body": None, "id": 0}):
         own.format(lambda row: {"text": row["title"] + (row.get("body") or "")}, row)
-    assert own.words() == ["rows (title, body)", "unused columns: id"]
-    whole = Seen()
+    assert own.describe() == ["rows (title, body)", "unused columns: id"]
+    whole = ColumnUsage()
     assert whole.format(lambda row: row, {"a": 1}) == {"a": 1} and whole.format(lambda row: {**row}, {"a": 1}) == {"a": 1}
     assert whole.format(lambda row: row | {"b": 2}, {"a": 1}) == {"a": 1, "b": 2} and not whole.unused

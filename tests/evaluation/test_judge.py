@@ -196,7 +196,7 @@ def test_rows_that_do_not_fit(run, tmp_path, capfd):
     asked = ["judge", str(run), "--judge", "http://127.0.0.1:9/v1", "--prompts", rows]
     assert (message := refusal(main, [*asked, "--against", "reference"], capfd)).endswith("[DSR494]\n"), message
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?"}, {"title": "Why?"}])
-    assert "line 2: no known form of rows: the row has title" in refusal(main, asked, capfd)
+    assert "line 2: no known format of rows: the row has title" in refusal(main, asked, capfd)
 
 
 @pytest.mark.ranks

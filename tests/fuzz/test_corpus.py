@@ -1,4 +1,4 @@
-"""What once broke something: each file, name or model folder is refused with the message that says why."""
+"""Inputs that once broke something: each file, name or model folder is refused with a message that says why."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dsrecipes.config.find import find_config
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import ModelConfig
+from dsrecipes.data.chat_render import render
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.template import render
 from dsrecipes.inference.finished import FinishedRun
 from dsrecipes.model.configuration import load_config
 from dsrecipes.model.load import load_model
@@ -35,7 +35,7 @@ from dsrecipes.zero.resolve import TrainerValues, check_with_deepspeed, read_zer
 
 from support.finished_runs import made_run  # isort: skip
 
-pytestmark = pytest.mark.ranks  # ten seconds, which the fast half has no room for
+pytestmark = pytest.mark.ranks  # takes ten seconds
 
 CORPUS = Path(__file__).with_name("corpus")
 YAMLS = {
@@ -76,8 +76,8 @@ def _canary() -> Iterator[None]:
     assert not EVIL.exists()
 
 
-def told(read: Callable[[], Any]) -> str:
-    """The message that a case ends with."""
+def message_of(read: Callable[[], Any]) -> str:
+    """The message of the UserError that `read` raises."""
     message = holds(read)
     assert message is not None, "it was taken"
     return message
@@ -95,7 +95,7 @@ def test_yaml(name: str) -> None:
     if YAMLS[name] is None:
         assert holds(read) is None
     else:
-        assert YAMLS[name] in told(read)
+        assert YAMLS[name] in message_of(read)
 
 
 @pytest.mark.parametrize("name", ZEROS)
@@ -110,12 +110,12 @@ def test_zero_json(name: str) -> None:
         check_with_deepspeed(engine, path)
         check_blocks(engine, path, False)
 
-    assert ZEROS[name] in told(read)
+    assert ZEROS[name] in message_of(read)
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_data(name: str) -> None:
-    assert DATA[name] in told(lambda: list(load_splits(str(CORPUS / name))["train"]))
+    assert DATA[name] in message_of(lambda: list(load_splits(str(CORPUS / name))["train"]))
 
 
 def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
     from dsrecipes.data.prepare import prepare
     from dsrecipes.io.console import Console
 
-    message = told(lambda: prepare(
+    message = message_of(lambda: prepare(
         Gpt2Clm, load_splits(str(CORPUS / "surrogate.jsonl")), llama_tokenizer(), EncodeOptions(8, "alpaca"),
         validation_split=0.0, seed=0, skip_bad_rows=False, console=Console(out=io.StringIO()),
     ))  # fmt: skip
@@ -135,7 +135,7 @@ def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\0b", "~nobody-of-this-name/x", "x" * 5000, "\ud800", "/proc/self/mem/x"])
 @pytest.mark.parametrize("find", [find_config, load_splits, lambda name: layer({"recipe": name + ".py"})])
 def test_a_name_that_no_file_can_have(find: Callable[[str], Any], name: str) -> None:
-    assert told(lambda: find(name)).isprintable()
+    assert message_of(lambda: find(name)).isprintable()
 
 
 def test_a_message_is_short_and_does_nothing_to_a_terminal() -> None:
@@ -164,10 +164,12 @@ def test_pickles_are_refused_and_where_they_are_allowed_run_no_code(model: Path,
     (model / "model.safetensors").rename(model.parent / "kept")
     save({"x": Bomb()}, model / "pytorch_model.bin")
     save(Bomb(), model / "training_args.bin")
-    assert "as pickles (.bin) alone" in told(lambda: loaded(model)) and "--allow_pickle true" in told(lambda: loaded(model))
-    assert "cannot be loaded" in told(lambda: loaded(model, allow_pickle=True))
+    assert "as pickles (.bin) alone" in message_of(lambda: loaded(model)) and "--allow_pickle true" in message_of(
+        lambda: loaded(model)
+    )
+    assert "cannot be loaded" in message_of(lambda: loaded(model, allow_pickle=True))
     (model.parent / "kept").rename(model / "model.safetensors")
-    loaded(model)  # the pickle beside it is nobody's
+    loaded(model)  # no file refers to the pickle next to it
 
 
 def test_weights_in_an_honest_pickle_load_where_they_are_allowed(model: Path) -> None:
@@ -201,12 +203,12 @@ def test_config_json(model: Path, key: str, value: Any, message: str | None) -> 
         config["model_type"] = "evil"
     path.write_text(json.dumps(config | {key: value}))
     (model / "evil.py").write_text(f"open({str(EVIL)!r}, 'w')")
-    assert (message or "comes with Python code of its own") in told(lambda: loaded(model))
+    assert (message or "comes with Python code of its own") in message_of(lambda: loaded(model))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["folder", "loop", "empty", "nul", "null", "[]", "{}"])
-def test_a_file_that_is_none(model: Path, file: str, kind: str) -> None:
+def test_a_path_that_is_no_file(model: Path, file: str, kind: str) -> None:
     path = model / file
     path.unlink()
     if kind == "folder":
@@ -230,11 +232,11 @@ def test_a_file_that_is_none(model: Path, file: str, kind: str) -> None:
         (["gone.safetensors"], "gone.safetensors is missing"),
     ],
 )
-def test_an_index_names_files_of_its_folder_alone(model: Path, names: list[Any], message: str) -> None:
+def test_an_index_must_name_files_of_its_folder(model: Path, names: list[Any], message: str) -> None:
     index = {"metadata": {}, "weight_map": {f"t{n}": name for n, name in enumerate(names)}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert message in told(lambda: loaded(model))
-    assert message in told(lambda: weight_files(model))
+    assert message in message_of(lambda: loaded(model))
+    assert message in message_of(lambda: weight_files(model))
 
 
 @pytest.mark.parametrize("weights", ["adapter_model.bin", "other.safetensors"])
@@ -245,7 +247,7 @@ def test_an_adapter_is_safetensors_in_the_run(tmp_path: Path, weights: str) -> N
     )
     (run / "model" / "model.safetensors").rename(run / "model" / weights)
     torch.save(Bomb(), run / "model" / "adapter_model.bin")
-    assert ("holds no weights" if weights.endswith("bin") else "adapter_model.safetensors is missing") in told(
+    assert ("holds no weights" if weights.endswith("bin") else "adapter_model.safetensors is missing") in message_of(
         lambda: FinishedRun(RunFolder(run)).load()
     )
 
@@ -278,7 +280,7 @@ def test_a_runs_tokenizer_brings_no_code(tmp_path: Path) -> None:
     ],
 )
 def test_a_chat_template_ends_and_stays_in_its_sandbox(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsrecipes.data.template._SECONDS", 1)
+    monkeypatch.setattr("dsrecipes.data.chat_render._SECONDS", 1)
     tokenizer = llama_tokenizer.__wrapped__()
     tokenizer.chat_template = template
 
@@ -288,7 +290,7 @@ def test_a_chat_template_ends_and_stays_in_its_sandbox(template: str, message: s
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    assert message in told(read)
+    assert message in message_of(read)
 
 
 # ---- runs ----
@@ -302,7 +304,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     assert not is_number(10**400) and not is_number(float("inf")) and is_number(10**18)
 
 
-def test_a_folder_that_is_no_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "checkpoint-\u00b2").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-\u00b2" / "manifest.json").write_text('{"files": {}}')
     assert RunFolder(tmp_path).complete_checkpoints() == []

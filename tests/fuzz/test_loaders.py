@@ -1,4 +1,4 @@
-"""What users hand over, spoiled: every loader ends with a clear message or with success, and nothing else happens."""
+"""Fuzzing: every loader answers damaged input with a clear message or with success, and has no other effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dsrecipes.config.find import find_config, find_recipe, find_zero
 from dsrecipes.config.layers import layer, parse_flags
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import ModelConfig
-from dsrecipes.data.files import SUFFIXES
+from dsrecipes.data.decode import SUFFIXES
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.data.questions import sources
@@ -54,7 +54,7 @@ RECIPES = ("gpt2_clm", "alpaca_llama_sft", "bert_tmmlu_qa", "seq_classification"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a case's files lie; beside it nothing may be written, in it no secret."""
+    """The folder of a case's files: nothing may be written outside it, and no secret inside it."""
     base = tmp_path_factory.mktemp("fuzz")
     (base / "outside").mkdir()
     (base / "inside").mkdir()
@@ -435,14 +435,14 @@ def verifiable(folder: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dsrecipes.runs.reference import _saved_tensors, logits_of, random_inputs, tokenizer_facts
+    from dsrecipes.runs.reference import logits_of, random_inputs, saved_fingerprints, tokenizer_facts
 
     run = made_run(folder / "verifiable", "gpt2_clm", tiny_gpt2(), dataset="starter:data/prose.txt", max_length=64)
     ids = random_inputs("AutoModelForCausalLM", 2048, 16, 0)
     logits = logits_of(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32), ids, "AutoModelForCausalLM")
     facts = {
         "step": 1, "auto_class": "AutoModelForCausalLM", "precision": "fp32", "dtype": "float32", "learned": True,
-        "tokenizer": tokenizer_facts(AutoTokenizer.from_pretrained(run / "model")), "weights": _saved_tensors(run / "model"),
+        "tokenizer": tokenizer_facts(AutoTokenizer.from_pretrained(run / "model")), "weights": saved_fingerprints(run / "model"),
         "files": {},
     }  # fmt: skip
     kept = {"random ids/input_ids": ids["input_ids"], "random ids/logits": logits}
@@ -469,7 +469,7 @@ def test_verify(verifiable: Path, data: st.DataObject) -> None:
         elif path.suffix == ".json":
             path.write_bytes(data.draw(json_file(json.loads(whole))))
         else:
-            head = min(len(whole), 2000)  # the names and shapes, which stand before the numbers
+            head = min(len(whole), 2000)  # the names and shapes, which come before the numbers
             path.write_bytes(
                 data.draw(spoiled(whole[:head])) + whole[head:] if data.draw(st.booleans()) else data.draw(spoiled(whole))
             )

@@ -40,11 +40,11 @@ def test_caches_go_where_they_can_be_written(tmp_path, monkeypatch):
     assert env["XDG_CACHE_HOME"] == str(folder) and env["TRITON_CACHE_DIR"] == str(folder / "triton")
     env = {"DSRECIPES_CACHE": str(tmp_path / "mine")}
     assert redirect_caches(env) is None and env["XDG_CACHE_HOME"] == str(tmp_path / "mine")
-    with pytest.raises(UserError, match="DSRECIPES_CACHE=/proc/nope cannot be written"):
+    with pytest.raises(UserError, match="DSRECIPES_CACHE=/proc/nope.*DSR008"):
         redirect_caches({"DSRECIPES_CACHE": "/proc/nope"})
     (folder).rmdir()
     folder.symlink_to(home)
-    with pytest.raises(UserError, match="belongs to another user.*set DSRECIPES_CACHE"):
+    with pytest.raises(UserError, match="belongs to another user.*DSRECIPES_CACHE.*DSR008"):
         redirect_caches({})
 
 

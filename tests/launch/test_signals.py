@@ -1,4 +1,4 @@
-"""What a run is told from outside: signals and a time limit."""
+"""Signals and a time limit: when a run stops, and what stays ignored."""
 
 import os
 import signal
@@ -14,45 +14,46 @@ from dsrecipes.launch.environment import START_TIME
 from dsrecipes.launch.signals import StopSignals
 
 
-def tell(number: int) -> None:
+def send(number: int) -> None:
     """Send this process a signal, and let its handler run."""
     os.kill(os.getpid(), number)
     time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "the terminal was closed")]
+    ("number", "reason"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "the terminal was closed")],
 )
-def test_a_signal_asks_the_run_to_leave(number, words):
+def test_a_signal_stops_the_run(number, reason):
     before = signal.getsignal(number)
-    with StopSignals(None) as orders:
-        orders.sync()
-        assert not orders.leaving
-        tell(number)
-        assert not orders.leaving, "only once all ranks agreed"
-        orders.sync()
-        assert orders.leaving and words in orders.reason
+    with StopSignals(None) as signals:
+        signals.sync()
+        assert not signals.leaving
+        send(number)
+        assert not signals.leaving, "only once all ranks agreed"
+        signals.sync()
+        assert signals.leaving and reason in signals.reason
     assert signal.getsignal(number) is before
 
 
 def test_sigusr1_asks_for_one_save():
-    with StopSignals(None) as orders:
-        tell(signal.SIGUSR1)
-        orders.sync()
-        assert orders.saving and not orders.leaving
-        orders.saving = False
-        orders.sync()
-        assert not orders.saving
+    with StopSignals(None) as signals:
+        send(signal.SIGUSR1)
+        signals.sync()
+        assert signals.saving and not signals.leaving
+        signals.saving = False
+        signals.sync()
+        assert not signals.saving
 
 
 def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not():
-    with StopSignals(None) as orders:
-        tell(signal.SIGINT), tell(signal.SIGINT)
-        orders.sync()
-        assert orders.leaving
+    with StopSignals(None) as signals:
+        send(signal.SIGINT), send(signal.SIGINT)
+        signals.sync()
+        assert signals.leaving
         time.sleep(0.6)
         with pytest.raises(KeyboardInterrupt):
-            tell(signal.SIGINT)
+            send(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -61,17 +62,17 @@ def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not()
 def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
     program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.sync(); print(o.leaving)"
     shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
-    words = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.stdout == f"{leaving}\n", done.stderr
 
 
 @pytest.mark.ranks
 def test_an_ignored_sigchld_does_not_hide_how_a_rank_ended(tmp_path):
     """A shell's `trap '' CHLD` is inherited: waiting for a child would find none, and take it for a success."""
-    words = [sys.executable, "-m", "dsrecipes.cli", "train", "gpt2_clm", "--procs", "2", "--dataset", "gone.txt"]
+    command = [sys.executable, "-m", "dsrecipes.cli", "train", "gpt2_clm", "--procs", "2", "--dataset", "gone.txt"]
     done = subprocess.run(
-        ["bash", "-c", 'trap "" CHLD; exec "$@"', "bash", *words], cwd=tmp_path, capture_output=True, text=True
+        ["bash", "-c", 'trap "" CHLD; exec "$@"', "bash", *command], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2 and "error: --dataset gone.txt" in done.stderr and "Traceback" not in done.stderr, (
         done.stderr
@@ -80,12 +81,12 @@ def test_an_ignored_sigchld_does_not_hide_how_a_rank_ended(tmp_path):
 
 def test_the_time_limit_counts_from_the_first_start_and_leaves_time_for_two_steps(monkeypatch):
     monkeypatch.setenv(START_TIME, str(time.time() - 50))
-    orders = StopSignals(60)
-    orders.sync()
-    assert not orders.leaving
-    orders._longest_step = 6.0
-    orders.sync()
-    assert orders.leaving and orders.reason == "the time limit"
+    signals = StopSignals(60)
+    signals.sync()
+    assert not signals.leaving
+    signals._longest_step = 6.0
+    signals.sync()
+    assert signals.leaving and signals.reason == "the time limit"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Records of real processes, who is judged to be at fault, and what a fault does to the others."""
+"""Heartbeats of real processes, which rank is blamed, and how the others end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dsrecipes.launch import environment, watchdog
+from dsrecipes.errors import RESUME_CODE
+from dsrecipes.launch import environment
 from dsrecipes.launch.heartbeat import (
     PHASES,
     Fault,
@@ -93,18 +94,18 @@ def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_pa
     os.kill(records["stopped"].pid, signal.SIGSTOP)
     words = {"killed": "died", "stopped": "was stopped", "hangs": r"has made no progress for [3-6] s"}
     for fault, text in words.items():
-        assert [rank.wait(20) for rank in ranks[fault]] == [watchdog.RESUME_CODE, -signal.SIGKILL]
-        told = ranks[fault][0].stderr.read()
-        assert re.search(rf"error: rank 1 \(pid {records[fault].pid}\) {text}", told), told
+        assert [rank.wait(20) for rank in ranks[fault]] == [RESUME_CODE, -signal.SIGKILL]
+        output = ranks[fault][0].stderr.read()
+        assert re.search(rf"error: rank 1 \(pid {records[fault].pid}\) {text}", output), output
         assert (
-            told.count("error:") == 1
-            and "[DSR309]\n" in told
-            and f"--output_dir {runs[fault]} --resume_from_checkpoint auto" in told
+            output.count("error:") == 1
+            and "[DSR309]\n" in output
+            and f"--output_dir {runs[fault]} --resume_from_checkpoint auto" in output
         )
-        found = read_fault(runs[fault] / "ranks")
-        assert found and found[0].rank == 1 and found[1] in told
-    assert "step 20, reading rows" in found[1] and "in user_code" in found[1]
-    assert [rank.poll() for rank in ranks["ends"]] == [None, None]  # who has told why it ends is not at fault
+        stored = read_fault(runs[fault] / "ranks")
+        assert stored and stored[0].rank == 1 and stored[1] in output
+    assert "step 20, reading rows" in stored[1] and "in user_code" in stored[1]
+    assert [rank.poll() for rank in ranks["ends"]] == [None, None]  # a rank that reported why it ends is not at fault
 
 
 def record(step: int, count: int, phase: str, moved: float, longest: float = 0.1, **changed: object) -> Heartbeat:
@@ -156,25 +157,25 @@ def test_a_debugger_is_no_fault_and_a_stop_is_one_after_ten_seconds():
 
 
 def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(tmp_path: Path):
-    each = Watchdog(tmp_path, 0, range(1), hang_timeout=25, slow_timeout=1800, error_fd=2)
+    watchdog = Watchdog(tmp_path, 0, range(1), hang_timeout=25, slow_timeout=1800, error_fd=2)
     began = time.perf_counter()
     for step in range(1, 1001):
         for phase in ("reading rows", "forward", "backward"):
-            each.enter(phase, step if phase == "reading rows" else None)
+            watchdog.enter(phase, step if phase == "reading rows" else None)
     assert (time.perf_counter() - began) / 3000 < 50e-6
-    found = read_heartbeat(tmp_path / "ranks", 0)
-    assert found and (found.pid, found.position()) == (os.getpid(), "step 1000, backward (micro batch 1)")
+    stored = read_heartbeat(tmp_path / "ranks", 0)
+    assert stored and (stored.pid, stored.position()) == (os.getpid(), "step 1000, backward (micro batch 1)")
     assert (
-        process_state(found) in ("R", "S") and process_state(record(1, 1, "forward", 0, pid=found.pid)) == "X"
+        process_state(stored) in ("R", "S") and process_state(record(1, 1, "forward", 0, pid=stored.pid)) == "X"
     )  # another's pid, reused
-    each.end(failed=False)
+    watchdog.end(failed=False)
     assert not (tmp_path / "ranks").exists() and read_heartbeat(tmp_path / "ranks", 0) is None
 
 
 def test_a_folder_that_cannot_be_written_is_no_end_of_the_training(tmp_path: Path):
-    each = Watchdog(tmp_path / "gone", 0, range(2), hang_timeout=25, slow_timeout=1800, error_fd=2)
-    each.enter("forward", 1)
-    each.end(failed=True)
+    watchdog = Watchdog(tmp_path / "gone", 0, range(2), hang_timeout=25, slow_timeout=1800, error_fd=2)
+    watchdog.enter("forward", 1)
+    watchdog.end(failed=True)
 
 
 def test_the_main_thread_of_a_dump_and_whether_it_waits_for_others():

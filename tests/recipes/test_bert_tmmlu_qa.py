@@ -15,9 +15,9 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPredicti
 
 from dsrecipes import load_recipe
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.files import located
 from dsrecipes.data.questions import GROUPS, SUBJECTS, pool, subject_of, wanted_subjects
-from dsrecipes.data.seen import Seen
+from dsrecipes.data.rows import located
+from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 from dsrecipes.evaluation.choice_scores import accuracy
 from dsrecipes.run import main
@@ -171,10 +171,10 @@ def test_columns_under_other_names_are_pooled_by_their_questions(tmp_path):
     write_subject(tmp_path, "physics_test.csv", rows)
     splits = recipe(dataset=str(tmp_path), columns=["question=題目", "answer=答案"]).load_rows()
     assert {name: len(list(rows)) for name, rows in splits.items()} == {"train": 14, "validation": 5, "test": 1}
-    seen = Seen()
+    seen = ColumnUsage()
     records = [seen.format(BertTmmluQa.format_row, row) for rows in splits.values() for row in rows]
     assert {record["question"] for record in records} == {row["題目"] for row in rows}
-    assert seen.words() == ["questions (A, B, C, D, question, answer, subject)", "unused columns: note"]
+    assert seen.describe() == ["questions (A, B, C, D, question, answer, subject)", "unused columns: note"]
 
 
 @needs_shared

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsrecipes import load_recipe
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.files import FileRows, LineRows
+from dsrecipes.data.documents import LineRows
+from dsrecipes.data.files import FileRows
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.prepare import prepare
 from dsrecipes.errors import UserError

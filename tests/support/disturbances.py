@@ -1,4 +1,4 @@
-"""What happens to runs in tests: real signals, real full and vanished disks."""
+"""Events that tests inflict on running ranks: real signals, and disks that are really full or gone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 
 def signal(number: int) -> None:
-    """Send it to this process."""
+    """Send a signal to this process."""
     os.kill(os.getpid(), number)
 
 
 def fill(disk: str, leave: int) -> None:
-    """Leave so many bytes free on a small disk."""
+    """Fill a small disk except for `leave` bytes."""
     with Path(disk, "filler").open("wb") as file:
         file.write(b"\0" * (shutil.disk_usage(disk).free - leave))
 
 
 def free(disk: str) -> None:
-    """Take the filler away."""
+    """Delete the filler."""
     Path(disk, "filler").unlink()
 
 
@@ -31,7 +31,7 @@ def limit(size: int) -> None:
 
 
 def remove(folder: str) -> None:
-    """Delete a folder under the run's feet."""
+    """Delete a folder that the run uses."""
     shutil.rmtree(folder)
 
 
@@ -41,5 +41,5 @@ def cover(folder: str) -> None:
 
 
 def uncover(folder: str) -> None:
-    """Take that disk away again."""
+    """Unmount that disk."""
     subprocess.run(["umount", "-l", folder], check=True)

@@ -1,4 +1,4 @@
-"""Flash attention as transformers calls it, computed by torch's attention: no kernel of it runs on a CPU."""
+"""Flash attention as transformers calls it, computed by torch's attention, since its kernels do not run on a CPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _varlen(
 
 @contextlib.contextmanager
 def flash_attention() -> Iterator[Callable[[PreTrainedModel], PreTrainedModel]]:
-    """Gives a function that switches a loaded model over."""
+    """Yield a function that switches a loaded model to flash attention."""
     functions = (_plain, _varlen, None, modeling._pad_input, modeling._unpad_input)
     processed = modeling._lazy_define_process_function(_varlen)
 

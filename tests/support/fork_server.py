@@ -67,6 +67,7 @@ class ForkServer:
 
     def __init__(self, variables: dict[str, str]) -> None:
         """Start it; it imports while the caller goes on."""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         tests = str(Path(__file__).parents[1])
         outlives_tests = {TAG: os.environ.get(TAG, "").partition("/")[0] + "/"}
@@ -75,7 +76,7 @@ class ForkServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __spec__.name, str(theirs.fileno())],
                 env=os.environ | outlives_tests | path | variables, pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             )  # fmt: skip
 
     def start(
@@ -92,11 +93,15 @@ class ForkServer:
             pipe: the descriptor of a worker's connection.
         """
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            control.send(json.dumps(order | {"cwd": str(cwd), "env": dict(env)}).encode())
-            descriptors = [theirs.fileno(), stdout, stderr, *([] if pipe is None else [pipe])]
-            socket.send_fds(self._orders, [b"fork"], descriptors)
-        return Forked(control)
+        control.send(json.dumps(order | {"cwd": str(cwd), "env": dict(env)}).encode())
+        try:
+            with theirs:
+                descriptors = [theirs.fileno(), stdout, stderr, *([] if pipe is None else [pipe])]
+                socket.send_fds(self._orders, [b"fork"], descriptors)
+            return Forked(control)
+        except (OSError, ValueError) as error:
+            self._log.seek(0)
+            raise RuntimeError(f"the fork server ended:\n{self._log.read().decode()[-4000:]}") from error
 
     def stop(self) -> None:
         """End the server; what it forked goes on."""
@@ -216,6 +221,8 @@ def _run(order: dict[str, Any], descriptors: list[int]) -> None:
             faulthandler.register(signal.SIGUSR1)
             sys.modules["support.rank_pool"].work(Connection(descriptors[2]))
             code = 0
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:

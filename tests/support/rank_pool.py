@@ -1,6 +1,7 @@
-"""Real ranks for tests: worker processes that start once and take cases.
+"""Real ranks for tests: worker processes that start once, because importing everything takes ten seconds, and run cases.
 
-A case is a function of tests/support/rank_cases.py by name. Every rank runs it with the same values and sends back what it returns.
+A case is the name of a function in tests/support/rank_cases.py. Every rank calls it with the same values and returns the
+result to the test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dsrecipes import UserError
 
 _IMPORTED_UNDER = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 _GRACE = 20
-"""Seconds that the other ranks have to answer after one rank's case has raised."""
+"""Seconds that the other ranks have to answer once a case has raised on one rank."""
 
 
 _ports = itertools.cycle(range(20_000 + 100 * (os.getpid() % 100), 30_000))
@@ -41,22 +42,22 @@ def free_port() -> int:
 
 
 class CaseError(Exception):
-    """A case raised something else than UserError, or did not end in time; holds every rank's traceback."""
+    """A case raised anything but UserError, or did not end in time; the message holds every rank's traceback."""
 
 
 class Ranks:
-    """`world` worker processes of one gloo group; started at the first case, and again after one that went wrong."""
+    """`world` worker processes of one gloo group, started at the first case and restarted after a failure."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        """`folder` gets one log a rank."""
+        """`folder` gets one log per rank."""
         self.world, self.folder = world, folder
         self.workers: list[tuple[Forked, Connection]] = []
 
     def run(self, case: str, *, timeout: float = 240, **values: Any) -> list[Any]:
-        """What the case returns on each rank, rank 0 first.
+        """Run a case; returns its results, rank 0 first.
 
         Raises:
-            UserError: every rank ended with the same one.
+            UserError: every rank raised the same one.
             CaseError: a rank raised anything else, died, or did not answer within `timeout` seconds.
         """
         if not self.workers:
@@ -76,25 +77,26 @@ class Ranks:
         raise CaseError(f"{case}({values})\n" + "\n".join(f"rank {i} {kind}: {v}" for i, (kind, v) in enumerate(answers)))
 
     def _answers(self, timeout: float) -> list[tuple[str, Any]]:
-        found: dict[int, tuple[str, Any]] = {}
+        answers: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + timeout
-        while len(found) < self.world:
-            open_pipes = {pipe: rank for rank, (_, pipe) in enumerate(self.workers) if rank not in found}
+        while len(answers) < self.world:
+            open_pipes = {pipe: rank for rank, (_, pipe) in enumerate(self.workers) if rank not in answers}
             ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for pipe in ready:
+                rank = open_pipes[pipe]
                 try:
-                    found[open_pipes[pipe]] = pipe.recv()
+                    answers[rank] = pipe.recv()
                 except (EOFError, OSError):
-                    found[open_pipes[pipe]] = ("died", self._log_tail(open_pipes[pipe]))
-                if found[open_pipes[pipe]][0] != "result":
+                    answers[rank] = ("died", self._log_tail(rank))
+                if answers[rank][0] != "result":
                     deadline = min(deadline, time.monotonic() + _GRACE)
-        for rank in set(range(self.world)) - set(found):
+        for rank in set(range(self.world)) - set(answers):
             self.workers[rank][0].send_signal(signal.SIGUSR1)  # faulthandler writes where it hangs
             time.sleep(0.5)
-            found[rank] = ("did not answer", self._log_tail(rank))
-        return [found[rank] for rank in range(self.world)]
+            answers[rank] = ("did not answer", self._log_tail(rank))
+        return [answers[rank] for rank in range(self.world)]
 
     def _log_tail(self, rank: int) -> str:
         return (self.folder / f"rank{rank}.log").read_text(errors="replace")[-4000:]
@@ -117,14 +119,14 @@ class Ranks:
             self.workers.append((process, ours))
 
     def kill(self) -> None:
-        """End the workers where they stand."""
+        """Kill the workers."""
         for process, pipe in self.workers:
             process.kill()
             pipe.close()
         self.workers = []
 
     def stop(self) -> None:
-        """Let the workers take their process group apart and end."""
+        """Let the workers destroy their process group and end."""
         for _, pipe in self.workers:
             with contextlib.suppress(OSError):
                 pipe.send(None)
@@ -135,13 +137,13 @@ class Ranks:
 
 
 def work(pipe: Connection) -> None:
-    """A worker: answer cases until told to end, or until the test session is gone."""
+    """A worker: run cases until it is told to stop, or until the test session has ended."""
     from dsrecipes.zero.process import end_process_group
 
     cases = importlib.import_module("support.rank_cases")
     with contextlib.suppress(EOFError):
-        while (order := pipe.recv()) is not None:
-            case, values = order
+        while (request := pipe.recv()) is not None:
+            case, values = request
             try:
                 answer = ("result", getattr(cases, case)(**values))
             except UserError as error:

@@ -146,10 +146,11 @@ def _saved(name: str, model, tokenizer) -> str:
 
 def arrow_file(columns: dict[str, list]) -> Path:
     """A file of columns as data.prepare writes them."""
-    from dsrecipes.data.columns import write_columns
+    from dsrecipes.data.columns import ColumnWriter, record_batch
 
     path = Path(tempfile.mkdtemp(dir=_KEPT.name), "rows.arrow")
-    write_columns(path, [columns])
+    with ColumnWriter(path) as writer:
+        writer.write(record_batch(columns))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Every shipped ZeRO JSON, and those that tutorials hand round, on two real ranks."""
+"""Every shipped ZeRO JSON, and those that tutorials pass on, on two real ranks."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def test_every_shipped_json_gives_the_losses_of_zero2(two: Two, zero2: list[dict
             pytest.skip("NVMe offload needs libaio and its headers (apt install libaio-dev)")
     run = two(path.stem, timeout=1500 if "nvme" in path.stem else 240)  # NVMe: DeepSpeed compiles its I/O once a machine
     same(figures(run), zero2)
-    asked = json.loads(path.read_text())["zero_optimization"]
+    requested = json.loads(path.read_text())["zero_optimization"]
     text = Path(run["path"], "ds_config.json").read_text()
     used = json.loads(text)["zero_optimization"]
-    assert run["stage"] == used["stage"] == asked["stage"]
+    assert run["stage"] == used["stage"] == requested["stage"]
     for part in ("offload_optimizer", "offload_param"):
-        assert (part in used) == (part in asked)
-        assert part not in asked or used[part]["device"] == asked[part]["device"]
+        assert (part in used) == (part in requested)
+        assert part not in requested or used[part]["device"] == requested[part]["device"]
     assert '"auto"' not in text
 
 
@@ -129,7 +129,7 @@ def test_loss_scale_knobs_of_a_precision_that_is_off_change_nothing(
 def test_a_scheduler_block_takes_its_numbers_from_the_flags(
     two: Two, scheduler: str, total: dict[str, str], rates: list[float], with_optimizer: bool
 ) -> None:
-    # DeepSpeed's schedulers stand at 0 for two steps, where Trainer's do for one
+    # DeepSpeed's schedulers keep the rate at 0 for two steps, Trainer's for one
     params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear", **total}
     config = {"optimizer": ADAMW} if with_optimizer else {}
     config |= {"scheduler": {"type": scheduler, "params": params}, "zero_optimization": {"stage": 2}}
@@ -147,7 +147,7 @@ def test_numbers_as_text_are_taken_where_they_are_equal(two: Two, zero2: list[di
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "parts"),
     [
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
@@ -176,9 +176,9 @@ def test_numbers_as_text_are_taken_where_they_are_equal(two: Two, zero2: list[di
     ],
 )
 def test_a_json_that_contradicts_the_run_is_refused_with_both_numbers(
-    two: Two, config: dict[str, Any], words: list[str]
+    two: Two, config: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as refusal:
         two(config)
-    for word in words:
-        assert re.search(re.escape(word), str(refusal.value)), refusal.value
+    for part in parts:
+        assert re.search(re.escape(part), str(refusal.value)), refusal.value

@@ -1,4 +1,4 @@
-"""Another number of ranks, another stage: a run goes on as if it had been there all along."""
+"""A run that resumes on another number of ranks, or at another ZeRO stage, continues as if it had started there."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("name", "before", "after"), STAGES)
-def test_another_stage_goes_on(
+def test_another_stage_resumes(
     two_ranks: Ranks, small: Small, sources: Sources, tmp_path: Path, name: str, before: str, after: str
 ) -> None:
     whole = sources.get(name, before)
@@ -87,7 +87,7 @@ def test_another_stage_goes_on(
     same(two_ranks.run("train", **case)[0], whole)
 
 
-def test_one_rank_goes_on_where_two_began(one_rank: Ranks, small: Small, sources: Sources, tmp_path: Path) -> None:
+def test_one_rank_resumes_what_two_started(one_rank: Ranks, small: Small, sources: Sources, tmp_path: Path) -> None:
     whole = sources.get("gpt2 without dropout", "zero2")
     case = small.values(
         "gpt2 without dropout", deepspeed="zero2", output_dir=str(tmp_path / "run"),
@@ -98,7 +98,7 @@ def test_one_rank_goes_on_where_two_began(one_rank: Ranks, small: Small, sources
     assert "checkpoint of 2 ranks, ZeRO-2 divided anew for 1 rank, ZeRO-2" in resumed["notes"]
 
 
-def test_qlora_goes_on_at_another_stage(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
+def test_qlora_resumes_at_another_stage(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
     few = STILL | {"max_steps": 3, "save_steps": 2, "global_batch_size": 2, "validation_split": 0.0}
     whole = two_ranks.run("train", **small.values("qlora", deepspeed="zero3", output_dir=str(tmp_path / "whole"), **few))[0]
     middle = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")
@@ -110,7 +110,7 @@ def test_qlora_goes_on_at_another_stage(two_ranks: Ranks, small: Small, tmp_path
 
 
 @pytest.mark.parametrize(("before", "after"), [("zero2", "zero3"), ("zero3", "zero1"), ("none", "none")])
-def test_four_ranks_go_on_where_two_began(
+def test_four_ranks_resume_what_two_started(
     four_ranks: Ranks, small: Small, sources: Sources, tmp_path: Path, before: str, after: str
 ) -> None:
     name = "gpt2 without dropout"
@@ -130,11 +130,11 @@ def test_the_batch_stays_as_large_as_the_checkpoints(
     one_rank: Ranks, small: Small, sources: Sources, tmp_path: Path
 ) -> None:
     whole = sources.get("gpt2 without dropout", "zero2")
-    asked = STILL | {
+    values = STILL | {
         "deepspeed": "zero2", "resume_from_checkpoint": str(checkpoint(whole)), "global_batch_size": None,
         "per_device_train_batch_size": 3, "gradient_accumulation_steps": 1,
     }  # fmt: skip
-    case = small.values("gpt2 without dropout", output_dir=str(tmp_path / "run"), **asked)
+    case = small.values("gpt2 without dropout", output_dir=str(tmp_path / "run"), **values)
     resumed = one_rank.run("train", **case)[0]
     same(resumed, whole)
     assert resumed["batch"] == (2, 2)
@@ -143,7 +143,7 @@ def test_the_batch_stays_as_large_as_the_checkpoints(
 @pytest.mark.parametrize(
     ("name", "before", "after"), [("gpt2 without dropout", "zero3", "zero2"), ("lora", "zero2", "zero3")]
 )
-def test_a_reshaped_checkpoint_goes_on_anywhere(
+def test_a_reshaped_checkpoint_resumes_anywhere(
     one_rank: Ranks, small: Small, sources: Sources, tmp_path: Path, name: str, before: str, after: str
 ) -> None:
     whole = sources.get(name, before)
