@@ -120,8 +120,8 @@ def test_a_judge_that_cannot_say_it_is_counted_and_not_guessed(run, files, capsy
     ]
     flags = [word for name, value in files.items() for word in (f"--{name}", value)]
     assert main(["judge", *arguments, *flags]) == 0
-    told = capsys.readouterr().out
-    assert "3 unparsed" in told and "win rate  none" in told and "cost      12 requests" in told
+    output = capsys.readouterr().out
+    assert "3 unparsed" in output and "win rate  none" in output and "cost      12 requests" in output
     assert all(each["verdict"] is None and len(each["replies"]) == 2 for each in lines(files["out"], "judgement"))
 
 
@@ -129,8 +129,8 @@ def test_by_likelihood_a_small_model_has_a_verdict(run, biased, files):
     result = judge(str(run), judge=str(biased), verdict="likelihood", max_new_tokens=12, judge_tokens=16, **files)
     assert result["inconsistent"] == 6 and result["verdicts"] == {"A": 12, "B": 0, "TIE": 0}
     assert result["requests"] == 12 and result["completion_tokens"] == 0
-    told = lines(files["out"], "judgement")[0]["replies"][0]
-    assert told.startswith("log-likelihoods: A -0.") and told.endswith("\nVERDICT: A")
+    reply = lines(files["out"], "judgement")[0]["replies"][0]
+    assert reply.startswith("log-likelihoods: A -0.") and reply.endswith("\nVERDICT: A")
 
 
 def test_equal_answers_cost_nothing(run, files):

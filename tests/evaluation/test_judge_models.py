@@ -143,9 +143,9 @@ def test_a_key_that_is_sent_back_is_not_told(status, monkeypatch, capsys):
         return completion(said) if status == 200 else (status, {}, json.dumps({"error": {"message": f"bad {said}"}}))
 
     with serve(echo) as server:
-        told = repr(ServerJudge(server.url, "m", 5).ask("Which?", 0, 5)) if status == 200 else refused(server.url)
+        text = repr(ServerJudge(server.url, "m", 5).ask("Which?", 0, 5)) if status == 200 else refused(server.url)
     output = capsys.readouterr()
-    assert "Bearer ***" in told and SECRET not in told + output.out + output.err
+    assert "Bearer ***" in text and SECRET not in text + output.out + output.err
 
 
 def test_a_key_that_no_header_holds_is_refused_unseen(monkeypatch):

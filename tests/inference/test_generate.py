@@ -254,7 +254,7 @@ def test_finished_answers_are_taken_from_the_file(llama: FinishedRun, killed: Pa
     assert [row["index"] for row in rows if row["answer"] == "kept"] == sorted((first["index"], second["index"]))
 
 
-def test_another_job_does_not_go_on(llama: FinishedRun, killed: Path, tmp_path: Path):
+def test_another_job_does_not_resume(llama: FinishedRun, killed: Path, tmp_path: Path):
     """The message says what differs, and the answers stay."""
     out = tmp_path / "out.jsonl"
     partial = Path(shutil.copy(killed / "out.jsonl.partial", tmp_path))
@@ -277,7 +277,7 @@ def test_another_job_does_not_go_on(llama: FinishedRun, killed: Path, tmp_path: 
 
 
 def test_two_processes_do_not_write_the_same_answers(llama: FinishedRun, tmp_path: Path):
-    """The second is told."""
+    """The second is refused."""
     with (
         PartialAnswers(tmp_path / "out.jsonl", {}),
         pytest.raises(UserError, match="DSR436"),
@@ -285,8 +285,8 @@ def test_two_processes_do_not_write_the_same_answers(llama: FinishedRun, tmp_pat
         generate(llama, ROWS, out=tmp_path / "out.jsonl")
 
 
-def test_a_full_disk_is_told(llama: FinishedRun, tmp_path: Path):
-    """And what is there goes on once there is room."""
+def test_a_full_disk_is_reported(llama: FinishedRun, tmp_path: Path):
+    """And the job resumes once there is room."""
     with small_disk(tmp_path / "disk", "size=16k") as disk:
         (disk / "full").write_bytes(b"x" * 12_000)
         with pytest.raises(UserError, match=r"No space left on device.*DSR438"):

@@ -79,7 +79,7 @@ def test_each_browser_has_its_own_conversation(runs: dict[str, FinishedRun]):
 
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
-    """Each piece goes on from the one before."""
+    """Each piece continues the one before."""
     with _opened(_page(runs["chat"], **WORDS | {"max_new_tokens": 20})) as address:
         job = Client(address, verbose=False).submit("Hello", api_name="/chat")
         whole = job.result()
@@ -89,7 +89,7 @@ def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
 
 
 def test_commands_are_typed(runs: dict[str, FinishedRun], tmp_path: Path):
-    """Mistakes are told in the conversation; files are not written for a page."""
+    """Mistakes are reported in the conversation; files are not written for a page."""
     lines = {
         "/params max_new_tokens=3": "max_new_tokens=3",
         "/params temprature=1": "did you mean temperature",
@@ -102,13 +102,13 @@ def test_commands_are_typed(runs: dict[str, FinishedRun], tmp_path: Path):
     }
     with _opened(_page(runs["alpaca"], **WORDS)) as address:
         client = Client(address, verbose=False)
-        for line, told in lines.items():
-            assert told in client.predict(line, api_name="/chat")
+        for line, text in lines.items():
+            assert text in client.predict(line, api_name="/chat")
         assert client.predict("Hello", api_name="/chat") == _answers(
             chat(runs["alpaca"], ["Hello"], **WORDS | {"max_new_tokens": 3})
         )[0]  # fmt: skip
-        told = client.predict("/help", api_name="/chat")
-    assert "/params" in told and "/save" not in told and "quit" not in told and not (tmp_path / "said.json").exists()
+        text = client.predict("/help", api_name="/chat")
+    assert "/params" in text and "/save" not in text and "quit" not in text and not (tmp_path / "said.json").exists()
 
 
 def test_both_answer_in_one_message(runs: dict[str, FinishedRun]):
@@ -127,7 +127,7 @@ def test_a_text_goes_on(runs: dict[str, FinishedRun]):
 
 
 def test_questions_get_probabilities(runs: dict[str, FinishedRun]):
-    """Those of the terminal; what is missing is told."""
+    """Those of the terminal; what is missing is named."""
     texts = ["水的沸點是攝氏幾度？", "零", "五十", "一百", "兩百"]
     expected = chat(runs["questions"], ["\t".join(texts)])[0]
     with _opened(_page(runs["questions"])) as address:
@@ -158,7 +158,7 @@ def test_what_the_page_takes_back_is_forgotten(runs: dict[str, FinishedRun]):
 
 
 def test_a_stopped_answer_is_kept_so_far(runs: dict[str, FinishedRun]):
-    """The page closes the generator; the model ends at the next token, and the talk goes on."""
+    """The page closes the generator; the model ends at the next token, and the chat continues."""
     import torch
 
     torch.manual_seed(1)
