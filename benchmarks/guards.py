@@ -70,7 +70,7 @@ def rank(out: Path, flags: dict[str, Any]) -> None:
     record, end = Meter(), Meter()
     Watchdog.enter = record.of(Watchdog.enter)  # type: ignore[method-assign]
     trainer = load_recipe("alpaca_llama_sft", **flags).build_trainer()
-    trainer.at_step_end = end.of(trainer.at_step_end)
+    trainer.step_end.check = end.of(trainer.step_end.check)
     rows: list[dict[str, float]] = []
 
     class Each(TrainerCallback):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pygments.lexers.special import TextLexer
+from sphinx.pycode import ModuleAnalyzer
 
 import dsrecipes
 from dsrecipes import cli
@@ -230,9 +231,15 @@ def api(_: Words) -> Iterator[str]:
     """The public names, with signature and docstring (autodoc)."""
     for name in dsrecipes.__all__:
         value = getattr(dsrecipes, name)
-        kind = "autoclass" if inspect.isclass(value) else "autofunction" if callable(value) else "autodata"
-        options = "   :members:\n" if inspect.isclass(value) else ""
-        yield f"```{{eval-rst}}\n.. {kind}:: dsrecipes.{name}\n{options}```\n"
+        if inspect.isclass(value):
+            lines = [f".. autoclass:: dsrecipes.{name}", "   :members:"]
+        elif inspect.isroutine(value):
+            lines = [f".. autofunction:: dsrecipes.{name}"]
+        else:  # a type's alias, whose own docstring is that of dict or Callable
+            module = f"dsrecipes.{dsrecipes._EXPORTS[name]}"
+            about = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name), [])
+            lines = [f".. py:data:: dsrecipes.{name}", "", f"   ``{value}``", "", *(f"   {line}" for line in about)]
+        yield "\n".join(("```{eval-rst}", *lines, "```", ""))
 
 
 def row_formats(words: Words) -> Iterator[str]:

@@ -105,7 +105,8 @@ class RecipeBase(ABC):
         splits = load_splits(data.dataset, data.dataset_config)
         if data.eval_dataset:
             held_out = load_splits(data.eval_dataset, data.dataset_config)
-            splits["validation"] = held_out.get("validation", held_out.get("train", held_out.get("test")))
+            name = next(name for name in ("validation", "train", "test") if name in held_out)
+            splits["validation"] = held_out[name]
         return renamed(splits, data.columns)
 
     def of_source(self, source: Source) -> RecipeBase:
@@ -293,8 +294,8 @@ def _check_methods(recipe: type[RecipeBase], place: str) -> None:
             positional = [None] * (len(given.parameters) - len(keywords))
             inspect.signature(getattr(recipe, name)).bind(*positional, **dict.fromkeys(keywords))
         except TypeError as error:
-            expected = str(given).partition(" -> ")[0]
-            raise UserError("DSR628", f"{place}: {recipe.__name__}.{name} must take {expected}: {error}") from None
+            expected = ", ".join(f"*, {key}" if key in keywords else key for key in given.parameters)
+            raise UserError("DSR628", f"{place}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
 
 
 def load_recipe(recipe: str | None, **values: Any) -> RecipeBase:

@@ -1,5 +1,7 @@
 """A recipe of the user's own, in a file of two methods; and files that are no recipes."""
 
+import contextlib
+import io
 import json
 import math
 
@@ -78,6 +80,14 @@ def test_a_bad_row_of_ones_own_recipe_names_the_field(mine, tmp_path, capfd):
         (MINE.split("    @staticmethod")[0] + "    pass\n", "Haiku lacks the methods encode, format_row"),
         ("import no_such_module\n", "no_such_module"),
         (MINE + "\n    def metrics(self, split):\n        return None\n", r"Haiku\.metrics is never called"),
+        (
+            MINE + "\n    def collator(self):\n        return None\n",
+            r"Haiku\.collator must take \(self, model, tokenizer\).*DSR628",
+        ),
+        (
+            MINE + "\n    def load_model(self, model_config):\n        return None\n",
+            r"Haiku\.load_model must take \(self, model_config, dtype, \*, deepspeed\)",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, problem):
@@ -85,6 +95,19 @@ def test_a_file_that_is_no_recipe(tmp_path, text, problem):
     with pytest.raises(UserError, match=problem) as error:
         load_recipe(str(tmp_path / "broken.py"), model_name_or_path="m", dataset="d")
     assert "broken.py" in str(error.value)
+
+
+def test_a_recipe_s_own_callbacks_are_called(mine, tmp_path):
+    (tmp_path / "haiku.py").write_text(
+        MINE + "\n    def callbacks(self):\n        from transformers import TrainerCallback\n\n"
+        "        class Count(TrainerCallback):\n            def on_step_end(self, args, state, control, **kwargs):\n"
+        "                print('own callback at step', state.global_step)\n\n        return [Count()]\n"
+    )
+    values = {"model_name_or_path": tiny_gpt2(), "dataset": str(tmp_path / "haiku.jsonl"), "max_length": 64, "max_steps": 2}
+    values |= {"deepspeed": "none", "use_cpu": True, "output_dir": str(tmp_path / "run"), "verify_model": False}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        load_recipe(str(mine), **values).run()
+    assert "own callback at step 1" in out.getvalue() and "own callback at step 2" in out.getvalue()
 
 
 def test_model_and_data_have_no_default(mine):

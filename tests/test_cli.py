@@ -39,8 +39,8 @@ def test_list_and_show_answer_at_once_without_torch(argv):
         f"import sys; from dsrecipes.cli import main; code = main({argv!r}); "
         "sys.exit(code or 10 * bool({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while min(seconds, default=1) >= 1 and len(seconds) < 10:  # other tests run beside this one
         began = time.perf_counter()
         assert run_command(sys.executable, "-c", code).returncode == 0
         seconds.append(time.perf_counter() - began)

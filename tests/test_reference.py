@@ -40,7 +40,7 @@ def page(reference: ModuleType, language: str, name: str) -> str:
 
 def test_a_marker_on_each_page_and_each_generator_on_a_page(reference: ModuleType):
     for language in LANGUAGES:
-        pages = [path.read_text("utf-8") for path in (ROOT / "docs" / language / "reference").glob("*.md")]
+        pages = [path.read_text("utf-8") for path in (ROOT / "docs" / language).rglob("*.md")]
         used = [name for text in pages for name in reference._MARKER.findall(text)]
         assert sorted(used) == sorted(reference.GENERATORS)
 

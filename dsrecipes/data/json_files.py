@@ -1,6 +1,6 @@
 """How do JSON and JSON Lines files become rows?
 
-Small files are parsed at once. Files that would fill the memory are read value by value (json_stream.py), with the same rows and the
+Small files are parsed at once. Files that would fill the memory are read value by value (io/json_stream.py), with the same rows and the
 same messages.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.data.decode import PIECE, open_text, suffix
-from dsrecipes.data.json_stream import JsonStream
 from dsrecipes.data.rows import Row
 from dsrecipes.data.shapes import SPLITS, kind, row_of, rows_in, splits_in
 from dsrecipes.errors import UserError
+from dsrecipes.io.json_stream import JsonStream
 from dsrecipes.io.text import parse_json
 
 _BIG, _GZIP = 64 << 20, 8
@@ -83,7 +83,7 @@ def _json_value(path: Path) -> Any:
 
 
 def _empty(path: Path) -> UserError:
-    return UserError("DSR005", f"{path}: not JSON (the file is empty)")
+    return UserError("DSR118", f"{path}: not JSON (the file is empty)")
 
 
 def _not_rows(path: Path, value: Any) -> UserError:

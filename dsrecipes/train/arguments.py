@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from transformers import EvalPrediction
 
 from dsrecipes.base import Metrics
 from dsrecipes.config.checks import best_metric
+from dsrecipes.config.find import is_shipped
 from dsrecipes.config.flags import JUDGED_SCHEDULES
 from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.errors import UserError, nearest
+from dsrecipes.train.precheck import check_parts
 from dsrecipes.train.state import Prepared
-from dsrecipes.zero.blocks import keep_fixed_steps
+from dsrecipes.zero.blocks import keep_fixed_steps, try_engine
 from dsrecipes.zero.process import check_started
 
 
@@ -63,6 +66,26 @@ def _refuse_options_that_need_evaluations(train: dict[str, Any]) -> None:
     for flag, is_set in options.items():
         if is_set:
             raise UserError("DSR352", f"--{flag}: there are no validation rows; give --eval_dataset or --validation_split")
+
+
+def check_arguments(prepared: Prepared, args: TrainConfig, metrics: Callable[[Prepared], Metrics | None]) -> None:
+    """Refuse what would fail minutes later: optimizer, schedule, trackers, a ZeRO JSON, the metric's name (UserError).
+
+    Args:
+        prepared: its notes get lines on values with an unexpected effect.
+        args: of the run.
+        metrics: makes the figures of the validation rows.
+    """
+    setup, engine, config = prepared.setup, prepared.engine, prepared.config
+    setup.notes += check_parts(args, prepared.steps, engine, config.own)
+    if engine is not None and setup.zero is not None and not is_shipped(setup.zero.path) and not setup.zero.uses_nvme:
+        try_engine(engine, setup.zero.path)
+    if args.metric_for_best_model is not None:
+        check_best_metric(prepared, args.metric_for_best_model, metrics(prepared))
+    if config.train["neftune_noise_alpha"] and prepared.packs:
+        setup.notes.append(
+            "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
+        )
 
 
 def check_best_metric(prepared: Prepared, name: str, metrics: Metrics | None) -> None:

@@ -52,7 +52,7 @@ class StartAndEnd(TrainerCallback):
             largest_batch,
             later=stream is not None and stream.capacity is not None,
             collate=trainer.data_collator,
-            forward=trainer.loss_and_logits,
+            forward=trainer.evaluator.loss_and_logits,
             exact=prepared.setup.precision == "fp32",
         )
         if sample is not None:

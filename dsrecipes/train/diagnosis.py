@@ -12,6 +12,7 @@ import torch
 from dsrecipes.data.collate import labelled
 from dsrecipes.errors import UserError
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.train.loaders import sequences_of_step
 from dsrecipes.train.state import Run
 
 
@@ -52,7 +53,7 @@ def check_step(run: Run) -> None:
         UserError: the same on every rank; names step, rank, micro batch, rows, what to try and where to resume.
     """
     trainer = run.trainer
-    norm = trainer.gradient_norm
+    norm = trainer.step_end.gradient_norm
     figures = [*trainer.losses, *([] if norm is None else [norm])]
     # one transfer for all figures, because each one waits for the accelerator
     device = trainer.args.device
@@ -61,7 +62,7 @@ def check_step(run: Run) -> None:
     norm_value = values[len(trainer.losses)] if norm is not None else None
     overflowed = run.prepared.setup.precision == "fp16" and trainer.accelerator.optimizer_step_was_skipped
     own = health(losses, norm_value, overflowed)
-    if own == Health.NO_LOSS and trainer.step_weight == 0:  # all rows of the step have weight 0
+    if own == Health.NO_LOSS and trainer.step_loss.weight == 0:  # all rows of the step have weight 0
         own = Health.OK
     (worst,) = run.signals.sync(own)
     if worst != Health.OK:
@@ -85,7 +86,7 @@ def _describe(worst: Health, own: Health, losses: list[float], run: Run) -> str:
     trainer, setup = run.trainer, run.prepared.setup
     step, data = trainer.state.global_step, trainer.train_dataset
     micro = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    batches = trainer.sequences_of_step(step)
+    batches = sequences_of_step(trainer, step)
     sequences = sum(batches, []) if micro is None else batches[micro]
     rows = [row for sequence in sequences for row in data.rows(sequence)]
     has_labels = any(bool(labelled(batch["labels"]).any()) for batch in trainer.batches)

@@ -13,7 +13,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-import dsrecipes
 from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.io.disk import is_write_error, put_in_place, sync
@@ -23,6 +22,7 @@ from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.reference import RANDOM_LENGTH, first_rows, random_inputs, save_reference, tokenizer_facts
 from dsrecipes.train import artifacts, summary
 from dsrecipes.train.state import Prepared, Run
+from dsrecipes.train.trainer import RecipeTrainer
 
 _ID = re.compile(r" \[(DSR\d+)\]$")
 """The id at the end of another process's message; a message has one id."""
@@ -70,7 +70,7 @@ def _save_model(run: Run) -> None:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
-            "DSR354", f"the model could not be saved into {run.folder.path}: {reason}. {trainer.last_whole()}"
+            "DSR354", f"the model could not be saved into {run.folder.path}: {reason}. {trainer.writer.last_complete()}"
         ) from error
 
 
@@ -99,7 +99,7 @@ def _save_reference(run: Run) -> None:
 def _final_metrics(run: Run, recipe: RecipeBase) -> dict[str, Any]:
     """The figures of metrics.json; a split whose last evaluation is of an earlier step is evaluated again."""
     trainer, splits = run.trainer, run.prepared.rows.splits
-    metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": trainer.last_loss()}
+    metrics: dict[str, Any] = {"step": trainer.state.global_step, "train_loss": _last_loss(trainer)}
     for name, prefix in (("validation", "eval"), ("test", "test")):
         if name not in splits:
             continue
@@ -108,13 +108,18 @@ def _final_metrics(run: Run, recipe: RecipeBase) -> dict[str, Any]:
         if not trainer.causal:
             compute = recipe.metrics(splits[name], splits["train"], run.prepared.model_config)
         is_stale = logged.get("step") != trainer.state.global_step or run.args.load_best_model_at_end
-        if is_stale or (compute and not trainer.details):
+        if is_stale or (compute and not trainer.evaluator.details):
             trainer.compute_metrics = compute
             logged = trainer.evaluate(run.prepared.sequences[name], metric_key_prefix=prefix)
             run.watchdog.enter("finishing")
         metrics |= {key: value for key, value in logged.items() if key.startswith(f"{prefix}_")}
-        metrics |= {f"{prefix}_{key}": value for key, value in trainer.details.items()}
+        metrics |= {f"{prefix}_{key}": value for key, value in trainer.evaluator.details.items()}
     return metrics
+
+
+def _last_loss(trainer: RecipeTrainer) -> float | None:
+    """The last logged training loss."""
+    return next((line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line), None)
 
 
 def _write_results(run: Run, recipe: RecipeBase, result: RunResult, began: float) -> UserError | None:
@@ -160,7 +165,7 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
         What is wrong, or None.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_") and key not in RANK_KEYS}
-    root = str(Path(dsrecipes.__file__).parents[1])
+    root = str(Path(__file__).parents[2])  # of a checkout, which need not be installed
     python_path = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
     command = [sys.executable, "-m", "dsrecipes.publish.verify", str(folder.path.absolute())]

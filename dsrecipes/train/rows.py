@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -29,11 +30,13 @@ from dsrecipes.data.split import Split
 from dsrecipes.data.stream import Stream
 from dsrecipes.data.streamable import stream_files
 from dsrecipes.data.weights import class_weights
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
+from dsrecipes.launch.signals import StopSignals
 from dsrecipes.model.checks import check_splits
 from dsrecipes.model.tokenizer import check_ids, embedding_rows
+from dsrecipes.train.saving import read_progress
 from dsrecipes.train.setup import RunSetup
-from dsrecipes.train.state import Rows
+from dsrecipes.train.state import Prepared, Rows
 
 
 def unused_settings(recipe: RecipeBase) -> list[str]:
@@ -197,3 +200,26 @@ def _sequences_of(
             mixture.fix_length(setup.batch, train["num_train_epochs"], train["max_steps"])
             return mixture
     return JoinedSequences({source: Sequences(part.path, capacity, weights) for source, part in split.parts.items()})
+
+
+# ---- the first rows ----
+
+
+def read_first_rows(prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]) -> None:
+    """Read a stream's first window, or the one that the checkpoint lies in; note what is odd about rows. A collective call.
+
+    Raises:
+        UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
+    """
+    stream = prepared.rows.stream
+    if stream is None:
+        stats = prepared.rows.splits["train"].stats
+    else:
+        if len(set(signals.all_gather(stream.fingerprint))) > 1:
+            dataset = prepared.config.data.dataset
+            raise UserError("DSR365", f"--dataset {dataset}: the ranks see different files, so they would skip rows")
+        if "data" in changed:
+            raise UserError("DSR366", "--allow_changed data: a stream resumes by position, which other data do not have")
+        stream.begin(read_progress(checkpoint)["stream"] if checkpoint else None)
+        stats = stream.window.end.read
+    prepared.setup.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in stats.notes.items()]

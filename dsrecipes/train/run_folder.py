@@ -13,8 +13,10 @@ from filelock import FileLock, Timeout
 from dsrecipes.config.schema import Config
 from dsrecipes.errors import UserError
 from dsrecipes.io.paths import flag_path
+from dsrecipes.launch.environment import Ranks
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
+from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
 from dsrecipes.train.setup import RunSetup
 
@@ -162,3 +164,17 @@ def _move(source: Path, target: Path) -> None:
     for path in list(source.iterdir()):
         if path != target and path.name != RunFolder(source).lock.name:
             path.rename(target / path.name)
+
+
+def choose_checkpoint(candidates: list[Path], ranks: Ranks, signals: StopSignals, say: Callable[[str], None]) -> Path | None:
+    """Choose the first undamaged candidate of rank 0's; a collective call.
+
+    Each rank checks a part of the files, and all get the same result.
+    """
+    candidates = signals.all_gather(candidates)[0]
+
+    def find_on_all_ranks(checkpoint: Path) -> str | None:
+        problems = signals.all_gather(find_damage(checkpoint, ranks.rank, ranks.world))
+        return next((problem for problem in problems if problem), None)
+
+    return first_intact(candidates, find_on_all_ranks, say) if candidates else None

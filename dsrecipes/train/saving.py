@@ -1,4 +1,4 @@
-"""transformers.Trainer whose checkpoints are whole or not there, and whose failed saves cost no training."""
+"""What does a checkpoint hold, and why is it either complete or not there?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
-from dsrecipes.config.adapter import CONFIG, HEAD, head_settings
 from dsrecipes.data.stream import Stream
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, coded
 from dsrecipes.io.disk import is_write_error, no_room, put_in_place
 from dsrecipes.launch.signals import StopSignals
-from dsrecipes.model.task import unwrapped
 from dsrecipes.runs.checkpoint_manifest import FileFacts, hash_files, list_files, write_manifest
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.zero.internals import file_writer, full_numel
@@ -29,21 +27,27 @@ PROGRESS = "progress.json"
 """What Trainer keeps between two steps and does not save."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointContext:
-    """Where a run's checkpoints lie, and what is written into each beside the training's state."""
+    """Where a run's checkpoints are, and what is written into each beside the state of the training."""
 
-    run: RunFolder
+    folder: RunFolder
     made_by: dict[str, Any]
-    contract: dict[str, Any]
-    orders: StopSignals
+    """Ranks, ZeRO stage, sequences a step and hardware of the run that writes."""
+    identity: dict[str, Any]
+    """What defines the run (train/identity.py)."""
+    signals: StopSignals
     say: Callable[[str], None]
     changed: list[str] = field(default_factory=list)
-    """Terms that a resumed run was allowed to change."""
+    """Terms of the identity that a resumed run was allowed to change."""
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder.checkpoints / f"checkpoint-{step}"
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds of a run's progress beside Trainer's own state."""
+    """Read what a checkpoint holds of a run's progress beside Trainer's own state."""
     return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
@@ -57,94 +61,137 @@ def step_of(checkpoint: Path) -> tuple[int, bool]:
     return step_number(checkpoint), read_progress(checkpoint)["evaluate"]
 
 
-class SavingTrainer(Trainer):
-    """Checkpoints written beside, sealed, and only then given their names."""
+class CheckpointWriter:
+    """Writes checkpoints to a staging folder, seals them with a manifest, and only then gives them their names.
 
-    def __init__(self, *, keeping: CheckpointContext, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.keeping = keeping
-        self.limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would count torn ones too
-        self._saved_step = -1
+    A failed save costs no training: where the disk has no room, training continues and each further step tries again. A
+    write error of one rank is collected and raised on all ranks at the same point, since a rank that raised at once would
+    leave the others waiting in a collective.
+    """
+
+    def __init__(self, trainer: Trainer, context: CheckpointContext, limit: int | None) -> None:
+        """Write nothing yet.
+
+        Args:
+            trainer: whose state is saved.
+            context: of the run.
+            limit: complete checkpoints to keep; None or below 1: all.
+        """
+        self.trainer, self.context, self.limit = trainer, context, limit
+        self.saved_step = -1
+        self.owes_save = False
+        """Whether a save is due that the disk had no room for."""
+        self.owes_evaluation = False
+        """Whether the evaluation of this step comes after its save, which must remember it."""
         self._saved_bytes = 0
         self._failures: list[str] | None = None
-        """Write errors of the save that is going on."""
-        self._owes_save = False
-        self._owes_evaluation = False
+        """Write errors of the current save; None: no save is going on."""
 
-    def _path(self, step: int) -> Path:
-        return self.keeping.run.checkpoints / f"checkpoint-{step}"
+    def save(self, write_state: Callable[[], None], model: nn.Module) -> None:
+        """Save on all ranks, unless this step is saved already; a collective call.
 
-    @property
-    def _writing(self) -> Path:
-        return self.keeping.run.checkpoints / "writing"
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save on all ranks beside the other checkpoints, seal, give it its name, and only then remove older ones.
-
-        Where there is no room the training goes on, and each further step tries again.
+        Args:
+            write_state: Trainer's own saving of model, optimizer, scheduler and random numbers.
+            model: with the engine around it.
 
         Raises:
-            UserError: writing failed half-way; the whole checkpoints are untouched.
+            UserError: writing failed half-way; the complete checkpoints are untouched.
         """
-        step, orders = self.state.global_step, self.keeping.orders
-        if self._saved_step == step:
+        step, context = self.trainer.state.global_step, self.context
+        if self.saved_step == step:
             return
-        main = self.is_world_process_zero()
-        problem = orders.all_gather(no_room(self.keeping.run.checkpoints, self._bytes_needed()) if main else None)[0]
+        problem = None
+        if self.trainer.is_world_process_zero():
+            problem = no_room(context.folder.checkpoints, self._bytes_needed())
+        problem = context.signals.all_gather(problem)[0]
         if problem:
-            if not self._owes_save:
-                self.keeping.say(f"warning   step {step} is not saved: {problem}. Training goes on; each step tries again")
-            self._owes_save = True
+            if not self.owes_save:
+                text = f"step {step} is not saved: {problem}. Training continues; each step tries again"
+                context.say(coded("DSR368", f"warning   {text}"))
+            self.owes_save = True
             return
         self._failures = []
         try:
-            self._write(model, trial, step)
+            self._write(write_state, model, step)
         finally:
             self._failures = None
-        self._owes_save, self._saved_step = False, step
+        self.owes_save, self.saved_step = False, step
 
-    def _write(self, model: nn.Module, trial: Any, step: int) -> None:
-        orders, main, writing = self.keeping.orders, self.is_world_process_zero(), self._writing / f"checkpoint-{step}"
-        with self._note():
+    def _write(self, write_state: Callable[[], None], model: nn.Module, step: int) -> None:
+        staged = self._staging / f"checkpoint-{step}"
+        main = self.trainer.is_world_process_zero()
+        with self.collect_errors():
             if main:
-                for cut_off in (self._writing, *self._writing.parent.glob("removing-*")):
-                    shutil.rmtree(cut_off, ignore_errors=True)
-                writing.mkdir(parents=True)
+                self._clear_staging()
+                staged.mkdir(parents=True)
         self._refuse_failures(step)
-        with _noting(file_writer(model), self._note):
-            super()._save_checkpoint(model, trial)
-        best = self.state.best_global_step
-        if best and (best == step or self._path(best).is_dir()):
-            self.state.best_model_checkpoint = str(self._path(best))
-        losses = orders.all_gather(float(self._tr_loss))
-        with self._note():
-            if main:
-                self.state.save_to_json(str(writing / TRAINER_STATE_NAME))
-                progress = {"losses": losses, "last_logged": self._globalstep_last_logged, "evaluate": self._owes_evaluation}
-                if isinstance(self.train_dataset, Stream):
-                    progress["stream"] = self.train_dataset.state(step)
-                (writing / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-        self._refuse_failures(step)
-        part: FileFacts = {}
-        with self._note():
-            part = hash_files(writing, list_files(writing)[self.args.process_index :: self.args.world_size])
-        facts = {name: fact for each in orders.all_gather(part) for name, fact in each.items()}
-        self._refuse_failures(step)
+        with self.collect_errors(), self._staged_output(), _collecting(file_writer(model), self):
+            write_state()
+        self._write_progress(staged, step)
+        facts = self._hash(staged, step)
         self._saved_bytes = sum(size for size, _ in facts.values())
-        with self._note():
+        with self.collect_errors():
             if main:
-                write_manifest(writing, facts, self.keeping.made_by, self.keeping.contract)
-                put_in_place(writing, self._path(step))
-                self._writing.rmdir()
+                write_manifest(staged, facts, self.context.made_by, self.context.identity)
+                put_in_place(staged, self.context.path(step))
+                self._staging.rmdir()
                 self._remove_older(step)
         self._refuse_failures(step)
 
+    @property
+    def _staging(self) -> Path:
+        return self.context.folder.checkpoints / "writing"
+
+    def _clear_staging(self) -> None:
+        """Delete what an interrupted save or removal left."""
+        for leftover in (self._staging, *self._staging.parent.glob("removing-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     @contextlib.contextmanager
-    def _note(self) -> Iterator[None]:
-        """Keep a write error of a save for later: raised at once it would leave the other ranks waiting for this one."""
+    def _staged_output(self) -> Iterator[None]:
+        """Let Trainer write below the staging folder: it saves into checkpoint-STEP of its output_dir."""
+        args = self.trainer.args
+        output_dir, args.output_dir = args.output_dir, str(self._staging)
+        try:
+            yield
+        finally:
+            args.output_dir = output_dir
+
+    def _write_progress(self, staged: Path, step: int) -> None:
+        """Write Trainer's state with the paths that hold after the staging folder is renamed, and progress.json."""
+        trainer, state = self.trainer, self.trainer.state
+        best = state.best_global_step
+        if best and (best == step or self.context.path(best).is_dir()):
+            state.best_model_checkpoint = str(self.context.path(best))
+        losses = self.context.signals.all_gather(float(trainer._tr_loss))
+        with self.collect_errors():
+            if trainer.is_world_process_zero():
+                state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                progress = {
+                    "losses": losses,
+                    "last_logged": trainer._globalstep_last_logged,
+                    "evaluate": self.owes_evaluation,
+                }
+                if isinstance(trainer.train_dataset, Stream):
+                    progress["stream"] = trainer.train_dataset.state(step)
+                (staged / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        self._refuse_failures(step)
+
+    def _hash(self, staged: Path, step: int) -> FileFacts:
+        """Sizes and hashes of all files; each rank hashes a part of them."""
+        args = self.trainer.args
+        own: FileFacts = {}
+        with self.collect_errors():
+            own = hash_files(staged, list_files(staged)[args.process_index :: args.world_size])
+        parts: list[FileFacts] = self.context.signals.all_gather(own)
+        self._refuse_failures(step)
+        return {name: fact for part in parts for name, fact in part.items()}
+
+    # ---- errors ----
+
+    @contextlib.contextmanager
+    def collect_errors(self) -> Iterator[None]:
+        """Keep a write error for `_refuse_failures`, which raises it on all ranks; outside a save, let it through."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -153,87 +200,84 @@ class SavingTrainer(Trainer):
             self._failures.append(str(error).splitlines()[0])
 
     def _refuse_failures(self, step: int) -> None:
-        """Raise the same UserError on all ranks where any of them could not write."""
-        found = [each for rank in self.keeping.orders.all_gather(self._failures) for each in rank]
-        if found:
-            raise UserError(f"checkpoint-{step} could not be saved: {found[0]}. {self.last_whole()}")
+        """Raise the same UserError on all ranks if any of them could not write."""
+        failures = [text for texts in self.context.signals.all_gather(self._failures) for text in texts]
+        if failures:
+            raise UserError("DSR369", f"checkpoint-{step} could not be saved: {failures[0]}. {self.last_complete()}")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._note():
-            super()._save_optimizer_and_scheduler(output_dir)
+    def last_complete(self) -> str:
+        """Say where the run can resume from after a failed save."""
+        folder = self.context.folder
+        complete = folder.complete_checkpoints()
+        if not complete:
+            return "There is no complete checkpoint yet"
+        return (
+            f"The last complete one is {complete[-1]}: make room, and give the same command with --output_dir {folder.path} "
+            "--resume_from_checkpoint auto"
+        )
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._note():
-            super()._save_rng_state(output_dir)
+    def farewell(self) -> str:
+        """Say why the run stops, what is saved and how it resumes."""
+        state, folder = self.trainer.state, self.context.folder.path
+        saved = "NOT saved: there was no room"
+        if self.saved_step == state.global_step:
+            saved = f"saved in {self.context.path(state.global_step)}"
+        return (
+            f"stopped by {self.context.signals.reason} at step {state.global_step} of {state.max_steps}, {saved}; "
+            f"the same command with --output_dir {folder} --resume_from_checkpoint auto resumes"
+        )
+
+    # ---- room ----
 
     def _remove_older(self, newest: int) -> None:
-        """Keep the newest --save_total_limit whole checkpoints, the best one among them; leave torn ones alone."""
+        """Keep the newest checkpoints up to the limit, the best one among them; leave damaged ones alone."""
         if self.limit is None or self.limit <= 0:  # no limit, as for transformers
             return
-        whole = self.keeping.run.complete_checkpoints()
-        kept = {self._path(newest), *([self._path(self.state.best_global_step)] if self.state.best_global_step else [])}
-        for path in reversed(whole):
+        complete = self.context.folder.complete_checkpoints()
+        best = self.trainer.state.best_global_step
+        kept = {self.context.path(newest)} | ({self.context.path(best)} if best else set())
+        for path in reversed(complete):
             if len(kept) < self.limit:
                 kept.add(path)
-        for path in set(whole) - kept:
-            gone = path.parent / f"removing-{path.name[11:]}"
+        for path in set(complete) - kept:
+            removing = path.parent / f"removing-{step_number(path)}"
             with contextlib.suppress(OSError):
-                path.rename(gone)  # cut off half-way it would look like a torn checkpoint
-                shutil.rmtree(gone)
+                path.rename(removing)  # interrupted half-way it would look like a damaged checkpoint
+                shutil.rmtree(removing)
 
     def _bytes_needed(self) -> int:
-        """Bytes of the next checkpoint: those of the last one, or before the first one weights and states reckoned."""
+        """Bytes of the next checkpoint: those of the last one, or before the first one an estimate.
+
+        Model and engine each write the weights that are saved; the states of what is trained are fp32 weights and two
+        moments, 12 bytes a parameter.
+        """
         if self._saved_bytes:
             return self._saved_bytes
-        sizes = [(full_numel(p), p.element_size(), p.requires_grad) for p in self.model.parameters()]
-        trained = sum(count for count, _, grad in sizes if grad)
-        written = sum(count * size for count, size, grad in sizes if grad or trained == sum(n for n, _, _ in sizes))
-        return 2 * written + 12 * trained  # the model and the engine's copy; fp32 weights and two moments
-
-    def last_whole(self) -> str:
-        """Where the run can go on from after a failed save, in words."""
-        whole = self.keeping.run.complete_checkpoints()
-        if not whole:
-            return "There is no whole checkpoint yet"
-        last = whole[-1]
-        return f"The last whole one is {last}: make room, and give the same command with --output_dir {self.keeping.run.path} --resume_from_checkpoint auto"
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Leave out training_args.bin (a pickle), and give generation its cache back, which training turned off.
-
-        ZeRO-3 gathers tied weights apart; made one tensor again, they are written once, as from every other stage.
-        """
-        for tied, source in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if state_dict and tied in state_dict and source in state_dict:
-                state_dict[tied] = state_dict[source]
-        config = self.model.config
-        use_cache = getattr(config, "use_cache", None)
-        if use_cache is not None:
-            config.use_cache = True
-        with self._note():
-            super()._save(output_dir, state_dict)
-            folder = Path(output_dir or self.args.output_dir)
-            if type(unwrapped(self.model)).__name__.endswith("ForSequenceClassification") and (folder / CONFIG).is_file():
-                settings = head_settings(unwrapped(self.model).config)
-                (folder / HEAD).write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        if use_cache is not None:
-            config.use_cache = use_cache
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        parameters = list(self.trainer.model.parameters()) if self.trainer.model is not None else []
+        counts = [full_numel(parameter) for parameter in parameters]
+        trained = sum(count for parameter, count in zip(parameters, counts, strict=True) if parameter.requires_grad)
+        saves_all = trained == sum(counts)  # an adapter is saved without its base
+        weights = sum(
+            count * parameter.element_size()
+            for parameter, count in zip(parameters, counts, strict=True)
+            if parameter.requires_grad or saves_all
+        )
+        return 2 * weights + 12 * trained
 
 
 @contextlib.contextmanager
-def _noting(engine: Any, note: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Let DeepSpeed's writer of files note its errors, for its ranks wait for each other after writing."""
+def _collecting(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
+    """Collect the write errors of DeepSpeed's file writer, because its ranks wait for each other after writing."""
     if engine is None:
         yield
         return
     save = engine.save
 
-    def noting(*args: Any, **kwargs: Any) -> None:
-        with note():
+    def save_and_collect(*args: Any, **kwargs: Any) -> None:
+        with writer.collect_errors():
             save(*args, **kwargs)
 
-    engine.save = noting
+    engine.save = save_and_collect
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -17,13 +16,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dsrecipes.base import Metrics, RecipeBase, RunResult
-from dsrecipes.config.find import is_shipped
 from dsrecipes.config.flags import without_effect
 from dsrecipes.config.train_config import TrainConfig
 from dsrecipes.config.values import seconds_of
 from dsrecipes.data.audit import stop_at_ends
 from dsrecipes.data.streamable import check_streaming
-from dsrecipes.errors import UserError, plural
+from dsrecipes.errors import UserError
 from dsrecipes.io.caches import check_docstrings, redirect_caches
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
@@ -34,10 +32,9 @@ from dsrecipes.model.modalities import unreached_note
 from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
 from dsrecipes.model.tokenizer import check_vocabulary
-from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train import artifacts, summary
-from dsrecipes.train.arguments import check_best_metric, start_process_group
+from dsrecipes.train.arguments import check_arguments, start_process_group
 from dsrecipes.train.callbacks import DryRunEnded, StartAndEnd
 from dsrecipes.train.diagnosis import check_step
 from dsrecipes.train.environment import RunEnvironment
@@ -45,15 +42,13 @@ from dsrecipes.train.failures import FAILURES, Progress, explain
 from dsrecipes.train.finishing import finish_run, write_data
 from dsrecipes.train.first_step import FirstStep
 from dsrecipes.train.identity import check_identity, run_identity
-from dsrecipes.train.precheck import check_parts
 from dsrecipes.train.recorder import Recorder
-from dsrecipes.train.rows import make_sequences, packs, prepare_rows, take_notes, unused_settings
-from dsrecipes.train.run_folder import choose_folder, claim_folder
-from dsrecipes.train.saving import CheckpointContext, read_progress, step_of
+from dsrecipes.train.rows import make_sequences, packs, prepare_rows, read_first_rows, take_notes, unused_settings
+from dsrecipes.train.run_folder import choose_checkpoint, choose_folder, claim_folder
+from dsrecipes.train.saving import CheckpointContext, step_of
 from dsrecipes.train.setup import RunSetup, resolve_setup
 from dsrecipes.train.state import Prepared, Run
 from dsrecipes.train.trainer import RecipeTrainer
-from dsrecipes.zero.blocks import try_engine
 from dsrecipes.zero.rank_group import rank_group
 
 
@@ -199,16 +194,16 @@ class Training:
         """Create the process group, claim the folder, choose the checkpoint, load the model and build the trainer."""
         train = self.config.train
         args = start_process_group(prepared)
-        self._check_arguments(prepared, args)
+        check_arguments(prepared, args, self._validation_metrics)
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         signals = StopSignals(limit, rank_group(args.ddp_timeout_delta))
         claimed = claim_folder(prepared.named_folder, prepared.candidates, self.config, signals, self.console.main)
         self.environment.folder, folder = claimed, claimed.folder
         args.output_dir = str(folder.path)
-        checkpoint = self._choose_checkpoint(prepared, signals)
+        checkpoint = choose_checkpoint(prepared.candidates, prepared.setup.ranks, signals, self.console.say)
         identity = run_identity(prepared)
         changed = check_identity(checkpoint, identity, train["allow_changed"]) if checkpoint else []
-        self._read_first_rows(prepared, signals, checkpoint, changed)
+        read_first_rows(prepared, signals, checkpoint, changed)
         if not train["dry_run"]:
             self.console.log_to(folder.console)
             if self.console.main:
@@ -229,58 +224,12 @@ class Training:
         self._add_callbacks(self.started)
         return self.started
 
-    def _check_arguments(self, prepared: Prepared, args: TrainConfig) -> None:
-        """Refuse what would fail minutes later: optimizer, schedule, trackers, a ZeRO JSON, the metric's name."""
-        setup, engine = prepared.setup, prepared.engine
-        setup.notes += check_parts(args, prepared.steps, engine, self.config.own)
-        if engine is not None and setup.zero is not None and not is_shipped(setup.zero.path) and not setup.zero.uses_nvme:
-            try_engine(engine, setup.zero.path)
-        if args.metric_for_best_model is not None:
-            check_best_metric(prepared, args.metric_for_best_model, self._validation_metrics(prepared))
-        if self.config.train["neftune_noise_alpha"] and prepared.packs:
-            setup.notes.append(
-                "NEFTune scales its noise by the length of a whole packed sequence; with --packing false, of a row"
-            )
-
     def _validation_metrics(self, prepared: Prepared) -> Metrics | None:
         """The recipe's figures for validation rows; a causal model's evaluation keeps no logits for any."""
         splits = prepared.rows.splits
         if "validation" not in splits or self.recipe.auto_class.endswith("ForCausalLM"):
             return None
         return self.recipe.metrics(splits["validation"], splits["train"], prepared.model_config)
-
-    def _choose_checkpoint(self, prepared: Prepared, signals: StopSignals) -> Path | None:
-        """The first undamaged candidate of rank 0's; each rank checks a part of the files, and all know the result."""
-        ranks = prepared.setup.ranks
-        candidates = signals.all_gather(prepared.candidates)[0]
-
-        def find_on_all_ranks(checkpoint: Path) -> str | None:
-            problems = signals.all_gather(find_damage(checkpoint, ranks.rank, ranks.world))
-            return next((problem for problem in problems if problem), None)
-
-        return first_intact(candidates, find_on_all_ranks, self.console.say) if candidates else None
-
-    def _read_first_rows(
-        self, prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]
-    ) -> None:
-        """Read a stream's first window, or the one that the checkpoint lies in; collect the notes on rows.
-
-        Raises:
-            UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
-        """
-        stream = prepared.rows.stream
-        if stream is None:
-            stats = prepared.rows.splits["train"].stats
-        else:
-            if len(set(signals.all_gather(stream.fingerprint))) > 1:
-                raise UserError(
-                    "DSR365", f"--dataset {self.config.data.dataset}: the ranks see different files, so they would skip rows"
-                )
-            if "data" in changed:
-                raise UserError("DSR366", "--allow_changed data: a stream resumes by position, which other data do not have")
-            stream.begin(read_progress(checkpoint)["stream"] if checkpoint else None)
-            stats = stream.window.end.read
-        prepared.setup.notes += [f"{note} ({plural(rows, 'row')})" for note, rows in stats.notes.items()]
 
     def _watch(self, prepared: Prepared, args: TrainConfig, folder: RunFolder) -> Watchdog:
         ranks = prepared.setup.ranks
@@ -321,21 +270,21 @@ class Training:
             train_dataset=data,
             eval_dataset=prepared.sequences.get("validation"),
             processing_class=prepared.tokenizer,
-            watch=watchdog,
+            watchdog=watchdog,
             weighted=any(sequences.weighted for sequences in (data, *prepared.sequences.values())),
-            keeping=context,
+            context=context,
             compute_metrics=self._validation_metrics(prepared),
         )
         self.progress.trainer = trainer
         unreached = unreached_note(model)
-        prepared.setup.notes += [trainer.router.note()] if trainer.router else []
+        prepared.setup.notes += [trainer.step_loss.router.note()] if trainer.step_loss.router else []
         prepared.setup.notes += [unreached] if unreached else []
         return trainer
 
     def _add_callbacks(self, run: Run) -> None:
         """In the order in which they act: the first step is audited before its header is printed, and rank 0 records last."""
         trainer, train = run.trainer, self.config.train
-        trainer.at_step_end = partial(check_step, run)
+        trainer.step_end.check = partial(check_step, run)
         trainer.remove_callback(PrinterCallback)
         if train["early_stopping_patience"]:
             trainer.add_callback(EarlyStoppingCallback(train["early_stopping_patience"]))

@@ -68,7 +68,7 @@ def test_a_save_that_fails_half_way_ends_the_run_and_leaves_the_last_whole_check
     folder = tmp_path / "run"
     run = ran(two_ranks, small, folder, {"4": [["limit", None, 200_000]]}, save_steps=2)
     assert run["stopped"] == "UserError" and "checkpoint-4 could not be saved" in run["why"]
-    assert f"The last whole one is {folder / 'checkpoints' / 'checkpoint-2'}" in run["why"]
+    assert f"The last complete one is {folder / 'checkpoints' / 'checkpoint-2'}" in run["why"]
     assert [path.name for path in RunFolder(folder).all_checkpoints()] == ["checkpoint-2"]
     again = ran(two_ranks, small, folder, {}, save_steps=2, resume_from_checkpoint="auto")
     assert again["step"] == 10 and same_weights(folder, runs)
@@ -94,7 +94,7 @@ FAILS = """
 from dsrecipes.recipes.bert_tmmlu_qa import BertTmmluQa
 
 class Mine(BertTmmluQa):
-    def metrics(self, split):
+    def metrics(self, split, train, model_config):
         def figures(prediction):
             raise ZeroDivisionError("no rows of this subject")
         return figures

@@ -33,7 +33,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_was_not(
 
     first = start(**{"3": [["signal", 1, signal.SIGTERM]]})
     assert first["stopped"] == "RunStopped" and f"stopped by SIGTERM at step 3 of 10, saved in {folder.path}" in first["why"]
-    assert "--resume_from_checkpoint auto goes on" in first["why"]
+    assert "--resume_from_checkpoint auto resumes" in first["why"]
     second = start(**{"4": [["signal", 0, signal.SIGUSR1]], "evaluation_5": [["signal", 1, signal.SIGINT]]})
     assert "stopped by Ctrl-C (SIGINT) at step 5 of 10" in second["why"]
     assert [path.name for path in folder.complete_checkpoints()][-2:] == ["checkpoint-4", "checkpoint-5"]

@@ -386,7 +386,7 @@ def test_a_step_of_weight_0_has_no_gradient_and_class_weights_are_a_term_of_the_
     losses = [line["loss"] for line in read_log(result.path / "log.jsonl") if "loss" in line]
     assert losses[0] > 0 and losses[1:] == [0, 0, 0]
     assert "weights   classes LABEL_0 0, LABEL_1 5 · losses are weighted means" in capfd.readouterr().out
-    with pytest.raises(UserError, match=r"class_weights is \['0', '5'\] there and \['1', '5'\] here"):
+    with pytest.raises(UserError, match=r"class_weights is \[0.0, 5.0\] there and \[1.0, 5.0\] here.*DSR376"):
         load_recipe(own, **values | {"max_steps": 4}, class_weights=[1, 5], resume_from_checkpoint="auto").run()
 
 
@@ -406,7 +406,7 @@ def test_recipes_without_classes(name: str, words: list[str], message: str, capf
 def test_a_collator_without_weights_is_refused(tmp_path: Path) -> None:
     own = recipe(tmp_path, "CausalLM")
     text = Path(own).read_text() + (
-        "\n    def collator(self):\n        collate = super().collator()\n"
+        "\n    def collator(self, model, tokenizer):\n        collate = super().collator(model, tokenizer)\n"
         "        return lambda items: {name: value for name, value in collate(items).items() if name != 'weights'}\n"
     )
     Path(own).write_text(text)

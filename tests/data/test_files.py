@@ -92,7 +92,7 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
     (small, problem), found = read(), []
     for piece in (1, 7, 1 << 20):
         monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
-        monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", piece)
+        monkeypatch.setattr("dsrecipes.io.json_stream._PIECE", piece)
         rows, big_problem = read()
         assert repr(rows) == repr(small)  # NaN is unequal to itself
         assert (big_problem is None) == (problem is None)
@@ -106,7 +106,7 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
 
 def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
     monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
-    monkeypatch.setattr("dsrecipes.data.json_stream._PIECE", 5)
+    monkeypatch.setattr("dsrecipes.io.json_stream._PIECE", 5)
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n {"b": "some text"},\n\n  {"a": }]')
     found = []
@@ -153,7 +153,7 @@ DAMAGED = [
     ("x.json", b'[{"a": 1},\n{"a": }]', ["x.json, line 2, column 7", "DSR005"]),
     ("x.json", b'{"a": 1}', ["x.json", "found an object", "DSR119"]),
     ("x.json", b'[{"a": 1}, [2]]', ["x.json, row 2", "found a list", "DSR123"]),
-    ("x.json", b"", ["x.json", "DSR005"]),
+    ("x.json", b"", ["x.json", "DSR118"]),
     ("x.json", b"[" * 200_000, ["x.json", "too deeply", "DSR005"]),
     ("x.jsonl", GOOD + b"\n" + b'{"a": 1', ["x.jsonl, line 3, column", "DSR005"]),
     ("x.jsonl", GOOD + b"3\n", ["x.jsonl, line 2", "found a number", "DSR123"]),

@@ -14,7 +14,7 @@ from dsrecipes.evaluation.metrics import METRICS, Metric
 
 RUN = {
     "profile": "starter", "use_cpu": True, "deepspeed": "none", "max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0,
-    "per_device_train_batch_size": 2, "global_batch_size": 4, "lora_r": 0, "disable_tqdm": True,
+    "per_device_train_batch_size": 2, "global_batch_size": 4, "lora_r": 0, "disable_tqdm": True, "verify_model": False,
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return load_recipe(
         "alpaca_llama_sft", model_name_or_path=tiny_llama(), dataset=rows, prompt_style="chat", max_length=256,
         validation_split=0.2, lora_r=4, learning_rate=0.05, max_steps=4, deepspeed="none", use_cpu=True,
-        save_strategy="no", output_dir=str(folder / "run"), global_batch_size=4, per_device_train_batch_size=4,
+        save_strategy="no", verify_model=False, output_dir=str(folder / "run"), global_batch_size=4, per_device_train_batch_size=4,
     ).run().path  # fmt: skip
 
 

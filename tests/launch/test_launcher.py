@@ -23,8 +23,8 @@ import os, pathlib, time
 from dsrecipes.recipes.gpt2_clm import Gpt2Clm
 
 class Hangs(Gpt2Clm):
-    def collator(self):
-        collate, rows = super().collator(), []
+    def collator(self, model, tokenizer):
+        collate, rows = super().collator(model, tokenizer), []
 
         def hang_once(batch):
             rows.append(len(batch))

@@ -83,13 +83,13 @@ def test_tasks_of_one_step_meet_at_one_port_and_steps_at_others():
 @pytest.mark.parametrize(
     ("env", "problem"),
     [
-        (FAR, r"Open MPI's mpirun started 4 processes on several machines.*MASTER_ADDR.*torchrun --nnodes"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, r"does not say which of them run on this machine.*torchrun"),
+        (FAR, r"Open MPI's mpirun started 4 processes on several machines.*MASTER_ADDR.*torchrun --nnodes.*DSR306"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, r"does not say which of them run on this machine.*torchrun.*DSR303"),
         (
             {**STEP, "SLURM_STEP_TASKS_PER_NODE": "", "SLURM_TASKS_PER_NODE": ""},
-            r"srun started 3 tasks on 2 machines.*torchrun",
+            r"srun started 3 tasks on 2 machines.*torchrun.*DSR303",
         ),
-        ({**STEP, "SLURM_GTIDS": "0,2"}, r"tasks 0,2.*srun --distribution=block"),
+        ({**STEP, "SLURM_GTIDS": "0,2"}, r"tasks 0,2.*srun --distribution=block.*DSR304"),
     ],
 )
 def test_what_cannot_be_completed_is_refused(env, problem):

@@ -77,7 +77,7 @@ def start(run: Path, fault: str) -> list[subprocess.Popen]:
 
 def reach(run: Path, step: int) -> Heartbeat:
     """Rank 1's record from that step on."""
-    for _ in range(400):
+    for _ in range(1200):
         record = read_heartbeat(run / "ranks", 1)
         if record and record.step >= step:
             return record

@@ -55,7 +55,7 @@ def test_all_linear_layers_but_the_head_get_an_adapter(tiny, layers):
 def test_named_layers_and_a_name_that_is_none():
     model = loaded(tiny_llama(), lora_target_modules=["q_proj"])
     assert all("q_proj" in name for name, p in model.named_parameters() if p.requires_grad)
-    with pytest.raises(UserError, match=r"--lora_target_modules \['no_proj'\]"):
+    with pytest.raises(UserError, match=r"--lora_target_modules \['no_proj'\].*DSR217"):
         loaded(tiny_llama(), lora_target_modules=["no_proj"])
 
 
@@ -95,7 +95,7 @@ def test_4_bit_weights_are_never_repacked_whatever_the_cpu_and_the_way_of_loadin
     whole.save_pretrained(tmp_path / "prequantized")
     run = load_recipe(
         "qlora_zero3", profile="starter", model_name_or_path=tiny_llama(), prompt_style="alpaca", max_length=128, max_steps=1,
-        dataset=write_rows(tmp_path / "rows.jsonl", instructions(8)), deepspeed="none", output_dir=str(tmp_path / "run"),
+        dataset=write_rows(tmp_path / "rows.jsonl", instructions(8)), deepspeed="none", output_dir=str(tmp_path / "run"), verify_model=False,
     )  # fmt: skip
     run.run()
     finished = open_run(str(tmp_path / "run"))
@@ -135,13 +135,13 @@ def test_targets_are_checked_before_weights_are_loaded(targets, part):
     if part is None:
         check_targets(options, config, CAUSAL)
         return
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(UserError, match=f"{part}.*DSR217"):
         check_targets(options, config, CAUSAL)
 
 
 def test_a_layer_for_images_is_no_target_and_a_pattern_chooses_among_the_others():
     options = ModelConfig(model_name_or_path=tiny_gemma3(), lora_r=4, lora_target_modules=["fc1"])
-    with pytest.raises(UserError, match="fc1: no layer of Gemma3ForConditionalGeneration"):
+    with pytest.raises(UserError, match="fc1: no layer of Gemma3ForConditionalGeneration.*DSR217"):
         check_targets(options, load_config(options, CAUSAL), CAUSAL)
     for targets, count in (([], 14), (["q_proj"], 2), ([r".*\.1\..*\.(q|up)_proj"], 2)):
         model = loaded(tiny_gemma3(), lora_target_modules=targets)

@@ -148,15 +148,15 @@ def test_a_checkpoint_that_cannot_be_taken(tmp_path, asked, parts):
     checkpoint(tmp_path, 5), checkpoint(tmp_path, 200, whole=False)
     with pytest.raises(UserError) as error:
         find_checkpoints(asked, RunFolder(tmp_path), print)
-    assert all(part in str(error.value) for part in parts), error.value
+    assert all(part in str(error.value) for part in (*parts, "DSR339" if len(asked) < 300 else "")), error.value
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
     checkpoint(tmp_path, 5, whole=False)
-    with pytest.raises(UserError, match=r"no checkpoint of .* is complete \(checkpoint-5: manifest.json is missing"):
+    with pytest.raises(UserError, match=r"\(checkpoint-5: manifest.json is missing.*DSR340"):
         find_checkpoints("auto", RunFolder(tmp_path), print)
 
 
 def test_a_step_needs_a_run():
-    with pytest.raises(UserError, match="--output_dir"):
+    with pytest.raises(UserError, match="--output_dir.*DSR339"):
         find_checkpoints("step5", None, print)

@@ -66,14 +66,14 @@ def same_rows() -> Fault:
 
     def change(run: Run) -> None:
         trainer = run.trainer
-        make = trainer._loader
+        make = trainer.get_train_dataloader
 
         def loader(*args: Any, **kwargs: Any) -> Any:
             made = make(*args, **kwargs)
             made.batch_sampler.rank = 0
             return made
 
-        trainer._loader = loader  # type: ignore[method-assign]
+        trainer.get_train_dataloader = loader  # type: ignore[method-assign]
 
     return contextlib.nullcontext(change)
 
@@ -87,14 +87,14 @@ def other_steps() -> Fault:
 
     def change(run: Run) -> None:
         trainer = run.trainer
-        make = trainer._loader
+        make = trainer.get_train_dataloader
 
         def loader(*args: Any, **kwargs: Any) -> Any:
             made = make(*args, **kwargs)
             made.batch_sampler.__class__ = Longer
             return made
 
-        trainer._loader = loader  # type: ignore[method-assign]
+        trainer.get_train_dataloader = loader  # type: ignore[method-assign]
 
     return contextlib.nullcontext(change)
 

@@ -151,7 +151,7 @@ def test_numbers_as_text_are_taken_where_they_are_equal(two: Two, zero2: list[di
     [
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            ["offload_param needs stage 3", "the stage is 2", "only ZeRO-3 divides parameters"],
+            ["offload_param needs stage 3", "the stage is 2", "only ZeRO-3 shards parameters"],
         ),
         (
             {"train_batch_size": 16, "zero_optimization": {"stage": 2}},

@@ -46,15 +46,15 @@ def test_accelerates_variables_are_read_and_taken_out():
 @pytest.mark.parametrize(
     ("env", "parts"),
     [
-        ({"MASTER_PORT": "29500"}, ["MASTER_PORT is set but RANK is not", "dsrecipes train RECIPE --procs N", "torchrun"]),
-        ({"ACCELERATE_USE_FSDP": "true"}, ["FSDP"]),
+        ({"MASTER_PORT": "29500"}, ["DSR300", "dsrecipes train RECIPE --procs N", "torchrun"]),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["DSR301"]),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,offload_param_device"},
-            ["two owners of ZeRO", "zero_stage, offload_param_device", "--deepspeed none"],
+            ["DSR302", "zero_stage, offload_param_device", "--deepspeed none"],
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "their.json"},
-            ["two owners", "their.json"],
+            ["DSR302", "their.json"],
         ),
     ],
 )
