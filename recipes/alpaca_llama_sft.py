@@ -47,10 +47,15 @@ class AlpacaLlamaSft(RecipeBase):
         batch = encode_segments([_segments(chat) for chat in chats], tokenizer)
         return weigh(batch, [_weights(chat) for chat in chats]) | {"notes": [_notes(chat, options) for chat in chats]}
 
+    @staticmethod
+    def prompt(record: dict, options: EncodeOptions) -> Segments | dict:
+        """The chat, or Stanford's templates up to the last answer."""
+        return _as_chat(record) if options.prompt_style == "chat" else _segments(record)[:-1]
+
 
 def _as_chat(record: dict) -> dict:
     """Convert a record to {"messages", "tools", "weight"}."""
-    if "messages" in record:
+    if "instruction" not in record:
         return record
     return {"messages": as_turns(record), "weight": record.get("weight")}
 
@@ -61,7 +66,7 @@ def _segments(record: dict) -> Segments:
     Raises:
         ValueError: the row has tools, for which the templates have no form.
     """
-    if "messages" not in record:
+    if "instruction" in record:
         return [(_prompt(record["instruction"], record["input"]), False), (record["output"], True)]
     if record.get("tools") or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in record["messages"]):
         raise ValueError("Stanford's templates have no form for tools; give --prompt_style chat")

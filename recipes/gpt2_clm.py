@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes import EncodeOptions, RecipeBase, Row, encode_texts, text_record
+from dsrecipes import EncodeOptions, RecipeBase, Row, Segments, encode_texts, text_record
 from dsrecipes.data.documents import LineRows
 from dsrecipes.data.files import FileRows
 
@@ -30,6 +30,11 @@ class Gpt2Clm(RecipeBase):
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
         """Encode texts; all tokens are labels."""
         return encode_texts(records, tokenizer)
+
+    @staticmethod
+    def prompt(record: dict, options: EncodeOptions) -> Segments:
+        """The text itself, which the model continues."""
+        return [(record["text"], True)]
 
 
 def _as_documents(rows: Iterable[Row]) -> Iterable[Row]:

@@ -215,4 +215,6 @@ def test_explain_imports_nothing_heavy():
 
 def test_an_id_may_be_shared_with_layers_above_its_own():
     assert is_owned("DSR005", {"io"}) and is_owned("DSR005", {"io", "data"})
-    assert not is_owned("DSR005", {"data"}) and not is_owned("DSR600", {"recipes", "data"}) and not is_owned("DSR999", {"io"})
+    assert (
+        not is_owned("DSR005", {"data"}) and not is_owned("DSR600", {"recipes", "data"}) and not is_owned("DSR999", {"io"})
+    )
