@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
+    from dsrecipes.data.encode import Segments
     from dsrecipes.data.sources import MixedSplit, SourceRows
     from dsrecipes.data.split import Split
 
@@ -79,6 +80,22 @@ class RecipeBase(ABC):
         Optional keys: weights, the weight of each label, or an empty list where all are 1; record, the index of each entry's
         record, where a record becomes several entries or none; notes, a list of lines for the header for each record.
         """
+
+    @staticmethod
+    def prompt(record: dict, options: EncodeOptions) -> Segments | dict | None:
+        """Write what precedes a record's answer, for rows and typed texts that have none (chat, generate, judge).
+
+        Args:
+            record: as format_row gives it, perhaps with another answer in place of the missing one; or, where format_row
+                refuses a row without an answer, the row. Read fields with record[name]: where a text is typed, the record is
+                empty at first, and the KeyError names the field that the text fills.
+            options: what the rows were encoded with.
+
+        Returns:
+            Segments as encode_segments takes them, the last one True if the model continues it; or a chat, {"messages", perhaps
+            "tools"}, for the tokenizer's template. None, the default: only rows with an answer have prompts.
+        """
+        return None
 
     # ---- hooks with a default ----
 
@@ -187,19 +204,21 @@ class RecipeBase(ABC):
 
     # ---- not hooks ----
 
-    def __init__(self, layers: Layers, console: Console | None = None) -> None:
+    def __init__(self, layers: Layers, console: Console | None = None, config: Config | None = None) -> None:
         """Check the configuration; nothing is loaded yet.
 
         Args:
             layers: the values that YAML files, flags and keywords gave.
             console: where the run reports; one that has introduced the run already.
+            config: of a finished run, which was read from the layers without what only training needs.
         """
-        self.config: Config = build_config(layers)
+        self.config: Config = config or build_config(layers)
         self.notes: list[str] = []
         """Lines that a hook adds to the run's header."""
         self.introduced = console is not None
         self.console = console or Console()
-        self.console.bars = not self.config.train["disable_tqdm"]
+        if config is None:
+            self.console.bars = not self.config.train["disable_tqdm"]
         if self.config.data.class_weights and not self.auto_class.endswith("ForSequenceClassification"):
             raise UserError("DSR623", self._no_class_weights())
 
@@ -256,16 +275,16 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     return classes[0]
 
 
-def _check_methods(recipe: type[RecipeBase], place: str) -> None:
+def _check_methods(recipe: type[RecipeBase], file: str) -> None:
     """Refuse a recipe whose methods are missing, never called, or take other arguments than a run gives (UserError)."""
     missing = sorted(recipe.__abstractmethods__)
     if missing:
         methods = f"{inflect(len(missing), 'method')} {', '.join(missing)}"
-        raise UserError("DSR626", f"{place}: {recipe.__name__} lacks the {methods}")
+        raise UserError("DSR626", f"{file}: {recipe.__name__} lacks the {methods}")
     if recipe.auto_class.endswith("ForCausalLM") and recipe.metrics is not RecipeBase.metrics:
         raise UserError(
             "DSR627",
-            f"{place}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
+            f"{file}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
             "and reports the perplexity. Remove the method, or set auto_class",
         )
     for name in _RUN_HOOKS:
@@ -276,7 +295,7 @@ def _check_methods(recipe: type[RecipeBase], place: str) -> None:
             inspect.signature(getattr(recipe, name)).bind(*positional, **dict.fromkeys(keywords))
         except TypeError as error:
             expected = ", ".join(f"*, {key}" if key in keywords else key for key in given.parameters)
-            raise UserError("DSR628", f"{place}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
+            raise UserError("DSR628", f"{file}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
 
 
 def load_recipe(recipe: str | None, **values: Any) -> RecipeBase:

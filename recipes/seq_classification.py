@@ -64,7 +64,10 @@ class SeqClassification(RecipeBase):
             decisive = ["train"]
         else:
             decisive = list(paths)
-        fingerprints, kind, names = number_labels(paths, decisive, options.problem_type)
+        try:
+            fingerprints, kind, names = number_labels(paths, decisive, options.problem_type)
+        except ValueError as error:
+            raise UserError("DSR600", str(error)) from None
         text = json.dumps({"problem_type": kind, "names": names}, ensure_ascii=False)
         next(iter(paths.values())).with_name("labels.json").write_text(text, encoding="utf-8")
         return fingerprints
@@ -83,7 +86,7 @@ class SeqClassification(RecipeBase):
         kind, names = _read_labels([path for split in splits.values() for path in _files(split)])
         model_config.id2label = dict(enumerate(names))
         model_config.label2id = {name: index for index, name in enumerate(names)}
-        model_config.problem_type = kind
+        model_config.problem_type = kind  # type: ignore[assignment]  # a Literal of the three kinds
         classes = "" if kind == NUMBER else f" {plural(len(names), 'class')}: {list_names(names)}"
         self.notes.append(_KIND_NOTES[kind] + classes)
         if "-1" in names:
@@ -99,7 +102,7 @@ class SeqClassification(RecipeBase):
     def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
         """The figures of `label_scores`; of one label a row also what always giving the commonest class reaches."""
         kind = str(model_config.problem_type)
-        names = [model_config.id2label[index] for index in range(model_config.num_labels)]
+        names = list((model_config.id2label or {}).values())
         commonest = _commonest_class(_files(train)) if kind == ONE else None
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class SeqClassification(RecipeBase):
 
 def _files(split: Split | MixedSplit) -> list[Path]:
     """The prepared files of a split: one for each data set."""
-    return [part.path for part in getattr(split, "parts", {}).values()] or [split.path]
+    return [split.path] if isinstance(split, Split) else [part.path for part in split.parts.values()]
 
 
 def _read_labels(files: list[Path]) -> tuple[str, list[str]]:

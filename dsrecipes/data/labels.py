@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from dsrecipes.data.columns import ColumnWriter, read_batches, read_columns
 from dsrecipes.data.provenance import RowSources
-from dsrecipes.errors import UserError
 
 ONE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 """Kinds of label, by transformers' name (config.problem_type)."""
@@ -157,14 +156,11 @@ def number_labels(paths: dict[str, Path], decisive: list[str], problem_type: str
         The new fingerprint of each file, the kind, and the names of the classes.
 
     Raises:
-        UserError: labels that leave their kind open, or one that training does not have.
+        ValueError: labels that leave their kind open, or one that training does not have; names the row.
     """
     texts = {name: pc.unique(read_columns(path).column("labels")).to_pylist() for name, path in paths.items()}
     values = [json.loads(text) for text in dict.fromkeys(text for name in decisive for text in texts.get(name, []))]
-    try:
-        kind, names = kind_and_names(values, problem_type)
-    except ValueError as error:
-        raise UserError("DSR600", str(error)) from None
+    kind, names = kind_and_names(values, problem_type)
     return {name: _rewrite(path, texts[name], kind, names) for name, path in paths.items()}, kind, names
 
 
@@ -177,7 +173,7 @@ def _rewrite(path: Path, texts: list[str], kind: str, names: list[str]) -> str:
             targets.append(target(json.loads(text), kind, names))
         except ValueError as error:
             row = pc.index(column, pa.scalar(text, column.type)).as_py()
-            raise UserError("DSR601", f"{RowSources(path).describe([row])}: {error}. Fix or remove the row") from None
+            raise ValueError(f"{RowSources(path).describe([row])}: {error}. Fix or remove the row") from None
     types = {ONE: pa.int32(), SEVERAL: pa.list_(pa.float32()), NUMBER: pa.float32()}
     numbers = pa.array(targets, types[kind])
     # written beside the file and renamed: another process may be reading it

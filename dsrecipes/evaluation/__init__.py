@@ -1,1 +1,1 @@
-"""Measure a finished run: losses, choices, answers, judges."""
+"""How good is a finished run? Losses, choices, answers, labels, judges."""

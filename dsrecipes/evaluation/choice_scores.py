@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dsrecipes.data.questions import LETTERS, SUBJECTS, UNGROUPED
 
@@ -13,7 +14,7 @@ Json = dict[str, Any]
 _BINS = 10
 
 
-def accuracy(predictions: Iterable[int], references: Iterable[int], subjects: Sequence[str]) -> Json:
+def accuracy(predictions: ArrayLike, references: ArrayLike, subjects: Sequence[str]) -> Json:
     """Share of right answers over all, by group of subjects and by subject.
 
     Args:

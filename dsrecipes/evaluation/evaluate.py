@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsrecipes.config.sources import paths_of
 from dsrecipes.errors import UserError, plural
-from dsrecipes.evaluation.log_likelihood import FORMS
+from dsrecipes.evaluation.forms import FORMS
 from dsrecipes.evaluation.tasks import TASKS, Measure, Settings, choose_task, writes_text
 from dsrecipes.inference.device import add_device, memory_errors
 from dsrecipes.inference.finished import FinishedRun, open_run

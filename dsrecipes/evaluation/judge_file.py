@@ -1,4 +1,4 @@
-"""The record of a judge's work: answers, judgements and what they cost."""
+"""What has a judge done so far? Its file: answers, judgements and what they cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COSTS = ("requests", "prompt_tokens", "completion_tokens")
 
 
 class JudgeFile(ResumableJsonl):
-    """The answers and judgements so far, and where more are appended."""
+    """Answers and judgements of earlier calls and this one."""
 
     def __init__(self, path: Path, job: Json, about: Json | None = None) -> None:
         """As ResumableJsonl."""
@@ -21,8 +21,8 @@ class JudgeFile(ResumableJsonl):
         self.judgements: dict[tuple[int, str], Json] = {}
         self.checks: list[Json] = []
 
-    def take(self, line: Json) -> None:
-        """Sort a line by its kind."""
+    def load_line(self, line: Json) -> None:
+        """Take an answer, a judgement or the cost of a check."""
         if line["kind"] == "answer":
             self.answers[line["item"], line["of"]] = text_in(line, "text")
             return
@@ -36,20 +36,20 @@ class JudgeFile(ResumableJsonl):
             self.checks.append(line)
 
     def summary(self) -> Json:
-        """All judgements counted, and their cost."""
+        """Counts of all judgements, and their cost."""
         cost = _total([*self.checks, *self.judgements.values()])
         return {**tally(self.judgements.values()), **cost, "out": str(self.path)}
 
 
 def cost_of(replies: list[Reply]) -> Json:
     """Requests and tokens of replies."""
-    return _total([{"requests": 1, **vars(each)} for each in replies])
+    return _total([{"requests": 1, **vars(reply)} for reply in replies])
 
 
 def _total(costs: list[Json]) -> Json:
-    """None for tokens that a server did not tell."""
-    told: Json = {}
+    """Sums; None for tokens that a server did not report."""
+    total: Json = {}
     for name in _COSTS:
-        counts = [each.get(name) for each in costs]
-        told[name] = None if None in counts else sum(counts)
-    return told
+        counts = [cost.get(name) for cost in costs]
+        total[name] = None if None in counts else sum(counts)
+    return total

@@ -1,4 +1,8 @@
-"""A judge behind a server that speaks OpenAI's chat completions."""
+"""How does a judge behind an OpenAI-compatible server reply?
+
+huggingface_hub's InferenceClient sends the requests and reads the replies. What it lacks is here: it does not retry, its
+HTTP errors do not show the server's message alone, and without a key it would send the user's Hugging Face token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dsrecipes.errors import UserError
@@ -21,8 +25,9 @@ if TYPE_CHECKING:
 KEY = "DSRECIPES_JUDGE_KEY"
 """The environment variable with the server's key. No other key or token of the environment goes to a server."""
 _WAITS = (1, 2, 4, 8, 16)
-"""Seconds before a request that failed is sent again."""
+"""Seconds before each retry."""
 _LONGEST_WAIT = 300
+"""Seconds; a server that asks for more, as a daily limit does, ends the command, which can be resumed."""
 
 
 def is_url(judge: str) -> bool:
@@ -47,16 +52,18 @@ class ServerJudge:
         except ValueError:
             usable = False
         if not usable:
-            raise UserError(f"--judge: give http(s)://HOST[:PORT]/v1 without user, password or query; a key goes into {KEY}")
+            raise UserError(
+                "DSR510", f"--judge: give http(s)://HOST[:PORT]/v1 without user, password or query; a key goes into {KEY}"
+            )
         self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise UserError(f"{KEY}: holds a character that no HTTP header can; set it again")
+            raise UserError("DSR511", f"{KEY}: has a character that no HTTP header can have; set it again")
         # without a key the client would send the user's Hugging Face token to whatever server this is
         self._client = huggingface_hub.InferenceClient(base_url=url, api_key=self._key or "none", timeout=timeout)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
-        """A reply; what may pass (no connection, no answer in time, 429, 5xx) is tried again after a while.
+        """Reply to a prompt; transient faults (no connection, no answer in time, 429, 5xx) are retried after a while.
 
         Raises:
             UserError: the server refuses, or still fails.
@@ -64,77 +71,78 @@ class ServerJudge:
         for pause in (*_WAITS, None):
             try:
                 return self._send(prompt, attempt, max_new_tokens)
-            except _Passing as fault:
-                wait = fault.retry_after if fault.retry_after is not None else pause
+            except _TransientError as error:
+                wait = error.retry_after if error.retry_after is not None else pause
                 if pause is None or wait is None or wait > _LONGEST_WAIT:
-                    told = f"; it asks to wait {wait:.0f} s" if wait is not None and wait > _LONGEST_WAIT else ""
+                    demand = f"; it asks to wait {wait:.0f} s" if wait is not None and wait > _LONGEST_WAIT else ""
                     raise UserError(
-                        f"--judge {self.url}: {fault}{told}. What was judged is kept: the same command goes on from there"
+                        "DSR512", f"--judge {self.url}: {error}{demand}. What was judged is kept: the same command resumes"
                     ) from None
-                print(f"judge: {fault}; trying again in {wait:.0f} s", file=sys.stderr)
+                print(f"judge: {error}; retrying in {wait:.0f} s", file=sys.stderr)
                 time.sleep(wait)
-        raise AssertionError
+        raise AssertionError("the last pause is None")
 
     def _send(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError
 
-        sampling = {"temperature": TEMPERATURE, "seed": attempt} if attempt else {"temperature": 0.0}
+        sampling: dict[str, Any] = {"temperature": TEMPERATURE, "seed": attempt} if attempt else {"temperature": 0.0}
         try:
-            with _hub_switch_lifted():
-                told = self._client.chat_completion(
+            with _offline_switch_lifted():
+                completion = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, max_tokens=max_new_tokens, **sampling
                 )
-            usage = told.usage
-            text = told.choices[0].message.content or ""
+            usage = completion.usage
+            text = completion.choices[0].message.content or ""
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
             return Reply(self._without_key(text), *counts)
         except HfHubHTTPError as error:
-            raise self._explained(error) from None
+            raise self._classified(error) from None
         except (httpx2.TransportError, TimeoutError) as error:
-            what = "no answer in time" if isinstance(error, (httpx2.TimeoutException, TimeoutError)) else "no connection"
-            raise _Passing(f"{what} ({self._without_key(str(error)) or type(error).__name__})") from None
+            timed_out = isinstance(error, (httpx2.TimeoutException, TimeoutError))
+            fault = "no answer in time" if timed_out else "no connection"
+            raise _TransientError(f"{fault} ({self._without_key(str(error)) or type(error).__name__})") from None
         except (ValueError, TypeError, AttributeError, LookupError):
             raise UserError(
-                f"--judge {self.url}: its answer is no chat completion; is this the address of an API (.../v1)?"
+                "DSR514", f"--judge {self.url}: its answer is no chat completion; is this the address of an API (.../v1)?"
             ) from None
 
-    def _explained(self, error: HfHubHTTPError) -> UserError | _Passing:
-        """A status that may pass, or a refusal in the server's words."""
+    def _classified(self, error: HfHubHTTPError) -> UserError | _TransientError:
+        """A transient status, or a refusal with the server's message."""
         status = error.response.status_code
-        what = f"{status} {error.response.reason_phrase}".strip()
-        told = self._without_key(_message(error.response.text))
-        what += f": {told}" if told else ""
+        fault = f"{status} {error.response.reason_phrase}".strip()
+        message = self._without_key(_message(error.response.text))
+        fault += f": {message}" if message else ""
         if status in (408, 429) or status >= 500:
-            return _Passing(what, _retry_after(error.response.headers.get("retry-after")))
+            return _TransientError(fault, _retry_after(error.response.headers.get("retry-after")))
         if status in (401, 403):
-            what += f" (the key is taken from {KEY}, which is {'set' if self._key else 'not set'})"
+            fault += f" (the key is taken from {KEY}, which is {'set' if self._key else 'not set'})"
         if status in (400, 404, 422):
-            what += " (--judge_model names the model, the address ends in /v1)"
-        return UserError(f"--judge {self.url}: {what}")
+            fault += " (--judge_model names the model, the address ends in /v1)"
+        return UserError("DSR513", f"--judge {self.url}: {fault}")
 
     def _without_key(self, text: str) -> str:
-        """A server may send back what it was sent."""
+        """Hide the key, which a server may send back."""
         return text.replace(self._key, "***") if self._key else text
 
 
-class _Passing(Exception):
-    """A fault that may pass."""
+class _TransientError(Exception):
+    """A fault after which a retry may succeed; `retry_after`: seconds that the server asks for."""
 
-    def __init__(self, what: str, retry_after: float | None = None) -> None:
-        super().__init__(what)
+    def __init__(self, fault: str, retry_after: float | None = None) -> None:
+        super().__init__(fault)
         self.retry_after = retry_after
 
 
 def _message(body: str) -> str:
     """The message in an error's body, in one line of at most 300 characters."""
     try:
-        told = json.loads(body)
-        told = told.get("error", told.get("detail", told.get("message", told)))
-        told = told.get("message", told) if isinstance(told, dict) else told
+        error = json.loads(body)
+        error = error.get("error", error.get("detail", error.get("message", error)))
+        error = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
-        told = "" if "<html" in body.lower() else body
-    return " ".join(str(told).split())[:300]
+        error = "" if "<html" in body.lower() else body
+    return " ".join(str(error).split())[:300]
 
 
 def _retry_after(header: str | None) -> float | None:
@@ -152,8 +160,8 @@ def _retry_after(header: str | None) -> float | None:
 
 
 @contextlib.contextmanager
-def _hub_switch_lifted() -> Iterator[None]:
-    """HF_HUB_OFFLINE keeps requests from the hub; the hub's client would hold back those to a judge as well."""
+def _offline_switch_lifted() -> Iterator[None]:
+    """Let a request pass while HF_HUB_OFFLINE is set: it is about the hub, but the client would stop any request."""
     from huggingface_hub import constants, get_session
 
     if not constants.is_offline_mode():

@@ -1,4 +1,4 @@
-"""Four-way questions put to a causal model: prompts, tokens and scores as lm-evaluation-harness 0.4 defines them.
+"""How does a causal model score four-way questions? As lm-evaluation-harness 0.4 does: prompts, tokens and scores.
 
 Its tasks tmmluplus, cmmlu, mmlu and mmlu_continuation, without a chat template. Ties go to the first choice.
 """
@@ -6,7 +6,6 @@ Its tasks tmmluplus, cmmlu, mmlu and mmlu_continuation, without a chat template.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,37 +15,17 @@ import numpy as np
 from dsrecipes.data import questions
 from dsrecipes.data.questions import LETTERS
 from dsrecipes.errors import UserError
+from dsrecipes.evaluation.forms import FORMS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dsrecipes.inference.forward import Wanted
+    from dsrecipes.inference.forward import ScoredSequence
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a task of the harness writes a question."""
-
-    description: str
-    """Stands before everything; {subject} is the subject's name."""
-    ask: str
-    """The question up to where the answer follows."""
-    letters: bool = True
-    """Whether the letters are scored, or the options' own texts."""
-
-
-_LETTERED = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\n"
-FORMS = {
-    "tmmluplus": Form("以下為{subject}的單選題，請提供正確答案的選項。\n\n", _LETTERED + "Answer:"),
-    "cmmlu": Form("以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", _LETTERED + "答案："),
-    "mmlu": Form("The following are multiple choice questions (with answers) about {subject}.\n\n", _LETTERED + "Answer:"),
-    "mmlu_continuation": Form(
-        "The following are questions (with answers) about {subject}.\n\n", "Question: {question}\nAnswer:", letters=False
-    ),
-}
+_DEFAULT_LIMIT = 2048
+"""Tokens of a model that sets no limit, as in the harness."""
 
 
 @cache
@@ -56,7 +35,7 @@ def _names() -> dict[str, dict[str, str]]:
 
 
 def context(record: Record, shots: list[Record], form: str) -> str:
-    """All that stands before the answer: description, solved questions, the question."""
+    """All that precedes the answer: description, solved questions, the question."""
     subject = _names().get(form, {}).get(record["subject"], record["subject"].replace("_", " "))
     solved = [f"{_asked(shot, form)} {options(shot, form)[shot['answer']]}\n\n" for shot in shots]
     return FORMS[form].description.format(subject=subject) + "".join(solved) + _asked(record, form)
@@ -73,15 +52,15 @@ def options(record: Record, form: str) -> list[str]:
 
 
 def encode_pair(context: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it: encoded together, and cut where the context alone would end.
+    """Ids of a context and of its continuation: encoded together, and cut where the context alone would end.
 
-    Spaces at the end of the context go to the continuation, as words carry theirs in front.
+    Spaces at the end of the context go to the continuation, since tokens of words begin with theirs.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    known = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    special = not context.startswith(tokenizer.decode(known))
+    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    special = not context.startswith(str(tokenizer.decode(opening)))
     whole = tokenizer.encode(context + continuation, add_special_tokens=special)
     start = len(tokenizer.encode(context, add_special_tokens=special))
     return whole[:start], whole[start:]
@@ -96,7 +75,14 @@ def log_likelihoods(
 ) -> list[float]:
     """Log-likelihood of each continuation after its context, in nats; what is too long loses its beginning.
 
-    Each different input is computed once: the four letters of a question share one.
+    Each distinct input is computed once: the four letters of a question share one.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's.
+        pairs: (context, continuation).
+        batch_size: inputs computed together.
+        bar: advances by 1 for each pair.
 
     Raises:
         UserError: a continuation alone is longer than the model reads, or has no token of its own.
@@ -106,32 +92,33 @@ def log_likelihoods(
     from dsrecipes.model.task import pad_id
     from dsrecipes.model.tokenizer import check_prompt_ids, embedding_rows
 
-    room = positions(model) or 2048  # as the harness
+    limit = positions(model) or _DEFAULT_LIMIT
     inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    """Input ids -> (number of the pair, ids of its continuation)."""
     for number, (before, after) in enumerate(pairs):
         start, ids = encode_pair(before, after, tokenizer)
         check_prompt_ids(start + ids, tokenizer, embedding_rows(model.config))
-        if not ids or len(ids) > room:
-            raise UserError(f"choice {after!r} has {len(ids)} tokens; a choice needs 1 to {room}")
-        inputs.setdefault(tuple((start + ids)[-(room + 1) :][:-1]), []).append((number, ids))
-    asked = list(inputs.items())
-    wanted: list[Wanted] = []
-    for ids, scored in asked:
-        longest = max(len(continuation) for _, continuation in scored)
-        wanted.append((list(ids), list(range(len(ids) - longest, len(ids)))))
-    found = [0.0] * len(pairs)
-    for index, logits in logits_at(model, wanted, pad_id(tokenizer), batch_size):
+        if not ids or len(ids) > limit:
+            raise UserError("DSR486", f"choice {after!r} has {len(ids)} tokens; a choice needs 1 to {limit}")
+        inputs.setdefault(tuple((start + ids)[-(limit + 1) :][:-1]), []).append((number, ids))
+    scored = list(inputs.items())
+    sequences: list[ScoredSequence] = []
+    for context_ids, continuations in scored:
+        longest = max(len(ids) for _, ids in continuations)
+        sequences.append((list(context_ids), list(range(len(context_ids) - longest, len(context_ids)))))
+    values = [0.0] * len(pairs)
+    for index, logits in logits_at(model, sequences, pad_id(tokenizer), batch_size):
         chances = logits.log_softmax(-1)
-        for number, ids in asked[index][1]:
+        for number, ids in scored[index][1]:
             # summed in fp32, as the harness does: a long choice differs in the fourth digit otherwise
-            found[number] = chances[range(len(chances) - len(ids), len(chances)), ids].sum().item()
+            values[number] = chances[range(len(chances) - len(ids), len(chances)), ids].sum().item()
             bar.update()
-    return found
+    return values
 
 
-def score(record: Record, found: list[float], form: str) -> Record:
-    """What the four log-likelihoods choose: as they are (acc), by characters (acc_norm) and by bytes (acc_bytes)."""
-    values, texts = np.array(found), options(record, form)
+def score(record: Record, log_likelihoods: list[float], form: str) -> Record:
+    """Which option the four log-likelihoods choose: as they are (acc), by characters (acc_norm) and by bytes (acc_bytes)."""
+    values, texts = np.array(log_likelihoods), options(record, form)
     characters = np.array([len(text) for text in texts], dtype=float)
     octets = np.array([len(text.encode()) for text in texts], dtype=float)
     chosen = {
@@ -141,7 +128,7 @@ def score(record: Record, found: list[float], form: str) -> Record:
     }
     chances = np.exp(values - values.max())
     return {
-        "log_likelihoods": found,
+        "log_likelihoods": log_likelihoods,
         "probabilities": (chances / chances.sum()).tolist(),
         "predicted": LETTERS[chosen["acc"]],
         "predicted_norm": LETTERS[chosen["acc_norm"]],

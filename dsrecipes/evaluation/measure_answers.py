@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from dsrecipes.evaluation.rows import Item
     from dsrecipes.evaluation.tasks import Measure, Settings
-    from dsrecipes.inference.answers import Prompt
     from dsrecipes.inference.finished import FinishedRun
+    from dsrecipes.inference.prompting import Prompt
 
 Json = dict[str, Any]
 
@@ -26,7 +26,7 @@ def measure_answers(run: FinishedRun, items: list[Item], settings: Settings) -> 
     Raises:
         UserError: the recipe's rows have no answers.
     """
-    from dsrecipes.inference.answers import prompt_of
+    from dsrecipes.inference.prompting import prompt_of
 
     prompts = [prompt_of(run, item.row) for item in items]
     if any(prompt.reference is None for prompt in prompts):

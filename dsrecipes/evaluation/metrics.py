@@ -28,7 +28,8 @@ def _no_lines(figures: Json) -> Iterator[str]:
 
 def weight_of(item: Json) -> float:
     """What an item counts in a mean loss: the weights of its labels, or their number."""
-    return item.get("weight", item.get("tokens", 1))
+    weight: float = item["weight"] if "weight" in item else item.get("tokens", 1)
+    return weight
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rows that a finished run is measured on: its own splits as it made them, or another data set's."""
+"""Which rows is a finished run measured on? Its own splits as it made them, or another data set's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsrecipes.config.parse import read_config
 from dsrecipes.config.sources import paths_of
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, record_hash
@@ -27,11 +28,14 @@ SPLITS = ("test", "validation", "train")
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a split: its place in the files, as it stands there, and through the recipe's format_row."""
+    """One row of a split."""
 
     where: str
+    """File and row."""
     row: Row
+    """As the file has it."""
     record: dict[str, Any]
+    """What the recipe's format_row makes of it."""
     source: str = ""
     """Its data set's name, where a run has several."""
 
@@ -48,12 +52,17 @@ class EvaluationRows:
         """Read the files' rows; nothing is tokenized yet."""
         layers = self.run.config.layers
         if self.dataset:
-            # all rows of a file, in the file's own splits: what the run kept aside concerns its own data alone
-            changed = {"dataset": self.dataset, "dataset_config": None, "eval_dataset": None, "subjects": None}
+            # all rows of a file, in the file's own splits: what the run held out concerns its own data alone
+            changed: dict[str, Any] = {
+                "dataset": self.dataset,
+                "dataset_config": None,
+                "eval_dataset": None,
+                "subjects": None,
+            }
             changed |= {"validation_split": 0, "split": "official", "skip_bad_rows": self.skip_bad_rows}
             layers = self.run.layers(**changed)
-        self.story = self.run.recipe(layers)
-        data = self.story.config.data
+        self.recipe = self.run.recipe(layers, config=read_config(layers))
+        data = self.recipe.config.data
         if self.dataset:
             # --columns is about the run's own data: other rows need not have them
             data.columns = OptionalColumns(self.run.config.data.columns)
@@ -62,47 +71,48 @@ class EvaluationRows:
                 part,
                 splits={name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in part.splits.items()},
             )
-            for part in source_rows(data, self.story.load_source)
+            for part in source_rows(data, self.recipe.load_source)
         ]
 
     @property
     def name(self) -> str:
         """The data set's name, or the names of several."""
-        return paths_of(self.story.config.data.sources)
+        return paths_of(self.recipe.config.data.sources)
 
     @property
     def splits(self) -> list[str]:
-        """Those that there are, in the order in which an evaluation looks for rows."""
+        """Those that have rows, in the order in which an evaluation looks for them."""
         return [name for name in SPLITS if self._with(name)]
 
     def _with(self, split: str) -> list[SourceRows]:
         """The sources that have rows of a split."""
         return [part for part in self.by_source if split in part.splits or (split == "validation" and part.held_out)]
 
-    def choose(self, asked: str | None) -> str:
-        """The split that is asked for; else test, validation or, of a data set given by hand, its only one.
+    def choose(self, split: str | None) -> str:
+        """The split that is given; else test, validation or, of a data set given by hand, its only one.
 
         Raises:
-            UserError: the data have no such split, or the run kept nothing aside.
+            UserError: the data have no such split, or the run held out nothing.
         """
         known = self.splits
         if not known:
-            raise UserError(f"{self.name}: none of its rows has a label")
-        if asked:
-            return _known(asked, known, self.name)
+            raise UserError("DSR481", f"{self.name}: none of its rows has a label")
+        if split:
+            return _require(split, known, self.name)
         if known[0] == "train" and not self.dataset:
             raise UserError(
-                f"{self.run.folder.path}: this run kept no rows aside; name some with --dataset, or give --split train"
+                "DSR482",
+                f"{self.run.folder.path}: this run held out no rows; name some with --dataset, or give --split train",
             )
         return known[0]
 
     def items(self, split: str) -> list[Item]:
-        """A split's rows, those that the run held out of its training rows among them.
+        """A split's rows, including those that the run held out of its training rows.
 
         Raises:
-            UserError: a row at fault, where the run did not skip such rows.
+            UserError: a bad row, where the run did not skip such rows.
         """
-        several = self.story.config.data.is_mixture
+        several = self.recipe.config.data.is_mixture
         return [
             replace(item, source=part.source.name if several else "")
             for part in self._with(split)
@@ -112,16 +122,16 @@ class EvaluationRows:
     def _items_of(self, part: SourceRows, split: str) -> list[Item]:
         held = part.held_out if split != "test" else 0.0
 
-        def both(row: Row) -> dict[str, Any]:
+        def row_and_record(row: Row) -> dict[str, Any]:
             return {"row": getattr(row, "original", row), "record": self.run.recipe.format_row(row)}
 
-        records = Records(both, part.splits["train" if held else split], part.data.skip_bad_rows)
+        records = Records(row_and_record, part.splits["train" if held else split], part.data.skip_bad_rows)
         if not held:
             return [Item(where, **pair) for where, pair in records]
-        # twice over the rows, so that only those of the split are kept in memory
+        # read twice, so that only the rows of the split are kept in memory
         keys = np.fromiter((record_hash(pair["record"]) for _, pair in records), np.uint64)
-        chosen = part.hold_out(keys, held, self.story.config.train["seed"]) == (split == "validation")
-        return [Item(where, **pair) for (where, pair), wanted in zip(records, chosen, strict=True) if wanted]
+        chosen = part.hold_out(keys, held, self.recipe.config.train["seed"]) == (split == "validation")
+        return [Item(where, **pair) for (where, pair), is_chosen in zip(records, chosen, strict=True) if is_chosen]
 
     def sequences(self, split: str, console: Console) -> dict[str, Path]:
         """Files of a split's token ids and labels by source, exactly as a training run on these rows evaluates them."""
@@ -133,16 +143,16 @@ class EvaluationRows:
         name = split
         if self.dataset and split == "train":  # under another name no last block is left out
             part, name = replace(part, splits={"test": part.splits[split]}), "test"
-        prepared = prepare_source(self.run.recipe, part, self.run.tokenizer, self.story.config.train["seed"], console)
+        prepared = prepare_source(self.run.recipe, part, self.run.tokenizer, self.recipe.config.train["seed"], console)
         if name not in prepared:
-            raise UserError(f"{part.source.path}: no row of {split} is left; --split names another")
+            raise UserError("DSR483", f"{part.source.path}: no row of {split} is left; --split names another")
         check_splits({split: prepared[name]}, self.run.tokenizer, self.run.embedding_rows)
         return prepared[name].path
 
 
 @dataclass
 class QuestionRows:
-    """Files of four-way questions for a model that writes, by the splits that the files' names tell."""
+    """Files of four-way questions for a model that writes, by the splits that their names show."""
 
     name: str
     skip_bad_rows: bool = False
@@ -153,47 +163,48 @@ class QuestionRows:
         for split, rows in sources(self.name, []):
             self.raw.setdefault(split, []).extend(rows)
 
-    def choose(self, asked: str | None) -> str:
-        """The split that is asked for; else test, validation or what there is (UserError: no such split)."""
+    def choose(self, split: str | None) -> str:
+        """The split that is given; else test, validation or train (UserError: no such split)."""
         known = [name for name in SPLITS if name in self.raw]
-        return _known(asked, known, self.name) if asked else known[0]
+        return _require(split, known, self.name) if split else known[0]
 
     def items(self, split: str) -> list[Item]:
-        """A split's questions (UserError: a row at fault)."""
+        """A split's questions (UserError: a bad row)."""
         records = Records(question_record, LocatedRows(self.raw[split]), self.skip_bad_rows)
         return [Item(where, {}, record) for where, record in records]
 
     def shots(self, items: list[Item], split: str, count: int) -> dict[str, list[dict[str, Any]]]:
-        """The first `count` training questions (TMMLU+ and MMLU call them dev) of each subject that is asked.
+        """The first `count` training questions (TMMLU+ and MMLU call them dev) of each subject of the items.
 
         Raises:
-            UserError: there are not so many, or they are the questions asked.
+            UserError: there are too few, or they are the items themselves.
         """
         if not count:
             return {}
         if "train" not in self.raw or split == "train":
-            raise UserError(f"--num_fewshot {count}: {self.name} has no dev questions beside those that are asked")
+            raise UserError("DSR485", f"--num_fewshot {count}: {self.name} has no dev questions apart from those measured")
         by_subject: dict[str, list[dict[str, Any]]] = {}
         for item in self.items("train"):
             by_subject.setdefault(item.record["subject"], []).append(item.record)
         for subject in sorted({item.record["subject"] for item in items}):
-            if len(by_subject.get(subject, [])) < count:
-                raise UserError(f"--num_fewshot {count}: {subject} has {len(by_subject.get(subject, []))} dev questions")
+            found = len(by_subject.get(subject, []))
+            if found < count:
+                raise UserError("DSR485", f"--num_fewshot {count}: {subject} has {found} dev questions")
         return {subject: records[:count] for subject, records in by_subject.items()}
 
 
-def _known(asked: str, known: list[str], name: str) -> str:
-    if asked not in known:
-        raise UserError(f"--split {asked}: {name} has no such rows; it has {', '.join(known)}")
-    return asked
+def _require(split: str, known: list[str], name: str) -> str:
+    if split not in known:
+        raise UserError("DSR484", f"--split {split}: {name} has no such rows; it has {', '.join(known)}")
+    return split
 
 
 _LINE = 40
-"""Characters that a line of text must have to be one that two documents do not share by chance."""
+"""Characters from which on two documents do not share a line by chance."""
 
 
 def contents(record: dict[str, Any]) -> list[str]:
-    """What makes a record the same as another, letter case and spacing aside.
+    """What two records have in common if they are the same, letter case and spacing aside.
 
     The question without its options; an instruction or a chat without its answers; a text without its label; the longer
     lines of a plain text.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError
-from dsrecipes.evaluation.log_likelihood import FORMS
+from dsrecipes.evaluation.forms import FORMS
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What a judge is asked, the verdict read from its reply, and verdicts in both orders counted."""
+"""What is a judge asked, how is its reply read, and how are verdicts in both orders counted?"""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dsrecipes.io.paths import user_path
 from dsrecipes.io.text import read_text
 
 RUBRIC = Path(__file__).with_name("judge_rubric.txt")
-"""The default rubric; a copy of it is where a user's own starts."""
+"""The default rubric, of which a user's own is a changed copy."""
 PLACEHOLDERS = ("question", "answer_a", "answer_b")
 ORDERS = ("run first", "other first")
-"""Whose answer stands as A."""
-_PLACE = re.compile("|".join(rf"\{{{name}\}}" for name in PLACEHOLDERS))
+"""Whose answer is A."""
+_PLACEHOLDER = re.compile("|".join(rf"\{{{name}\}}" for name in PLACEHOLDERS))
 _VERDICT = re.compile(r"VERDICT: (A|B|TIE)")
 REMINDER = "\n\nYour reply must end with one line that is VERDICT: A or VERDICT: B or VERDICT: TIE, and nothing else."
-"""Stands behind the rubric when a reply had no verdict."""
+"""Follows the rubric when a reply had no verdict."""
 
 
 def read_rubric(path: str | None) -> str:
-    """The rubric's text.
+    """Read the rubric's text.
 
     Raises:
         UserError: no such file, or it lacks a placeholder or the verdict's form.
@@ -34,24 +34,25 @@ def read_rubric(path: str | None) -> str:
         file = user_path(path) if path else RUBRIC
         text = read_text(file)
     except UserError as error:
-        raise UserError(f"--rubric {error}") from error
-    for name in (*(f"{{{each}}}" for each in PLACEHOLDERS), "VERDICT:"):
-        if name not in text:
-            raise UserError(f"--rubric {file}: {name} is missing; start from a copy of {RUBRIC}")
+        raise error.at("--rubric") from error
+    for part in (*(f"{{{name}}}" for name in PLACEHOLDERS), "VERDICT:"):
+        if part not in text:
+            raise UserError("DSR496", f"--rubric {file}: {part} is missing; start from a copy of {RUBRIC}")
     return text
 
 
 def fill(rubric: str, question: str, answer_a: str, answer_b: str) -> str:
-    """The rubric with all placeholders filled at once: braces in an answer stay what they are."""
+    """Fill all placeholders of the rubric at once, so that braces in an answer are not taken for one."""
     values = {"{question}": question, "{answer_a}": answer_a, "{answer_b}": answer_b}
-    return _PLACE.sub(lambda found: values[found[0]], rubric)
+    return _PLACEHOLDER.sub(lambda match: values[match[0]], rubric)
 
 
 def read_verdict(reply: str) -> str | None:
-    """A, B or TIE where the last line is `VERDICT: ...` and no other line says another; else None."""
+    """A, B or TIE where the last line is `VERDICT: ...` and no other line gives another; else None."""
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
-    told = {found[1] for line in lines if (found := _VERDICT.fullmatch(line))}
-    return told.pop() if len(told) == 1 and _VERDICT.fullmatch(lines[-1]) else None
+    matches = [_VERDICT.fullmatch(line) for line in lines]
+    verdicts = {match[1] for match in matches if match}
+    return verdicts.pop() if len(verdicts) == 1 and matches[-1] else None
 
 
 def winner(order: str, verdict: str | None) -> str | None:
@@ -64,38 +65,55 @@ def winner(order: str, verdict: str | None) -> str | None:
 
 
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count`; with ties as halves it is, if anything, too wide."""
+    """Wilson's score interval (1927), 95 % by default; with ties as halves it is, if anything, too wide.
+
+    Args:
+        share: 0 to 1.
+        count: pairs.
+        z: the normal quantile of the coverage.
+    """
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Wins, losses, ties, inconsistent and unparsed pairs, and the win rate with its interval.
+    """Count wins, losses, ties, inconsistent and unparsed pairs, with the win rate and its interval.
 
-    A win needs both orders; a pair whose orders disagree is a tie of its own kind (position bias, arXiv:2306.05685).
-    A pair without a verdict in one order is unparsed, and is in no rate.
+    A win needs both orders; a pair whose orders disagree counts as a tie, and is reported apart (position bias,
+    arXiv:2306.05685). A pair without a verdict in one order is unparsed, and not in the win rate.
     """
     pairs: dict[int, dict[str, str | None]] = {}
-    places: Counter[str | None] = Counter()
-    for each in judgements:
-        pairs.setdefault(each["item"], {})[each["order"]] = winner(each["order"], each["verdict"])
-        places[each["verdict"] if each.get("requests") else None] += 1
+    verdicts: Counter[str | None] = Counter()
+    for judgement in judgements:
+        order, verdict = judgement["order"], judgement["verdict"]
+        pairs.setdefault(judgement["item"], {})[order] = winner(order, verdict)
+        verdicts[verdict if judgement.get("requests") else None] += 1  # equal answers are a tie without a judge
     counts = dict.fromkeys(("wins", "losses", "ties", "inconsistent", "unparsed"), 0)
     for pair in pairs.values():
-        found = {pair.get(order) for order in ORDERS}
-        kind = "unparsed" if None in found else "inconsistent" if len(found) > 1 else str(found.pop())
-        counts[{"run": "wins", "other": "losses", "tie": "ties"}.get(kind, kind)] += 1
+        counts[_outcome({pair.get(order) for order in ORDERS})] += 1
     judged = sum(counts.values()) - counts["unparsed"]
     rate = (counts["wins"] + (counts["ties"] + counts["inconsistent"]) / 2) / judged if judged else None
     return {
-        "items": len(pairs), **counts, "win_rate": rate, "win_rate_95": list(wilson(rate, judged)) if judged else None,
-        "verdicts": {name: places[name] for name in ("A", "B", "TIE")},
-    }  # fmt: skip
+        "items": len(pairs),
+        **counts,
+        "win_rate": rate,
+        "win_rate_95": list(wilson(rate, judged)) if rate is not None else None,
+        "verdicts": {name: verdicts[name] for name in ("A", "B", "TIE")},
+    }
 
 
-def words(result: dict[str, Any], against: str) -> str:
-    """The result for a person."""
+def _outcome(winners: set[str | None]) -> str:
+    """What a pair counts as, by the winners in both orders."""
+    if None in winners:
+        return "unparsed"
+    if len(winners) > 1:
+        return "inconsistent"
+    return {"run": "wins", "other": "losses", "tie": "ties"}[str(winners.pop())]
+
+
+def summary_text(result: dict[str, Any], against: str) -> str:
+    """The result for a person, in several lines."""
     other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
     lines = [
         f"against   {other} · {plural(result['items'], 'item')}, each in both orders",
@@ -114,10 +132,10 @@ def words(result: dict[str, Any], against: str) -> str:
         )
     verdicts = result["verdicts"]
     lines.append(
-        f"verdicts  A {verdicts['A']} · B {verdicts['B']} · TIE {verdicts['TIE']} (a judge without a bias to a place has A near B)"
+        f"verdicts  A {verdicts['A']} · B {verdicts['B']} · TIE {verdicts['TIE']} (a judge without position bias has A near B)"
     )
     tokens = (
-        f"{name} tokens {'not told by the server' if result[key] is None else format(result[key], ',')}"
+        f"{name} tokens {'not reported by the server' if result[key] is None else format(result[key], ',')}"
         for name, key in (("prompt", "prompt_tokens"), ("reply", "completion_tokens"))
     )
     lines.append(f"cost      {plural(result['requests'], 'request')} · {' · '.join(tokens)}")

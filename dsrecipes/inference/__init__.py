@@ -1,1 +1,1 @@
-"""Answers of a finished run: prompts, generation, chat."""
+"""What does a finished run's model answer? Prompts, generation, chat."""

@@ -1,4 +1,4 @@
-"""A conversation with a run's model in the terminal, or with lines from a pipe.
+"""How does a person talk to a run's model? In a terminal, by lines of a pipe, or on a web page (--web).
 
 dsrecipes chat last
 dsrecipes chat last --web
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +38,15 @@ def chat(
     device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
-    """Say `turns` one after the other; the conversation as messages, {"role", "content"}.
+    """Say `turns` one after the other, and return the conversation as messages, {"role", "content"}.
 
-    Of a multiple-choice run each turn is a question and four options with tabs between, and what is returned are
-    {"question", "options", "answer", "probabilities"}. Of a classifier each turn is a text (two with a tab between), and what
-    is returned are {"text", "predicted", "probabilities"}, or {"text", "value"} of a number.
+    For a multiple-choice run each turn is a question and four options with tabs between, and the result is a list of
+    {"question", "options", "answer", "probabilities"}. For a classifier each turn is a text (or two with a tab between), and
+    the result is a list of {"text", "predicted", "probabilities"}, or of {"text", "value"} for numbers.
 
     Args:
         run: a run folder's path, `last`, or an opened run.
+        turns: what is said.
         base: talk to the model as it was before the run.
         system: how the model is to behave, for recipes of chats and instructions.
         seed: of sampling.
@@ -77,7 +79,7 @@ def _seed(seed: int | None) -> None:
 
 
 def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
-    """The models that answer; base and tuned of a LoRA run are one, with the adapter off and on."""
+    """The models that answer; base and tuned of a LoRA run share one model, with the adapter off and on."""
     from dsrecipes.inference.session import Speaker
 
     if not both:
@@ -90,19 +92,24 @@ def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
 
 
 def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, system: str | None, settings: Json) -> Session:
+    """The session that fits the kind of model."""
+    generates = bool(system) or bool(settings.keys() - {"max_new_tokens"})
     if run.recipe.auto_class.endswith("ForMultipleChoice"):
         from dsrecipes.inference.multiple_choice import QuestionSession
 
-        if system or settings.keys() - {"max_new_tokens"}:
+        if generates:
             raise UserError(
-                f"{run.folder.path}: this model chooses among four options; it takes no system text and no sampling"
+                "DSR450",
+                f"{run.folder.path}: this model chooses among four options; it takes no system text and no sampling",
             )
         return QuestionSession(run, speakers, terminal)
     if run.recipe.auto_class.endswith("ForSequenceClassification"):
         from dsrecipes.inference.labels import LabelSession
 
-        if system or settings.keys() - {"max_new_tokens"}:
-            raise UserError(f"{run.folder.path}: this model gives a text its label; it takes no system text and no sampling")
+        if generates:
+            raise UserError(
+                "DSR450", f"{run.folder.path}: this model gives a text its label; it takes no system text and no sampling"
+            )
         return LabelSession(run, speakers, terminal)
     from dsrecipes.inference.session import TextSession
 
@@ -110,7 +117,7 @@ def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, syst
 
 
 def _terminal() -> Terminal:
-    """The person's terminal, with line editing; or a pipe, whose output is answers alone."""
+    """A person's terminal, with line editing; or a pipe, whose output is the answers alone."""
     from dsrecipes.inference.session import Terminal
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -118,6 +125,7 @@ def _terminal() -> Terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     else:
+        assert isinstance(sys.stdin, io.TextIOWrapper)
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
     def read(label: str) -> str | None:
@@ -126,7 +134,7 @@ def _terminal() -> Terminal:
                 return input(label).encode("utf-8", "replace").decode()
             return sys.stdin.readline() or None
         except UnicodeDecodeError as error:
-            raise UserError(f"the input is not UTF-8 ({error.reason})") from None
+            raise UserError("DSR451", f"the input is not UTF-8 ({error.reason})") from None
         except (EOFError, KeyboardInterrupt):
             if not interactive:
                 raise
@@ -144,21 +152,24 @@ def _terminal() -> Terminal:
 @memory_errors("a smaller --max_new_tokens")
 def main(argv: list[str]) -> int:
     """`dsrecipes chat RUN [flags]`."""
-    parser = CommandParser("chat", "Talk to a run's model; lines from a pipe are turns, and the output is answers alone.")
+    parser = CommandParser(
+        "chat", "Talk to a run's model; each line from a pipe is a turn, and the output is the answers alone."
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder, or `last`")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--base", action="store_true", help="the model as it was before the run")
     which.add_argument("--both", action="store_true", help="before and after, one under the other")
     parser.add_argument("--system", metavar="TEXT", help="how the model is to behave")
     parser.add_argument("--seed", type=int, help="of sampling")
-    parser.add_argument("--web", action="store_true", help="a page for this machine's browsers; needs gradio")
+    parser.add_argument("--web", action="store_true", help="a web page, for browsers on this machine; needs gradio")
     parser.add_argument("--port", type=above_zero, help="of the page (default: the first free one from 7860)")
     add_settings(parser)
     add_device(parser)
     flags = parser.parse_args(argv)
     settings, run = settings_of(flags), open_run(flags.run, flags.device)
     if flags.port and not (flags.web and flags.port < 2**16):
-        raise UserError(f"--port {flags.port}: " + ("ports end at 65535" if flags.web else "only with --web"))
+        reason = "the highest port is 65535" if flags.web else "only with --web"
+        raise UserError("DSR452", f"--port {flags.port}: {reason}")
     if flags.web:
         return _web(run, flags, settings)
     terminal = _terminal()
@@ -177,8 +188,10 @@ def _web(run: FinishedRun, flags: argparse.Namespace, settings: Json) -> int:
     from dsrecipes.inference.web import import_gradio, serve
 
     if run.recipe.auto_class.endswith("ForSequenceClassification"):
-        raise UserError("--web: the page is for models that write or answer questions; a classifier has the terminal alone")
-    import_gradio()  # told before the model is loaded
+        raise UserError(
+            "DSR453", "--web: the page is for models that write or answer questions; talk to a classifier in the terminal"
+        )
+    import_gradio()  # that it is missing is reported before the model is loaded
     recipe = run.config.layers.recipe.name
     print(f"{run.folder.path} · {recipe} · loading", flush=True)
     speakers = _speakers(run, flags.base, flags.both)

@@ -1,4 +1,4 @@
-"""Where a finished run's model is loaded (--device), and what to try when memory runs out."""
+"""On which device is a finished run's model loaded (--device), and what helps when memory runs out?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
         UserError: no such device, or not the name of a device.
     """
     if not _FORM.fullmatch(name):
-        raise UserError(f"--device {name}: choose auto, cpu, cuda, or cuda:N for GPU number N")
+        raise UserError("DSR456", f"--device {name}: choose auto, cpu, cuda, or cuda:N for GPU number N")
     import torch
 
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
@@ -36,7 +36,7 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
         name = "cuda" if count and not use_cpu else "cpu"
     if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
         known = "cpu" + "".join(f", cuda:{index}" for index in range(count))
-        raise UserError(f"--device {name}: torch finds no such GPU on this machine; the devices are {known}")
+        raise UserError("DSR456", f"--device {name}: torch finds no such GPU on this machine; the devices are {known}")
     return torch.device(name)
 
 
@@ -48,7 +48,10 @@ def add_device(parser: argparse.ArgumentParser, default: str = "auto", why: str 
 
 
 class OutOfMemoryError(UserError):
-    """Memory ran out in a command on a finished run."""
+    """Memory ran out in a command on a finished run; a class of its own, so that an outer handler leaves it as it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("DSR457", message)
 
 
 @contextlib.contextmanager
@@ -78,7 +81,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """As runs.faults decides it, which imports torch; before torch is loaded, only Python itself can run out."""
+    """As model.memory decides it, which imports torch; before torch is loaded, only Python itself can run out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from dsrecipes.model.memory import is_out_of_memory

@@ -1,8 +1,9 @@
-"""A finished run, opened: its configuration, recipe, tokenizer and model, tuned or as it was before."""
+"""What is in a finished run? Its configuration, recipe, tokenizer and model, after training and before it."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsrecipes.config.layers import Layers, layer
 from dsrecipes.errors import UserError
 from dsrecipes.inference.device import find_device
+from dsrecipes.launch.imports import quick_imports, unneeded_packages
 from dsrecipes.runs.folder import RunFolder, find_run
 
 if TYPE_CHECKING:
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class FinishedRun:
-    """One run folder; what is heavy is loaded at first use."""
+    """One run folder, whose parts are read at first use: a command pays only for what it needs."""
 
     folder: RunFolder
     checkpoint: Path | None = None
     """Take weights and tokenizer from here instead of model/."""
     device_name: str = "auto"
-    """As --device takes it."""
+    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         """Refuse an impossible device before anything is read."""
@@ -39,7 +41,7 @@ class FinishedRun:
 
     @property
     def source(self) -> Path:
-        """Where the weights and the tokenizer lie."""
+        """The folder of the weights and the tokenizer."""
         return self.checkpoint or self.folder.model
 
     @cached_property
@@ -50,7 +52,7 @@ class FinishedRun:
         return read_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
-        """The run's values in layers, some of them changed; without its ZeRO JSON, which matters only in training and may be gone."""
+        """The run's values in layers, some of them changed; without its ZeRO JSON, which may be gone and is for training alone."""
         return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
 
     @cached_property
@@ -86,59 +88,91 @@ class FinishedRun:
         try:
             return read_tokenizer(self.source, trust_remote_code=trusted)
         except Exception as error:  # tokenizers raises no narrower one
-            raise UserError(f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
+            raise UserError("DSR462", f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
     @cached_property
     def device(self) -> torch.device:
-        """What --device asks for; auto is a GPU where there is one, unless the run was trained with --use_cpu."""
+        """The device that --device names; auto is a GPU where there is one, unless the run was trained with --use_cpu."""
         return find_device(self.device_name, self.config.train["use_cpu"])
 
-    def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model in evaluation mode: base and adapter for LoRA, in 4 bits where the run was.
+    def import_libraries(self) -> None:
+        """Import what this run needs, in a command of ours without the packages that transformers and peft import on sight.
+
+        They import datasets, bitsandbytes and more where these are installed, which took most of the time to a chat's prompt.
+        """
+        layers = self.layers()
+        # transformers remembers from its first import on what is installed: later it is too late
+        packages = [] if "transformers" in sys.modules else unneeded_packages(layers)
+        if packages and self.has_adapter:
+            packages = [name for name in packages if name != "peft"]
+            in_4bit, _ = layers.merged().get("load_in_4bit", (False, ""))
+            packages += [] if str(in_4bit).lower() == "true" else ["bitsandbytes"]
+        with quick_imports(packages):
+            import dsrecipes.model.load  # noqa: F401
+
+            if self.has_adapter:
+                import peft  # noqa: F401
+            _ = self.recipe
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run saved a LoRA adapter, whose base is elsewhere."""
+        return (self.source / "adapter_config.json").is_file()
+
+    def load(self, *, base: bool = False, dtype: torch.dtype | None = None) -> Any:
+        """Load the model in evaluation mode: base and adapter for LoRA, in 4 bits where the run was.
 
         Args:
             base: the model as it was before the run.
-            dtype: of the weights; best_dtype where it is not given.
+            dtype: of the weights; default: best_dtype.
+
+        Returns:
+            A PreTrainedModel, or peft's PeftModel around one. `Any`, as neither is typed to have the other's methods.
 
         Raises:
-            UserError: the base cannot be had, or files of model/ are missing or damaged.
+            UserError: the base is missing, or files of model/ are missing or damaged.
         """
-        from transformers import AutoConfig
         from transformers.utils.logging import disable_progress_bar
 
         from dsrecipes.config.adapter import adapter_folder
         from dsrecipes.io.hub import damaged, first_line
         from dsrecipes.model.load import prepare_for_inference
-        from dsrecipes.model.task import loading_class
         from dsrecipes.runs.weights import check_readable, weight_files
 
         disable_progress_bar()
         if dtype is None:
             dtype = best_dtype(self.device)
-        options, auto = self.config.model, self.recipe.auto_class
-        adapter = (self.source / "adapter_config.json").is_file()
         if not base:
             check_readable(weight_files(self.source))
-        if adapter and not base and not (self.source / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"{self.source}: adapter_model.safetensors is missing"
-            )  # peft would take a pickle, or ask the hub
-        folder = adapter_folder(options.model_name_or_path) if base else self.source
+            if self.has_adapter and not (self.source / "adapter_model.safetensors").is_file():
+                # peft would take a pickle, or ask the hub
+                raise UserError("DSR460", f"{self.source}: adapter_model.safetensors is missing")
+        # the base of a run that continued an adapter is that adapter
+        adapter = adapter_folder(self.config.model.model_name_or_path) if base else self.source
         try:
-            if base or adapter:
+            if not base and not self.has_adapter:
+                model = self._load_saved(dtype)
+            else:
                 model = self.load_base(dtype)
-            if adapter and folder is not None:
-                from peft import PeftModel
+                if self.has_adapter and adapter is not None:
+                    from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(folder), torch_device=str(self.device))
-            elif not base:
-                config = AutoConfig.from_pretrained(self.source, trust_remote_code=options.trust_remote_code)
-                model = loading_class(auto, config).from_pretrained(
-                    self.source, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
-                )
+                    model = PeftModel.from_pretrained(model, str(adapter), torch_device=str(self.device))
         except damaged() as error:
-            raise UserError(f"{self.source} cannot be loaded: {first_line(error)}") from error
+            raise UserError("DSR461", f"{self.source} cannot be loaded: {first_line(error)}") from error
         return prepare_for_inference(model, self.device)
+
+    def _load_saved(self, dtype: torch.dtype) -> Any:
+        """The whole model that the run saved."""
+        from transformers import AutoConfig
+
+        from dsrecipes.model.task import loading_class
+
+        trusted = self.config.model.trust_remote_code
+        config = AutoConfig.from_pretrained(self.source, trust_remote_code=trusted)
+        return loading_class(self.recipe.auto_class, config).from_pretrained(
+            self.source, dtype=dtype, use_safetensors=True, trust_remote_code=trusted
+        )
 
     def load_base(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without any adapter, in 4 bits where the run was."""
@@ -160,10 +194,11 @@ class FinishedRun:
         try:
             config = load_config(self.config.model, self.recipe.auto_class)
         except UserError as error:
-            reason = str(error).removeprefix("--model_name_or_path ")
+            reason = error.message.removeprefix("--model_name_or_path ")
             raise UserError(
-                f"{self.folder.path}: the base model of this run, {name}, cannot be had ({reason}); if it was moved, correct "
-                f"model_name_or_path in {self.folder.config}"
+                "DSR463",
+                f"{self.folder.path}: the base model of this run, {name}, cannot be loaded ({reason}); if it was moved, correct "
+                f"model_name_or_path in {self.folder.config}",
             ) from error
         if self.recipe.auto_class.endswith("ForSequenceClassification"):
             read_head(self.source, config)
@@ -185,7 +220,7 @@ class FinishedRun:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """What a model is asked in: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
+    """The dtype to compute in: fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     import torch
 
     if device.type != "cuda":
@@ -194,9 +229,11 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def open_run(name: str, device: str = "auto") -> FinishedRun:
-    """A run folder by path or `last`, to be loaded on `device` (as --device takes it).
+    """Open a run folder by path or `last`, to be loaded on `device` (as --device takes it).
 
     Raises:
-        UserError: there is none, it holds no trained model, or there is no such device.
+        UserError: there is none, it has no trained model, or there is no such device.
     """
-    return FinishedRun(find_run(name), device_name=device)
+    run = FinishedRun(find_run(name), device_name=device)
+    run.import_libraries()
+    return run

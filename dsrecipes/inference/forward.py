@@ -1,4 +1,4 @@
-"""Forward passes of a causal model for measuring: logits at chosen places, batches of near lengths."""
+"""How are logits computed for measuring? Forward passes of a causal model, at chosen positions alone."""
 
 from __future__ import annotations
 
@@ -12,30 +12,39 @@ from dsrecipes.model.task import is_causal_lm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Wanted = tuple[list[int], list[int]]
-"""Token ids, and the places among them, ascending, whose next-token logits are wanted."""
+ScoredSequence = tuple[list[int], list[int]]
+"""Token ids, and the positions among them, ascending, whose next-token logits are needed."""
 
 
-def logits_at(model: PreTrainedModel, wanted: list[Wanted], pad: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, fp32 logits (places, vocabulary)) of each sequence, the longest first.
+def logits_at(
+    model: PreTrainedModel, sequences: list[ScoredSequence], pad: int, batch_size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (index, fp32 logits (positions, vocabulary)) of each sequence, the longest first.
 
-    Padding stands behind the text, where no place looks, so there is no attention mask. Logits are computed at the wanted
-    places alone.
+    Padding is to the right, where a causal model does not look, so there is no attention mask. Logits are computed at the
+    needed positions alone: with a large vocabulary they take more memory than the model.
+
+    Args:
+        model: in evaluation mode.
+        sequences: ids and positions.
+        pad: fills the shorter sequences of a batch.
+        batch_size: sequences computed together; those of a batch have similar lengths.
     """
-    order = sorted(range(len(wanted)), key=lambda index: -len(wanted[index][0]))
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index][0]))
     selects = is_causal_lm(model)
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        width = len(wanted[chosen[0]][0])
+        width = len(sequences[chosen[0]][0])
         ids = torch.full((len(chosen), width), pad)
-        keep = torch.zeros((len(chosen), width), dtype=torch.bool)
+        needed = torch.zeros((len(chosen), width), dtype=torch.bool)
         for line, index in enumerate(chosen):
-            tokens, places = wanted[index]
+            tokens, positions = sequences[index]
             ids[line, : len(tokens)] = torch.tensor(tokens)
-            keep[line, places] = True
-        selection = {"logits_to_keep": keep.to(model.device)} if selects else {}
+            needed[line, positions] = True
+        selection = {"logits_to_keep": needed.to(model.device)} if selects else {}
         with torch.no_grad():
             logits = model(input_ids=ids.to(model.device), use_cache=False, **selection).logits
-        logits = logits if selects else logits[keep.to(logits.device)]
-        for index, own in zip(chosen, logits.split([len(wanted[i][1]) for i in chosen]), strict=True):
+        logits = logits if selects else logits[needed.to(logits.device)]
+        counts = [len(sequences[index][1]) for index in chosen]
+        for index, own in zip(chosen, logits.split(counts), strict=True):
             yield index, own.float()

@@ -1,4 +1,4 @@
-"""Answers to all rows of a file: batched, in input order, and a killed one goes on where it was.
+"""What does a run's model answer to each row of a file? In batches, in input order, and resumable after a kill.
 
 dsrecipes generate last --prompts prompts.jsonl --out answers.jsonl
 """
@@ -8,26 +8,60 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.errors import UserError, plural
 from dsrecipes.inference.device import add_device, memory_errors
 from dsrecipes.inference.finished import FinishedRun, open_run
-from dsrecipes.inference.job_file import hash_of
-from dsrecipes.inference.partial import PartialAnswers
+from dsrecipes.inference.job_file import ResumableJsonl, hash_of, json_lines, text_in, unwritable
 from dsrecipes.inference.sampling import add_settings, check_sampling, settings_of
 from dsrecipes.io.arguments import CommandParser, above_zero, check_out
+from dsrecipes.io.disk import write_whole
 from dsrecipes.io.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from dsrecipes.inference.answers import Prompt
+    from dsrecipes.inference.prompting import Prompt
 
 Json = dict[str, Any]
-Asked = tuple[str, int, "Prompt"]
-"""Where a row stands, its number in the file from 0, its prompt."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A row to be answered."""
+
+    where: str
+    """File and row."""
+    index: int
+    """Number of the row, from 0; bad rows that are left out count."""
+    prompt: Prompt
+
+
+class PartialAnswers(ResumableJsonl):
+    """Answers by index, which survive a kill in OUT.partial until OUT is written; without an `out` nothing is written."""
+
+    def __init__(self, out: Path | None, job: Json) -> None:
+        """As ResumableJsonl."""
+        super().__init__(out and out.with_name(f"{out.name}.partial"), "generate", job)
+        self.out = out
+        self.done: dict[int, str] = {}
+
+    def load_line(self, line: Json) -> None:
+        """Take an answer."""
+        self.done[line["index"]] = text_in(line, "answer")
+
+    def finish(self, rows: list[Json]) -> None:
+        """Write the rows to OUT, and remove OUT.partial."""
+        if self.out is None or self.path is None:
+            return
+        try:
+            write_whole(self.out, json_lines(rows))
+            self.path.unlink()
+        except OSError as error:
+            raise unwritable(self.out, error) from error
 
 
 @memory_errors("a smaller --batch_size")
@@ -44,19 +78,21 @@ def generate(
     device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
-    """The model's answers to rows, in their order: {"index", "prompt", "answer"}, and "reference" where a row has one.
+    """Answer rows, in their order: {"index", "prompt", "answer"}, and "reference" where a row has an answer.
 
     Prompts are sorted by length and answered in batches, greedily unless a temperature is given. With sampling each
-    batch is seeded by `seed` and its own number, so the answers are the same wherever a job was killed.
+    batch is seeded by `seed` and its own number, so that a job that was killed and resumed gives the same answers.
 
     Args:
         run: a run folder's path, `last`, or an opened run.
         prompts: a file that --dataset would take, or rows; in a .txt file each line is a prompt.
-        out: a .jsonl file that does not exist yet. Answers are kept in OUT.partial as batches end, and the same call
-            goes on from there.
+        out: a .jsonl file that does not exist yet. Answers are kept in OUT.partial as batches finish, and the same call
+            resumes from there.
         base: ask the model as it was before the run.
+        batch_size: prompts answered together.
         skip_bad_rows: leave bad rows out; `index` still counts them.
-        progress: a bar on stderr.
+        seed: of sampling.
+        progress: show a bar on stderr.
         device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: of transformers' GenerationConfig: max_new_tokens, temperature, top_p, ...
 
@@ -67,53 +103,50 @@ def generate(
 
     opened = run if isinstance(run, FinishedRun) else open_run(str(run), device)
     if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: give 1 or more")
+        raise UserError("DSR440", f"--batch_size {batch_size}: give 1 or more")
     check_sampling(settings)
     target = user_path(out) if out is not None else None
     check_out(target)
-    asked = _prompts(opened, prompts, skip_bad_rows)
+    questions = _read_questions(opened, prompts, skip_bad_rows)
     model = opened.load(base=base)
-    chosen = generation_settings(opened, model, **settings)
-    _check_room(asked, model, chosen)
-    job = _job(opened, asked, base, {"batch_size": batch_size, "seed": seed, **settings})
+    generation = generation_settings(opened, model, **settings)
+    _check_positions(questions, model, generation)
+    job = _job(opened, questions, base, {"batch_size": batch_size, "seed": seed, **settings})
     with PartialAnswers(target, job) as partial:
-        _answer(opened, model, asked, chosen, batch_size, seed, partial, progress)
-        rows = [_row(index, prompt, partial.done[index]) for _, index, prompt in asked]
+        _answer(opened, model, questions, generation, batch_size, seed, partial, progress)
+        rows = [_row(question, partial.done[question.index]) for question in questions]
         partial.finish(rows)
     return rows
 
 
-def _row(index: int, prompt: Prompt, answer: str) -> Json:
-    row = {"index": index, "prompt": prompt.text, "answer": answer}
+def _row(question: _Question, answer: str) -> Json:
+    prompt = question.prompt
+    row = {"index": question.index, "prompt": prompt.text, "answer": answer}
     return row if prompt.reference is None else row | {"reference": prompt.reference}
 
 
-def _prompts(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_rows: bool) -> list[Asked]:
+def _read_questions(run: FinishedRun, prompts: str | Path | Iterable[Json], skip_bad_rows: bool) -> list[_Question]:
     from dsrecipes.data.records import BAD_ROW, bad_row
     from dsrecipes.data.renamed import with_names
-    from dsrecipes.inference.prompting import PromptField, ask, find_asking
+    from dsrecipes.inference.prompting import find_prompt_field, prompt_of
 
-    try:
-        asking: PromptField | None = find_asking(run)
-    except UserError:
-        asking = None  # rows of several fields can be answered all the same
-    asked: list[Asked] = []
+    questions: list[_Question] = []
     bad = 0
     for index, (where, row) in enumerate(_located(prompts)):
         try:
             if isinstance(row, str):
-                row = (asking or find_asking(run)).row(row)
+                row = find_prompt_field(run).row(row)
             row = with_names(row, run.config.data.columns)
-            asked.append((where, index, ask(run, row, asking)))
+            questions.append(_Question(where, index, prompt_of(run, row)))
         except BAD_ROW as error:
             if not skip_bad_rows:
                 raise bad_row(where, error) from error
             bad += 1
     if bad:
         print(f"{plural(bad, 'bad row')} left out", file=sys.stderr)
-    if not asked:
-        raise UserError(f"--prompts {prompts}: no rows to answer")
-    return asked
+    if not questions:
+        raise UserError("DSR441", f"--prompts {prompts}: no rows to answer")
+    return questions
 
 
 def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json | str]]:
@@ -129,7 +162,7 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
         return
     path = user_path(starter_path(str(prompts)))
     if not path.exists():
-        raise UserError(f"--prompts {prompts}: no such file")
+        raise UserError("DSR441", f"--prompts {prompts}: no such file")
     for rows in load_splits(str(path)).values():
         assert isinstance(rows, FileRows)
         for file in rows.files:
@@ -140,6 +173,7 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
 
 
 def _text_lines(rows: Any) -> Iterator[tuple[str, str]]:
+    """The lines of a text file, which is read as documents of several lines."""
     for where, row in rows.located():
         place, _, first = where.rpartition(" ")
         for number, line in enumerate(row["text"].splitlines(), int(first)):
@@ -147,75 +181,90 @@ def _text_lines(rows: Any) -> Iterator[tuple[str, str]]:
                 yield f"{place} {number}", line
 
 
-def _check_room(asked: list[Asked], model: PreTrainedModel, settings: GenerationConfig) -> None:
-    from dsrecipes.inference.answers import positions
+def _check_positions(questions: list[_Question], model: PreTrainedModel, settings: GenerationConfig) -> None:
+    """Refuse prompts that are too long before the first is answered, by file and row."""
+    from dsrecipes.inference.answers import positions, too_long
 
-    room = positions(model)
-    for where, _, prompt in asked:
-        if room and len(prompt.ids) + settings.max_new_tokens > room:
-            raise UserError(
-                f"{where}: {plural(len(prompt.ids), 'token')}, and with {settings.max_new_tokens} new ones they pass the model's "
-                f"{room} positions: shorten the row, or give a smaller --max_new_tokens"
-            )
+    limit = positions(model)
+    for question in questions:
+        tokens = len(question.prompt.ids)
+        if limit and tokens + settings.max_new_tokens > limit:
+            raise UserError("DSR432", f"{question.where}: {too_long(tokens, settings.max_new_tokens, limit)}")
 
 
-def _job(run: FinishedRun, asked: list[Asked], base: bool, settings: Json) -> Json:
-    """All that the answers follow from."""
+def _job(run: FinishedRun, questions: list[_Question], base: bool, settings: Json) -> Json:
+    """All that the answers depend on."""
     from dsrecipes.io.disk import checksum
     from dsrecipes.runs.weights import folder_checksum
 
-    prompts = hash_of([[index, prompt.ids, prompt.reference] for _, index, prompt in asked])
+    prompts = hash_of([[question.index, question.prompt.ids, question.prompt.reference] for question in questions])
     model = folder_checksum(run.folder.model)
     return {"config": checksum(run.folder.config), "run": model, "prompts": prompts, "base": base, **settings}
 
 
 def _answer(
-    run: FinishedRun, model: PreTrainedModel, asked: list[Asked], settings: GenerationConfig, batch_size: int, seed: int,
-    partial: PartialAnswers, progress: bool,
-) -> None:  # fmt: skip
-    """Answer what is not answered yet; batches are those of the whole job, whatever is done already."""
+    run: FinishedRun,
+    model: PreTrainedModel,
+    questions: list[_Question],
+    settings: GenerationConfig,
+    batch_size: int,
+    seed: int,
+    partial: PartialAnswers,
+    progress: bool,
+) -> None:
+    """Answer what is not answered yet. Batches are those of the whole job, so that a resumed one pads and samples alike."""
     import torch
     from tqdm import tqdm
 
     from dsrecipes.inference.answers import answers
 
-    order = sorted(asked, key=lambda each: -len(each[2].ids))
+    order = sorted(questions, key=lambda question: -len(question.prompt.ids))
     with tqdm(total=len(order), unit="row", desc="answers", disable=not progress, file=sys.stderr) as bar:
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
-            if any(index not in partial.done for _, index, _ in batch):
+            if any(question.index not in partial.done for question in batch):
                 torch.manual_seed(seed + begin)
-                ids = [prompt.ids for _, _, prompt in batch]
-                strip = not batch[0][2].continues  # a recipe's prompts are all of a kind
+                ids = [question.prompt.ids for question in batch]
+                strip = not batch[0].prompt.continues  # the same for all rows of a recipe
                 written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids), strip=strip)
-                partial.append(*({"index": batch[number][1], "answer": text} for number, text in written))
+                partial.append(*({"index": batch[number].index, "answer": text} for number, text in written))
             bar.update(len(batch))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("generate", "Answers to all rows of a file, as JSON lines in the file's order.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder, or `last`")
+    add("--prompts", required=True, metavar="FILE", help="rows, with or without answers; of a .txt file its lines")
+    add("--out", metavar="FILE.jsonl", help="write the answers here; a killed job resumes (default: print them at the end)")
+    add("--base", action="store_true", help="ask the model as it was before the run")
+    add("--batch_size", type=above_zero, default=8, help="prompts answered together (8)")
+    add("--seed", type=int, default=0, help="of sampling (0)")
+    add("--skip_bad_rows", action="store_true", help="leave bad rows out instead of stopping at the first")
+    add_settings(parser)
+    add_device(parser)
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """`dsrecipes generate RUN --prompts FILE [flags]`."""
-    parser = CommandParser("generate", "Answers to all rows of a file, as JSON lines in the file's order.")
-    parser.add_argument("run", metavar="RUN", help="a run folder, or `last`")
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="rows, with or without answers; of a .txt file its lines"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE.jsonl", help="where the answers go; a killed job goes on (default: printed at the end)"
-    )
-    parser.add_argument("--base", action="store_true", help="ask the model as it was before the run")
-    parser.add_argument("--batch_size", type=above_zero, default=8, help="prompts answered together (8)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out instead of stopping at the first")
-    add_settings(parser)
-    add_device(parser)
-    flags = parser.parse_args(argv)
+    flags = _parser().parse_args(argv)
+    settings = settings_of(flags)
     try:
         rows = generate(
-            flags.run, flags.prompts, out=flags.out, base=flags.base, batch_size=flags.batch_size,
-            skip_bad_rows=flags.skip_bad_rows, seed=flags.seed, progress=sys.stderr.isatty(), device=flags.device, **settings_of(flags),
-        )  # fmt: skip
+            flags.run,
+            flags.prompts,
+            out=flags.out,
+            base=flags.base,
+            batch_size=flags.batch_size,
+            skip_bad_rows=flags.skip_bad_rows,
+            seed=flags.seed,
+            progress=sys.stderr.isatty(),
+            device=flags.device,
+            **settings,
+        )
     except KeyboardInterrupt:
-        print("\nstopped" + ("; the same command goes on from here" if flags.out else ""), file=sys.stderr)
+        print("\nstopped" + ("; the same command resumes" if flags.out else ""), file=sys.stderr)
         return 130
     if flags.out:
         print(f"{plural(len(rows), 'answer')} in {flags.out}", file=sys.stderr)

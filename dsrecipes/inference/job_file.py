@@ -1,4 +1,4 @@
-"""A file of JSON lines that a killed job goes on from: its first line says what the job is, the others what is done."""
+"""How does a killed job resume? A file of JSON lines: the first says what the job is, the others what is done."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dsrecipes.errors import UserError
 
 Json = dict[str, Any]
 _FIRST = b'{"kind": "job"'
-"""Every such file begins with this, and no other file is touched."""
+"""How every such file begins; a file that begins otherwise is not touched."""
 
 
 class ResumableJsonl(ABC):
     """The lines of one job, from earlier calls and this one; while it is open no other process writes the file.
 
-    A line is on the disk before `take` is given it. A last line that a kill tore is cut off.
+    A line is on the disk before `load_line` gets it, so what a caller has seen survives a kill. A last line that a kill cut
+    short is removed.
     """
 
     def __init__(self, path: Path | None, command: str, job: Json, about: Json | None = None) -> None:
@@ -32,21 +33,21 @@ class ResumableJsonl(ABC):
             path: the file; None keeps the lines in memory alone.
             command: the name of the command that writes it, for messages.
             job: what must be the same for an earlier call's lines to count.
-            about: what the first line says beside it, and may change.
+            about: what the first line says too, and may change.
         """
         self.path, self.command, self.about = path, command, about or {}
-        self.job: Json = json.loads(json.dumps(job))
+        self.job: Json = json.loads(json.dumps(job))  # as it is read back
         self._lock = FileLock(f"{path}.lock", timeout=0)
 
     @abstractmethod
-    def take(self, line: Json) -> None:
-        """A line that is on the disk; KeyError or TypeError where it is not of this file's kind."""
+    def load_line(self, line: Json) -> None:
+        """Take a line that is on the disk; KeyError or TypeError where it is not of this file's kind."""
 
     def __enter__(self) -> Self:
-        """Take the lines that are there, or begin the file.
+        """Load the lines that exist, or begin the file.
 
         Raises:
-            UserError: another process writes it, it is of another job, damaged or none of ours, or it cannot be written.
+            UserError: another process writes it, it is of another job or damaged, or it cannot be written.
         """
         if self.path is None:
             return self
@@ -56,11 +57,12 @@ class ResumableJsonl(ABC):
             self._read(self.path)
         except Timeout:
             raise UserError(
-                f"{self.path}: another `dsrecipes {self.command}` is writing it; wait for it, or name another --out"
+                "DSR436",
+                f"{self.path}: another `dsrecipes {self.command}` is writing it; wait for it, or name another --out",
             ) from None
         except OSError as error:
             self.__exit__()
-            raise self._unwritable(error) from error
+            raise unwritable(self.path, error) from error
         except UserError:
             self.__exit__()
             raise
@@ -72,44 +74,46 @@ class ResumableJsonl(ABC):
             self._lock.release()
 
     def _read(self, path: Path) -> None:
-        found = path.read_bytes() if path.exists() else b""
-        if found[: len(_FIRST)] != _FIRST[: len(found)]:
-            raise self._not_ours(1)
-        whole = found[: found.rfind(b"\n") + 1]
-        for number, text in enumerate(whole.splitlines(), 1):
+        content = path.read_bytes() if path.exists() else b""
+        if content[: len(_FIRST)] != _FIRST[: len(content)]:
+            raise self._damaged(1)
+        complete = content[: content.rfind(b"\n") + 1]
+        for number, text in enumerate(complete.splitlines(), 1):
             try:
                 line = json.loads(text)
                 if number == 1:
-                    self._refuse_other(line)
+                    self._refuse_other_job(line)
                 else:
-                    self.take(line)
+                    self.load_line(line)
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise self._not_ours(number) from None
-        if len(whole) < len(found):
-            os.truncate(path, len(whole))
-        if not whole:
+                raise self._damaged(number) from None
+        if len(complete) < len(content):
+            os.truncate(path, len(complete))
+        if not complete:
             self._write(path, [{"kind": "job", **self.about, **self.job}])
 
-    def _refuse_other(self, first: Json) -> None:
+    def _refuse_other_job(self, first: Json) -> None:
         names = [name for name in {**first, **self.job} if name != "kind" and name not in self.about]
-        told = "; ".join(
-            _told(name, first.get(name), self.job.get(name)) for name in names if first.get(name) != self.job.get(name)
-        )
-        if told:
+        differences = [
+            _difference(name, first.get(name), self.job.get(name)) for name in names if first.get(name) != self.job.get(name)
+        ]
+        if differences:
             raise UserError(
-                f"{self.path}: holds another job ({told}): give the same again, name another --out, or delete this file"
+                "DSR437",
+                f"{self.path}: holds another job ({'; '.join(differences)}): give the same settings again, name another --out, "
+                "or delete this file",
             )
 
     def append(self, *lines: Json) -> None:
-        """Keep more lines.
+        """Write and load more lines.
 
         Raises:
-            UserError: they cannot be written; what is there stays.
+            UserError: they cannot be written; the file keeps what it has.
         """
         if self.path is not None:
             self._write(self.path, lines)
         for line in lines:
-            self.take(line)
+            self.load_line(line)
 
     def _write(self, path: Path, lines: Iterable[Json]) -> None:
         try:
@@ -118,33 +122,36 @@ class ResumableJsonl(ABC):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.path, error) from error
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror}); mend that, and the same command goes on")
-
-    def _not_ours(self, number: int) -> UserError:
+    def _damaged(self, number: int) -> UserError:
         return UserError(
+            "DSR439",
             f"{self.path}, line {number}: damaged, or not written by `dsrecipes {self.command}`; name another --out, or "
-            "delete this file to start anew"
+            "delete this file to start over",
         )
 
 
+def unwritable(path: Path | None, error: OSError) -> UserError:
+    """The fault of a job's file that cannot be written."""
+    return UserError("DSR438", f"{path}: cannot be written ({error.strerror}); fix that, and the same command resumes")
+
+
 def text_in(line: Json, name: str) -> str:
-    """A text of a line (KeyError, TypeError: there is none)."""
+    """A text of a line (KeyError, TypeError: it has none)."""
     if not isinstance(line[name], str):
         raise TypeError(name)
     return line[name]
 
 
-def _told(name: str, was: Any, now: Any) -> str:
-    """A difference in words; a hash says nothing to a person."""
-    long = any(isinstance(value, str) and len(value) == 64 for value in (was, now))
-    return f"the {name} changed" if long else f"{name}: {was} there, {now} now"
+def _difference(name: str, before: Any, now: Any) -> str:
+    """A difference for a person, to whom a hash says nothing."""
+    is_hash = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
+    return f"the {name} changed" if is_hash else f"{name}: {before} there, {now} now"
 
 
 def hash_of(value: Any) -> str:
-    """What stands in a job for a value that is too long to be told."""
+    """What a job says of a value that is too long to be shown."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
 
 

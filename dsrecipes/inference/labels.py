@@ -1,4 +1,4 @@
-"""A text put to a classifier: the probabilities of its labels, or a number."""
+"""What label does a classifier give a text? The probabilities of its labels, or a number."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SHOWN = 10
 
 
 def logits_of_rows(
-    run: FinishedRun, model: PreTrainedModel, records: list[Json], batch_size: int = 1
+    run: FinishedRun, model: Any, records: list[Json], batch_size: int = 1
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, fp32 logits of all labels) of each record, the longest first.
+    """Yield (index, fp32 logits of all labels, on the CPU) of each record, the longest first.
 
     Raises:
-        UserError: a token that the model has no row for.
+        UserError: a token that the model has no embedding for.
     """
     import numpy as np
     import torch
@@ -38,7 +38,9 @@ def logits_of_rows(
 
     encoded = run.recipe.encode(records, run.tokenizer, run.options)
     names = [name for name, column in encoded.items() if name != "labels" and isinstance(column[0], list)]
-    rows = [{name: np.array(encoded[name][index]) for name in names} | {"labels": 0} for index in range(len(records))]
+    rows: list[Json] = [
+        {name: np.array(encoded[name][index]) for name in names} | {"labels": 0} for index in range(len(records))
+    ]
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     collate = PaddingCollator(pad_id(run.tokenizer))
     for begin in range(0, len(order), batch_size):
@@ -72,19 +74,21 @@ def answer(logits: torch.Tensor, kind: str | None, names: list[str]) -> Json:
         return {"value": float(logits[0])}
     several = kind == "multi_label_classification"
     shares = (logits.double().sigmoid() if several else logits.double().softmax(-1)).tolist()
-    best = [name for name, share in zip(names, shares, strict=True) if share > 0.5]
-    predicted = best if several else names[int(logits.argmax())]
+    if several:
+        predicted: Any = [name for name, share in zip(names, shares, strict=True) if share > 0.5]
+    else:
+        predicted = names[int(logits.argmax())]
     return {"predicted": predicted, "probabilities": dict(zip(names, shares, strict=True))}
 
 
 class LabelSession(Session):
-    """A text a line, or two with a tab between; each model gives its labels."""
+    """A text a line, or two with a tab between; each model labels it."""
 
     ask_with = "text> "
 
     def __init__(self, run: FinishedRun, speakers: list[Speaker], terminal: Terminal) -> None:
         super().__init__(run, speakers, terminal)
-        self.asked: list[Json] = []
+        self.results: list[Json] = []
 
     def take(self, line: str) -> None:
         """Classify the line."""
@@ -94,13 +98,14 @@ class LabelSession(Session):
         try:
             record = self.run.recipe.format_row(row)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"recipe {self.run.config.layers.recipe.name} cannot take this text: {error}") from error
+            recipe = self.run.config.layers.recipe.name
+            raise UserError("DSR454", f"recipe {recipe} cannot take this text: {error}") from error
         for speaker in self.speakers:
             model = speaker.model
             with contextlib.nullcontext() if speaker.adapter else model.disable_adapter():
                 _, logits = next(logits_of_rows(self.run, model, [record]))
             result = answer(logits, unwrapped(model).config.problem_type, label_names(model))
-            self.asked.append({"model": speaker.name, "text": line, **result})
+            self.results.append({"model": speaker.name, "text": line, **result})
             self.terminal.write("".join(f"{text}\n" for text in self._lines(speaker.name, result)))
 
     def _lines(self, name: str, result: Json) -> Iterator[str]:
@@ -108,19 +113,22 @@ class LabelSession(Session):
         if "value" in result:
             yield f"{label}{result['value']:.4f}"
             return
-        predicted = result["predicted"] if isinstance(result["predicted"], str) else ", ".join(result["predicted"]) or "none"
+        predicted = result["predicted"]
+        if not isinstance(predicted, str):
+            predicted = ", ".join(predicted) or "none"
         shares = result["probabilities"]
         if not self.terminal.interactive:
-            yield f"{label}{predicted}\t{json.dumps({key: round(share, 4) for key, share in shares.items()}, ensure_ascii=False)}"
+            rounded = {key: round(share, 4) for key, share in shares.items()}
+            yield f"{label}{predicted}\t{json.dumps(rounded, ensure_ascii=False)}"
             return
         yield f"{label}{predicted}"
         for key in sorted(shares, key=lambda key: -shares[key])[:_SHOWN]:
             yield f"  {shares[key]:6.1%} {'#' * round(20 * shares[key]):<20}  {key}"
 
     def record(self) -> list[Json]:
-        """The texts, with the models' labels."""
-        return self.asked
+        """The texts with the models' labels."""
+        return self.results
 
     def do_reset(self, argument: str) -> None:
         """Forget the texts."""
-        self.asked = []
+        self.results = []

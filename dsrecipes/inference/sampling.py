@@ -1,4 +1,4 @@
-"""The flags of an answer's length and of sampling, checked."""
+"""Which flags set an answer's length and sampling, and which values make sense?"""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Json = dict[str, Any]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags of an answer's length and of sampling."""
-    parser.add_argument("--max_new_tokens", type=above_zero, default=256, help="most tokens of an answer (256)")
+    """Add the flags of an answer's length and of sampling."""
+    parser.add_argument("--max_new_tokens", type=above_zero, default=256, help="longest answer in tokens (256)")
     parser.add_argument("--temperature", type=float, help="above 0 samples; without it the likeliest token is taken")
     parser.add_argument(
         "--top_p", type=float, help="sample from the likeliest tokens that have this share; needs --temperature"
@@ -33,11 +33,11 @@ def settings_of(flags: argparse.Namespace) -> Json:
 
 
 def check_sampling(settings: Json) -> None:
-    """Refuse sampling settings that transformers would pass over or fail on late (UserError)."""
+    """Refuse sampling settings that transformers would ignore or fail on late (UserError)."""
     temperature, top_p = settings.get("temperature", 0), settings.get("top_p")
     if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature {temperature}: give a number of at least 0; 0 takes the likeliest token")
+        raise UserError("DSR435", f"temperature {temperature}: give a number of at least 0; 0 takes the likeliest token")
     if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
-        raise UserError(f"top_p {top_p}: give a share above 0, up to 1")
+        raise UserError("DSR435", f"top_p {top_p}: give a share above 0, up to 1")
     if top_p is not None and not temperature:
-        raise UserError(f"top_p {top_p} means nothing without sampling: give a temperature too")
+        raise UserError("DSR435", f"top_p {top_p} has no effect without sampling: give a temperature too")

@@ -1,4 +1,4 @@
-"""What one line of a chat does: a command, or something to say to each model."""
+"""What does one line of a chat do? It is a command, or something to say to each model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from dsrecipes.inference.sampling import check_sampling
 from dsrecipes.io.paths import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dsrecipes.inference.finished import FinishedRun
 
 Json = dict[str, Any]
@@ -24,40 +22,47 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers; `adapter` False switches its adapter off, `name` is said where there are two."""
+    """A model that answers."""
 
     name: str
-    model: PreTrainedModel
+    """Shown where there are two."""
+    model: Any
     adapter: bool = True
+    """False switches the adapter of a LoRA run off."""
 
 
 @dataclass
 class Terminal:
-    """Where lines come from and answers go: `read` is given what to ask with, and gives None at the end."""
+    """Where lines come from and answers go: a person's terminal, a pipe, a web page or a test."""
 
     interactive: bool
+    """A person reads: mistakes are reported and the chat continues."""
     read: Callable[[str], str | None]
+    """Takes what to prompt with; returns None at the end."""
     write: Callable[[str], None]
+    """For answers, piece by piece."""
     tell: Callable[[str], None]
     """For what is not an answer."""
     labels: bool = False
-    """Say which model answers, in a pipe too."""
+    """Name the model that answers, in a pipe too."""
     stopped: Callable[[], bool] = lambda: False
-    """Asked at each token: the answer ends there, and is kept so far."""
+    """Called at each token; True ends the answer there, and keeps it so far."""
 
     def label(self, name: str) -> str:
-        """What stands before an answer: nothing where one model answers a pipe."""
-        return f"{name}> " if self.interactive else f"{name}: " if self.labels else ""
+        """What precedes an answer: nothing where one model answers a pipe."""
+        if self.interactive:
+            return f"{name}> "
+        return f"{name}: " if self.labels else ""
 
 
 class Session(ABC):
-    """Lines, one after the other, until `quit` or the end."""
+    """Lines, one after the other, until `quit` or the end. A subclass fits one kind of model."""
 
     ask_with = "you> "
     help: dict[str, str] = {
-        "/reset": "forget what was said",
+        "/reset": "forget the conversation",
         "/save FILE": "write it as JSON to a new file",
-        "/help": "this",
+        "/help": "show this list",
         "quit": "leave, as Ctrl-D does; Ctrl-C ends an answer",
     }
 
@@ -65,7 +70,7 @@ class Session(ABC):
         self.run, self.speakers, self.terminal = run, speakers, terminal
 
     def talk(self) -> None:
-        """Take lines; a mistake is told and passed over in a terminal, and ends the command in a pipe.
+        """Take lines; a mistake is reported in a terminal, and ends the command in a pipe, so that a script notices.
 
         Raises:
             UserError: a mistake in a pipe.
@@ -77,13 +82,14 @@ class Session(ABC):
             self.hear(line)
 
     def hear(self, line: str) -> None:
-        """One line: a command, or something to say; `talk` without its loop.
+        """Take one line: a command, or something to say.
 
         Raises:
             UserError: a mistake in a pipe.
         """
         try:
-            if command := _COMMAND.fullmatch(line):
+            command = _COMMAND.fullmatch(line)
+            if command:
                 self._command(command[1], (command[2] or "").strip())
             elif line:
                 self.take(line)
@@ -93,81 +99,103 @@ class Session(ABC):
             self.terminal.tell(f"error: {error}")
 
     def _command(self, name: str, argument: str) -> None:
-        known = {each.split()[0][1:]: each for each in self.help if each.startswith("/")}
+        known = [usage.split()[0][1:] for usage in self.help if usage.startswith("/")]
         if name not in known:
-            raise UserError(f"unknown command /{name}{nearest(name, known)}; /help lists the commands")
+            raise UserError("DSR445", f"unknown command /{name}{nearest(name, known)}; /help lists the commands")
         getattr(self, f"do_{name}")(argument)
 
     def do_help(self, argument: str) -> None:
-        """The commands."""
-        self.terminal.tell("\n".join(f"  {name:<18}{what}" for name, what in self.help.items()))
+        """List the commands."""
+        self.terminal.tell("\n".join(f"  {usage:<18}{effect}" for usage, effect in self.help.items()))
 
     def do_save(self, argument: str) -> None:
-        """Write what was said; nothing is written over."""
+        """Write the conversation to a new file."""
         if not argument:
-            raise UserError("/save FILE: give a file name")
+            raise UserError("DSR446", "/save FILE: give a file name")
         path = user_path(argument)
         text = json.dumps(self.record(), ensure_ascii=False, indent=1) + "\n"
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise UserError(f"/save {argument}: there is a file of this name; name another") from None
+            raise UserError("DSR446", f"/save {argument}: there is a file of this name; name another") from None
         except OSError as error:
-            raise UserError(f"/save {argument}: cannot be written ({error.strerror})") from None
+            raise UserError("DSR446", f"/save {argument}: cannot be written ({error.strerror})") from None
         self.terminal.tell(f"saved to {path}")
 
     @abstractmethod
     def take(self, line: str) -> None:
-        """Something to say to the models."""
+        """Say a line to the models."""
 
     @abstractmethod
     def record(self) -> list[Json]:
-        """What was said, for /save."""
+        """The conversation, for /save."""
 
     @abstractmethod
     def do_reset(self, argument: str) -> None:
-        """Forget what was said."""
+        """Forget the conversation."""
 
 
 class TextSession(Session):
-    """Each model answers, or goes on with a text; its words appear as they come."""
+    """Each model answers or continues a text; its words appear as they are generated."""
 
     help = Session.help | {
-        "/system TEXT": "tell the model how to behave; without TEXT no longer",
+        "/system TEXT": "say how the model is to behave; without TEXT: no longer",
         "/params K=V ...": "temperature=0.7 max_new_tokens=100, or another generation setting; alone shows them",
-        "/more": "go on with the text (recipes that continue text)",
+        "/more": "continue the text (recipes that continue text)",
     }
 
     def __init__(
-        self, run: FinishedRun, speakers: list[Speaker], terminal: Terminal, system: str | None = None,
+        self,
+        run: FinishedRun,
+        speakers: list[Speaker],
+        terminal: Terminal,
+        system: str | None = None,
         settings: Json | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """One conversation for each speaker.
+
+        Args:
+            run: whose recipe writes the prompts.
+            speakers: the models that answer.
+            terminal: where lines come from and answers go.
+            system: how the models are to behave, for recipes of chats and instructions.
+            settings: of transformers' GenerationConfig.
+
+        Raises:
+            UserError: the recipe's rows have no single field for a typed text.
+        """
         super().__init__(run, speakers, terminal)
         from dsrecipes.inference.conversation import Conversation
-        from dsrecipes.inference.prompting import find_asking
+        from dsrecipes.inference.prompting import find_prompt_field
 
-        asking = find_asking(run)
-        self.ask_with = "text> " if asking.continues else "you> "
+        field = find_prompt_field(run)
+        self.ask_with = "text> " if field.continues else "you> "
         self.conversations = {
-            each.name: Conversation(
-                run, each.model, asking, each.adapter, settings=dict(settings or {}), keep_cut=terminal.interactive,
-                notice=lambda text: terminal.tell(f"({text})"), stopped=lambda: terminal.stopped(),
+            speaker.name: Conversation(
+                run,
+                speaker.model,
+                field,
+                speaker.adapter,
+                settings=dict(settings or {}),
+                keep_cut=terminal.interactive,
+                notice=lambda text: terminal.tell(f"({text})"),
+                stopped=lambda: terminal.stopped(),  # a web page replaces it for each message
             )
-            for each in speakers
-        }  # fmt: skip
+            for speaker in speakers
+        }
         if system:
             self.do_system(system)
 
     def take(self, line: str) -> None:
         """Say it to each model in turn."""
-        self._each(lambda conversation: conversation.say(line, self.terminal.write))
+        self._answer_all(lambda conversation: conversation.say(line, self.terminal.write))
 
     def do_more(self, argument: str) -> None:
-        """Go on with the text."""
-        self._each(lambda conversation: conversation.more(self.terminal.write))
+        """Continue the text."""
+        self._answer_all(lambda conversation: conversation.more(self.terminal.write))
 
-    def _each(self, answer: Callable[[Any], str]) -> None:
+    def _answer_all(self, answer: Callable[[Any], str]) -> None:
         for name, conversation in self.conversations.items():
             self.terminal.write(self.terminal.label(name))
             try:
@@ -181,10 +209,10 @@ class TextSession(Session):
             conversation.reset()
 
     def do_system(self, argument: str) -> None:
-        """A system text, where the recipe's prompts have a place for one."""
+        """Set a system text, where the recipe's prompts have a place for one."""
         for conversation in self.conversations.values():
-            if conversation.asking.field != "messages":
-                raise UserError("/system: this recipe's prompts have no place for a system text")
+            if conversation.prompt_field.field != "messages":
+                raise UserError("DSR447", "/system: this recipe's prompts have no place for a system text")
             conversation.system = argument or None
 
     def do_params(self, argument: str) -> None:
@@ -202,15 +230,20 @@ class TextSession(Session):
     def record(self) -> list[Json]:
         """One object a model; its `messages` are rows that the instruction recipes can read."""
         return [
-            {"run": str(self.run.folder.path), "model": name, "settings": each.settings, "messages": each.messages()}
-            for name, each in self.conversations.items()
+            {
+                "run": str(self.run.folder.path),
+                "model": name,
+                "settings": conversation.settings,
+                "messages": conversation.messages(),
+            }
+            for name, conversation in self.conversations.items()
         ]
 
 
 def _setting(word: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not (name and equals and value):
-        raise UserError(f"/params {word}: write name=value, as in temperature=0.7")
+        raise UserError("DSR448", f"/params {word}: write name=value, as in temperature=0.7")
     try:
         return name, json.loads(value)
     except ValueError:

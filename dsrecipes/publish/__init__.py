@@ -1,1 +1,1 @@
-"""Hand a finished run on: verify, export, reshape, model card."""
+"""Is a finished run ready to be passed on? verify, export, reshape, and the model card."""

@@ -1,4 +1,4 @@
-"""The model card of an exported model, filled from its run."""
+"""What does the model card of an exported model say? It is filled from the run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from dsrecipes.inference.answers import prompt_of
+from dsrecipes.errors import UserError
 from dsrecipes.inference.finished import FinishedRun
+from dsrecipes.inference.prompting import find_prompt_field, prompt_of
 from dsrecipes.runs.log import read_log
 
 _MERGED = {
     "LoRA": "The LoRA adapter is merged into the base's weights.",
-    "QLoRA": "The adapter was trained on a 4-bit base. That base was dequantised and the adapter merged into it, so the "
+    "QLoRA": "The adapter was trained on a 4-bit base. That base was dequantized and the adapter merged into it, so the "
     "weights are those the adapter learned with, and not the original base's.",
     "none": "All weights were trained.",
 }
@@ -33,7 +34,7 @@ def _name(value: Any) -> Any:
 
 
 def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
-    """README.md in the hub's form. The licence is the user's to add, and paths of this machine are left out."""
+    """README.md in the hub's form, without paths of this machine; the license is for the user to add."""
     options, auto = run.config.model, run.recipe.auto_class
     base = str(options.model_name_or_path)
     values = {key: _name(value) for key, value in yaml.safe_load(run.folder.config.read_text(encoding="utf-8")).items()}
@@ -70,20 +71,22 @@ def _code(auto: str) -> str:
 
 
 def _prompt(run: FinishedRun) -> list[str]:
-    """How the recipe words an instruction, where it takes one."""
-    if not run.recipe.auto_class.endswith("ForCausalLM"):
-        return []
+    """How the recipe words a question, where its model answers one."""
     try:
-        prompt = prompt_of(run, {"instruction": "Name three colours."})
-    except ValueError:
+        field = find_prompt_field(run)
+    except UserError:
         return []
+    if field.continues:
+        return []
+    prompt = prompt_of(run, field.row("Name three colours."))
     return [f"## Prompt\n\nIt was trained to answer texts of this form:\n\n```text\n{prompt.text}\n```"]
 
 
 def _figures(run: FinishedRun) -> str:
-    """A table of metrics.json's numbers; of a checkpoint's, the last that the log has up to its step."""
+    """A table of metrics.json's numbers; for a checkpoint, of the last that the log has up to its step."""
     if run.checkpoint:
-        step, figures = int(run.checkpoint.name[11:]), {}
+        step = int(run.checkpoint.name[11:])
+        figures: dict[str, Any] = {}
         for values in read_log(run.folder.log):
             if values["step"] <= step:
                 figures |= {"step": values["step"]} | {key: value for key, value in values.items() if key.endswith("loss")}

@@ -1,4 +1,4 @@
-"""dsrecipes export RUN --to DIR: one folder to hand on, which plain transformers loads; adapters are merged."""
+"""How does a run become one folder that plain transformers loads? dsrecipes export RUN --to DIR; adapters are merged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from dsrecipes.runs.folder import RunFolder, find_run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,89 +47,107 @@ def export(
         path, dtype, merged (LoRA, QLoRA or none), largest_difference of the logits and what is allowed.
 
     Raises:
-        UserError: the folder is not empty, the run or checkpoint cannot be had, or the exported logits are too far off.
+        UserError: the folder is not empty, the run or checkpoint is missing or damaged, or the exported logits differ.
     """
     if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
-        raise UserError(f"--max_shard_size {max_shard_size}: give a whole number of KB, MB or GB, as 500MB")
+        raise UserError("DSR530", f"--max_shard_size {max_shard_size}: give a whole number of KB, MB or GB, as 500MB")
     folder = find_run(run, ended=checkpoint is None)
-    target = _free(user_path(to))
+    target = _check_target(user_path(to))
     finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None, device)
-    beside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        result = _write(finished, beside, dtype, max_shard_size)
+        staging.mkdir(parents=True)
+        result = _write(finished, staging, dtype, max_shard_size)
         if target.is_dir():
             target.rmdir()
-        beside.rename(target)
+        staging.rename(target)
     except OSError as error:
-        full = beside.is_dir() and is_disk_full(error, beside)
-        raise UserError(f"--to {target}: {'no space left on the disk' if full else error.strerror or error}") from error
+        is_full = staging.is_dir() and is_disk_full(error, staging)
+        raise UserError(
+            "DSR532", f"--to {target}: {'no space left on the disk' if is_full else error.strerror or error}"
+        ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return {"path": str(target), **result}
 
 
-def _free(target: Path) -> Path:
-    """The folder to write, which holds nothing yet."""
+def _check_target(target: Path) -> Path:
+    """The folder to write, which must be new or empty."""
     if target.exists() and not target.is_dir():
-        raise UserError(f"--to {target}: there is a file of this name; choose another folder")
+        raise UserError("DSR531", f"--to {target}: there is a file of this name; choose another folder")
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"--to {target}: the folder is not empty; choose another, or empty it yourself")
+        raise UserError("DSR531", f"--to {target}: the folder is not empty; choose another, or empty it yourself")
     return target.absolute()
 
 
-def _checkpoint(folder: RunFolder, asked: str) -> Path:
-    """A whole checkpoint by its step."""
-    path = folder.checkpoints / f"checkpoint-{asked.removeprefix('step')}"
+def _checkpoint(folder: RunFolder, name: str) -> Path:
+    """An intact checkpoint by its step."""
+    path = folder.checkpoints / f"checkpoint-{name.removeprefix('step')}"
     problem = find_problem(path)
     if problem:
-        known = ", ".join(f"step{each.name[11:]}" for each in folder.complete_checkpoints()) or "none"
-        raise UserError(f"--checkpoint {asked}: {path} {problem}; whole ones of this run: {known}")
+        known = ", ".join(f"step{checkpoint.name[11:]}" for checkpoint in folder.complete_checkpoints()) or "none"
+        raise UserError("DSR533", f"--checkpoint {name}: {path} {problem}; intact ones of this run: {known}")
     return path
 
 
 def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: str) -> dict[str, Any]:
+    """Write the model, load it again by plain transformers, and compare; returns what the command reports."""
     import torch
 
-    from dsrecipes.launch.imports import hide_packages
     from dsrecipes.model.load import prepare_for_inference
     from dsrecipes.model.task import loading_class
     from dsrecipes.publish.card import model_card
-    from dsrecipes.runs.reference import allowed_difference
 
-    adapter = (run.source / "adapter_config.json").is_file()
     model = run.load(dtype=torch.float32)
-    wanted = _logits(model, run)
+    expected = _logits(model, run)
     four_bit = bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
-    merged = ("QLoRA" if four_bit else "LoRA") if adapter else "none"
-    if adapter:
+    merged = "none"
+    if run.has_adapter:
+        merged = "QLoRA" if four_bit else "LoRA"
         model = _merge(run, model, four_bit)
-    kept = dtype or ("float32" if adapter else _dtype(run.source))
-    config = model.config.get_text_config()
-    if getattr(config, "use_cache", None) is False:
-        config.use_cache = True  # training turned it off
-    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
-        model.to(getattr(torch, kept)).save_pretrained(folder, max_shard_size=max_shard_size)
+    stored = dtype or ("float32" if run.has_adapter else _dtype(run.source))
+    _save(model, folder, stored, max_shard_size)
     kind = loading_class(run.recipe.auto_class, model.config)
-    del model
+    del model  # two float32 copies are the most that --device promises to need
     run.tokenizer.save_pretrained(folder)
-    exported = kind.from_pretrained(folder, dtype=torch.float32)
-    found = _logits(prepare_for_inference(exported, run.device), run)
-    difference = (found - wanted).abs().max().item()
-    allowed = allowed_difference(wanted, "fp32" if kept == "float32" else kept, four_bit)
-    if not difference <= allowed:
-        raise UserError(
-            f"the exported model's logits differ from the run's by up to {difference:.2g} (allowed {allowed:.2g}); nothing was "
-            f"written. {'--dtype bfloat16 or float32 has more range' if kept == 'float16' else 'The weights do not fit the run'}"
-        )
-    result = {"dtype": kept, "merged": merged, "largest_difference": difference, "allowed": allowed}
+    exported = prepare_for_inference(kind.from_pretrained(folder, dtype=torch.float32), run.device)
+    difference, allowed = _compare(_logits(exported, run), expected, stored, four_bit)
+    result = {"dtype": stored, "merged": merged, "largest_difference": difference, "allowed": allowed}
     (folder / "README.md").write_text(model_card(run, result), encoding="utf-8")
     return result
 
 
-def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrainedModel:
-    """The adapter in the base's weights; a 4-bit base is made whole first, for merged into 4 bits it would be rounded again."""
+def _save(model: Any, folder: Path, dtype: str, max_shard_size: str) -> None:
+    import torch
+
+    from dsrecipes.launch.imports import hide_packages
+
+    config = model.config.get_text_config()
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # training turned it off
+    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _compare(logits: torch.Tensor, expected: torch.Tensor, dtype: str, four_bit: bool) -> tuple[float, float]:
+    """The largest difference of the logits, and what rounding to the dtype may explain (UserError: it is above that)."""
+    from dsrecipes.runs.reference import allowed_difference
+
+    difference = (logits - expected).abs().max().item()
+    allowed = allowed_difference(expected, "fp32" if dtype == "float32" else dtype, four_bit)
+    if not difference <= allowed:
+        cure = "--dtype bfloat16 or float32 has more range" if dtype == "float16" else "The weights do not fit the run"
+        raise UserError(
+            "DSR534",
+            f"the exported model's logits differ from the run's by up to {difference:.2g} (allowed {allowed:.2g}); nothing was "
+            f"written. {cure}",
+        )
+    return difference, allowed
+
+
+def _merge(run: FinishedRun, model: Any, four_bit: bool) -> Any:
+    """Merge the adapter into the base's weights; a 4-bit base is dequantized first, or the result would be rounded again."""
     if not four_bit:
         return model.merge_and_unload()
     from peft import PeftModel
@@ -138,7 +155,8 @@ def _merge(run: FinishedRun, model: PreTrainedModel, four_bit: bool) -> PreTrain
     try:
         base = run.load_base(model.dtype).dequantize()
     except NotImplementedError as error:
-        raise UserError(f"the base {run.config.model.model_name_or_path} cannot be dequantised: {error}") from error
+        base_name = run.config.model.model_name_or_path
+        raise UserError("DSR535", f"the base {base_name} cannot be dequantized: {error}") from error
     return PeftModel.from_pretrained(base, str(run.source), torch_device=str(run.device)).merge_and_unload()
 
 
@@ -150,7 +168,8 @@ def _dtype(source: Path) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _logits(model: PreTrainedModel, run: FinishedRun) -> torch.Tensor:
+def _logits(model: Any, run: FinishedRun) -> torch.Tensor:
+    """Logits on random ids of a fixed seed."""
     from dsrecipes.runs.reference import logits_of, random_inputs
 
     auto, length = run.recipe.auto_class, min(16, run.config.data.max_length)
@@ -159,7 +178,7 @@ def _logits(model: PreTrainedModel, run: FinishedRun) -> torch.Tensor:
 
 
 def rounding(dtype: str) -> str:
-    """How far a weight may move when it is stored, in words."""
+    """How far a weight may move when it is stored, for a person."""
     import torch
 
     return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size"
@@ -176,16 +195,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", metavar="stepN", help="the weights of this checkpoint instead of the finished model")
     parser.add_argument("--max_shard_size", metavar="SIZE", default="5GB", help="largest weights file (default 5GB)")
     add_device(parser, "cpu", "a float32 copy of a 7B model takes 27 GB")
-    asked = parser.parse_args(argv)
+    flags = parser.parse_args(argv)
     result = export(
-        asked.run, asked.to, dtype=asked.dtype, checkpoint=asked.checkpoint, max_shard_size=asked.max_shard_size,
-        device=asked.device,
-    )  # fmt: skip
-    words = {"LoRA": "adapter merged", "QLoRA": "4-bit base dequantised, adapter merged", "none": "all weights"}
-    print(f"exported  {result['path']} · {words[result['merged']]}")
+        flags.run,
+        flags.to,
+        dtype=flags.dtype,
+        checkpoint=flags.checkpoint,
+        max_shard_size=flags.max_shard_size,
+        device=flags.device,
+    )
+    origins = {"LoRA": "adapter merged", "QLoRA": "4-bit base dequantized, adapter merged", "none": "all weights"}
+    print(f"exported  {result['path']} · {origins[result['merged']]}")
     print(
         f"logits    largest difference from the run's {result['largest_difference']:.2g} (allowed {result['allowed']:.2g}); "
         f"{rounding(result['dtype'])}"
     )
-    print(f"card      {result['path']}/README.md: add a licence before you hand it on")
+    print(f"card      {result['path']}/README.md: add a license before you publish it")
     return 0

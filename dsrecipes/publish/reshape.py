@@ -1,7 +1,7 @@
-"""dsrecipes reshape RUN: a checkpoint as one folder that goes on on any number of ranks, under any ZeRO stage.
+"""How is a checkpoint stored for any number of ranks and any ZeRO stage? dsrecipes reshape RUN
 
-A run does so by itself from any checkpoint. The folder is for taking elsewhere: one copy of everything, no pickle of
-DeepSpeed's, and no shard that only its own rank reads.
+A run resumes from any checkpoint without it. The folder is for other machines and tools: one copy of everything, no pickle
+of DeepSpeed's, and no shard that only its own rank reads.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from dsrecipes.zero.checkpoint_states import CheckpointStates
 
 _SHARD = 2 << 30
-"""Bytes of a file, about: what is in memory at once."""
+"""About the bytes of a file, all of which are in memory at once."""
 
 
 def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
-    """Write checkpoints/universal-N beside checkpoint-N; one that is there already is kept.
+    """Write checkpoints/universal-N beside checkpoint-N, unless it exists.
 
     Args:
         run: a run folder, or `last`.
-        checkpoint: `step100` or a path; the newest whole one where it is not given.
+        checkpoint: `step100` or a path; default: the newest intact one.
 
     Returns:
         path, step, and bytes written: 0 where what is there fits anywhere as it is.
@@ -43,44 +43,61 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     from dsrecipes.zero.checkpoint_states import UNIVERSAL, read_states, read_writer
 
     folder = find_run(run, ended=False)
-    found = find_checkpoints(checkpoint or "auto", folder, print)
-    if not found:
-        raise UserError(f"{folder.path} has no checkpoint")
-    source = first_intact(found, find_damage, print)
+    candidates = find_checkpoints(checkpoint or "auto", folder, print)
+    if not candidates:
+        raise UserError("DSR555", f"{folder.path} has no checkpoint")
+    source = first_intact(candidates, find_damage, print)
     made = read_writer(source)
     step = int(source.name.rsplit("-", 1)[-1])
-    if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # undivided as it is
+    if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # not sharded
         return {"path": str(source), "step": step, "bytes": 0}
     target = source.with_name(f"universal-{step}")
     origin = checksum(source / MANIFEST)
     if is_complete(target) and read_writer(target).get("from") == origin:
         return {"path": str(target), "step": step, "bytes": 0}
-    beside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
-    saved = read_states(source, [])
-    wanted = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
+    size = _write_atomically(read_states(source, []), source, target, origin, made.get("sequences"))
+    return {"path": str(target), "step": step, "bytes": size}
+
+
+def _write_atomically(saved: CheckpointStates, source: Path, target: Path, origin: str, sequences: int | None) -> int:
+    """Write the checkpoint under another name, and rename it when it is complete; return its bytes.
+
+    Args:
+        saved: the states of `source`.
+        source: a sharded checkpoint.
+        target: where the unsharded one goes.
+        origin: checksum of the manifest of `source`, by which a copy that exists is recognized.
+        sequences: of the data, as the manifest of `source` has it.
+
+    Raises:
+        UserError: too little space.
+    """
+    needed = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
     free = shutil.disk_usage(source).free
-    if wanted > free:
+    if needed > free:
         raise UserError(
-            f"{target} needs {wanted / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, or resume as it is"
+            "DSR556",
+            f"{target} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, or resume as it is",
         )
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # of a command that was killed
     try:
-        beside.mkdir()
-        _write(saved, source, beside)
-        origins = {"ranks": None, "sequences": made.get("sequences"), "from": origin}
-        write_manifest(beside, hash_files(beside, list_files(beside)), origins, read_manifest(source)["contract"])
-        put_in_place(beside, target)
+        staging.mkdir()
+        _write(saved, source, staging)
+        origins = {"ranks": None, "sequences": sequences, "from": origin}
+        write_manifest(staging, hash_files(staging, list_files(staging)), origins, read_manifest(source)["contract"])
+        put_in_place(staging, target)
     except (OSError, RuntimeError) as error:
-        if is_disk_full(error, beside):
-            raise UserError(f"{target}: no space left on the disk") from error
+        if is_disk_full(error, staging):
+            raise UserError("DSR532", f"{target}: no space left on the disk") from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return {"path": str(target), "step": step, "bytes": wanted}
+        shutil.rmtree(staging, ignore_errors=True)
+    return needed
 
 
 def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
-    """One safetensors file for some gigabytes of each key, and JSON for what is no tensor."""
+    """Write a safetensors file for each 2 GB of each key, and JSON for what is no tensor."""
     from safetensors.torch import save_file
 
     from dsrecipes.zero.checkpoint_states import UNIVERSAL, layout_independent_files
@@ -97,12 +114,12 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
     engine = saved.engine
     if (source / "scheduler.pt").is_file():
         engine = {key: value for key, value in engine.items() if key != "lr_scheduler"}
-    told = {"keys": keys, "steps": saved.steps, "groups": saved.groups, "rates": saved.rates, "engine": engine}
-    (folder / UNIVERSAL).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    facts = {"keys": keys, "steps": saved.steps, "groups": saved.groups, "rates": saved.rates, "engine": engine}
+    (folder / UNIVERSAL).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def _parts(saved: CheckpointStates, key: str) -> Iterator[list[str]]:
-    """Names of parameters that make up a file each."""
+    """Yield the names of the parameters of each file."""
     names: list[str] = []
     size = 0
     for name in saved.fragments:
@@ -120,14 +137,16 @@ def main(argv: list[str]) -> int:
     """`dsrecipes reshape RUN`."""
     parser = CommandParser("reshape", "Write a checkpoint as one folder for any number of ranks and any ZeRO stage.")
     parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
-    parser.add_argument("--checkpoint", metavar="stepN|PATH", help="default: the newest whole one")
-    asked = parser.parse_args(argv)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, whose objects are read, looks for a GPU and says so
-    result = reshape(asked.run, checkpoint=asked.checkpoint)
-    written = f"{result['bytes'] / 1e6:,.1f} MB written" if result["bytes"] else "nothing to write: it is there"
+    parser.add_argument("--checkpoint", metavar="stepN|PATH", help="default: the newest intact one")
+    flags = parser.parse_args(argv)
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # otherwise DeepSpeed, whose objects are read, reports that it finds no GPU
+    result = reshape(flags.run, checkpoint=flags.checkpoint)
+    written = f"{result['bytes'] / 1e6:,.1f} MB written" if result["bytes"] else "nothing to write: it exists"
     print(f"step {result['step']:<5}{result['path']} · {written}")
     print(
-        f"go on     dsrecipes train --config {find_run(asked.run, ended=False).config} --resume_from_checkpoint {result['path']} "
+        f"resume    dsrecipes train --config {find_run(flags.run, ended=False).config} --resume_from_checkpoint {result['path']} "
         "[--procs N] [--deepspeed zeroN]"
     )
     return 0

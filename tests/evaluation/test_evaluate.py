@@ -42,10 +42,10 @@ def done(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["text", "answers"])
 def test_the_loss_is_the_run_s_own(done, name):
-    told = evaluate(str(done[name].path), split="validation", batch_size=3)
-    assert told["figures"]["loss"] == pytest.approx(done[name].metrics["eval_loss"], abs=1e-5)
-    assert told["figures"]["perplexity"] == pytest.approx(done[name].metrics["eval_perplexity"], rel=1e-4)
-    assert told["figures"]["tokens"] == sum(item["tokens"] for item in told["items"])
+    result = evaluate(str(done[name].path), split="validation", batch_size=3)
+    assert result["figures"]["loss"] == pytest.approx(done[name].metrics["eval_loss"], abs=1e-5)
+    assert result["figures"]["perplexity"] == pytest.approx(done[name].metrics["eval_perplexity"], rel=1e-4)
+    assert result["figures"]["tokens"] == sum(item["tokens"] for item in result["items"])
 
 
 @pytest.mark.parametrize(("split", "prefix"), [("validation", "eval"), ("test", "test")])
@@ -61,10 +61,10 @@ def test_the_accuracy_is_the_run_s_own(done, split, prefix):
 
 def test_another_file_is_measured_whole(done, tmp_path):
     rows = write_rows(tmp_path / "few.jsonl", instructions(5))
-    told = evaluate(str(done["answers"].path), dataset=rows, task="answers", max_new_tokens=8, batch_size=2)
-    assert (told["split"], told["rows"]) == ("train", 5)
-    assert [item["item"].rpartition(" ")[2] for item in told["items"]] == ["1", "2", "3", "4", "5"]
-    assert told["items"][0]["reference"] == "1 2" and "Count to 1." in told["items"][0]["prompt"]
+    result = evaluate(str(done["answers"].path), dataset=rows, task="answers", max_new_tokens=8, batch_size=2)
+    assert (result["split"], result["rows"]) == ("train", 5)
+    assert [item["item"].rpartition(" ")[2] for item in result["items"]] == ["1", "2", "3", "4", "5"]
+    assert result["items"][0]["reference"] == "1 2" and "Count to 1." in result["items"][0]["prompt"]
     (tmp_path / "text.txt").write_text("The ferry left at nine. " * 30)
     again = evaluate(str(done["text"].path), dataset=str(tmp_path / "text.txt"))
     assert again["split"] == "train" and again["rows"] > 1 and again["items"][-1]["tokens"] < 63  # the short last block too
@@ -72,21 +72,21 @@ def test_another_file_is_measured_whole(done, tmp_path):
 
 def test_questions_for_a_model_that_writes(done, tmp_path):
     flags = {"dataset": str(STARTER / "data" / "tmmlu"), "task": "choices", "limit": 6, "num_fewshot": 1}
-    told = evaluate(str(done["answers"].path), **flags)
-    assert (told["split"], told["rows"], told["form"]) == ("test", 6, "tmmluplus")
+    result = evaluate(str(done["answers"].path), **flags)
+    assert (result["split"], result["rows"], result["form"]) == ("test", 6, "tmmluplus")
     assert all(
-        item["log_likelihoods"] == pytest.approx([max(item["log_likelihoods"])] * 4, abs=20) for item in told["items"]
+        item["log_likelihoods"] == pytest.approx([max(item["log_likelihoods"])] * 4, abs=20) for item in result["items"]
     )
-    assert told["figures"]["accuracy"] == sum(item["acc"] for item in told["items"]) / 6
+    assert result["figures"]["accuracy"] == sum(item["acc"] for item in result["items"]) / 6
 
 
 def test_base_against_tuned(done):
-    told = compare(str(done["answers"].path), split="validation")
-    (found,) = told["pairs"]
+    result = compare(str(done["answers"].path), split="validation")
+    (found,) = result["pairs"]
     each = found["differences"]["loss"]
     assert each["second"] == pytest.approx(done["answers"].metrics["eval_loss"], abs=1e-5)
     assert each["low"] <= each["difference"] <= each["high"] < 0 and each["shown"]
-    assert told["overlaps"][0]["met"] == []
+    assert result["overlaps"][0]["met"] == []
 
 
 def test_a_run_against_itself_shows_no_difference(done, capsys):
@@ -102,8 +102,8 @@ def test_rows_that_were_trained_on_are_named(done, tmp_path):
     own = evaluate(path, split="validation", task="answers", max_new_tokens=1)["items"]
     kept = {int(item["item"].rpartition(" ")[2]) for item in own}
     rows = [row | {"instruction": row["instruction"].upper()} for row in instructions(24)]
-    told = compare(path, dataset=write_rows(tmp_path / "all.jsonl", [*rows, {"instruction": "Sing.", "output": "La."}]))
-    (found,) = told["overlaps"]
+    result = compare(path, dataset=write_rows(tmp_path / "all.jsonl", [*rows, {"instruction": "Sing.", "output": "La."}]))
+    (found,) = result["overlaps"]
     assert found["rows"] == 25 and len(kept) == 6
     assert {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*range(1, 25)} - kept
     assert all(each["training row"].rpartition(" ")[2] == each["item"].rpartition(" ")[2] for each in found["met"])
@@ -138,7 +138,7 @@ def test_flips_are_counted_and_named():
         ("answers", ["--num_fewshot", "2"], "[DSR474]"),
         ("questions", ["--task", "loss"], "measured by --task choices [DSR472]"),
         ("text", ["--task", "answers"], "[DSR477]"),
-        ("answers", ["--split", "test"], "has no such rows; it has validation, train"),
+        ("answers", ["--split", "test"], "it has validation, train [DSR484]"),
         ("answers", ["--dataset", "nothing.jsonl"], "no such file"),
         ("answers", ["--limit", "0"], "at least 1"),
         ("answers", ["--out", "/nowhere/x.json"], "no such folder"),
@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_is_refused(done, capfd, name, flags, message):
 
 
 def test_out_holds_every_item_and_is_not_overwritten(done, tmp_path, capfd):
-    out = tmp_path / "told.json"
+    out = tmp_path / "result.json"
     assert main(["evaluate", str(done["answers"].path), "--limit", "2", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["items"]) == 2
     assert "it exists" in refusal(main, ["evaluate", done["answers"].path, "--out", out], capfd)

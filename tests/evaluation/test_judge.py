@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_openai import completion, pair, serve
+from support.rank_pool import free_port
 from support.tiny import instructions, llama_tokenizer, refusal, tiny_llama, write_rows
 
 from dsrecipes import load_recipe
@@ -120,8 +120,8 @@ def test_a_judge_that_cannot_say_it_is_counted_and_not_guessed(run, files, capsy
     ]
     flags = [word for name, value in files.items() for word in (f"--{name}", value)]
     assert main(["judge", *arguments, *flags]) == 0
-    told = capsys.readouterr().out
-    assert "3 unparsed" in told and "win rate  none" in told and "cost      12 requests" in told
+    output = capsys.readouterr().out
+    assert "3 unparsed" in output and "win rate  none" in output and "cost      12 requests" in output
     assert all(each["verdict"] is None and len(each["replies"]) == 2 for each in lines(files["out"], "judgement"))
 
 
@@ -129,8 +129,8 @@ def test_by_likelihood_a_small_model_has_a_verdict(run, biased, files):
     result = judge(str(run), judge=str(biased), verdict="likelihood", max_new_tokens=12, judge_tokens=16, **files)
     assert result["inconsistent"] == 6 and result["verdicts"] == {"A": 12, "B": 0, "TIE": 0}
     assert result["requests"] == 12 and result["completion_tokens"] == 0
-    told = lines(files["out"], "judgement")[0]["replies"][0]
-    assert told.startswith("log-likelihoods: A -0.") and told.endswith("\nVERDICT: A")
+    reply = lines(files["out"], "judgement")[0]["replies"][0]
+    assert reply.startswith("log-likelihoods: A -0.") and reply.endswith("\nVERDICT: A")
 
 
 def test_equal_answers_cost_nothing(run, files):
@@ -156,7 +156,7 @@ def test_what_is_done_is_not_done_again(run, files, monkeypatch):
             judge(str(run), **asked)
         kept = Path(files["out"]).read_bytes()
         assert len(lines(files["out"], "judgement")) == 6
-        with pytest.raises(UserError, match="max_new_tokens: 12 there, 13 now"):
+        with pytest.raises(UserError, match="max_new_tokens: 12 there, 13 now.*DSR437"):
             judge(str(run), **asked | {"max_new_tokens": 13})
         result = judge(str(run), **asked)
         again = judge(str(run), **asked)
@@ -178,12 +178,12 @@ def test_without_a_file_of_prompts_the_rows_held_out_are_asked(run, files):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--judge", "nowhere"], "--judge nowhere: no folder with a model"),
+        (["--judge", "nowhere"], "[DSR500]"),
         (["--judge", "http://x/v1", "--against", "nowhere"], "nowhere: no such run folder"),
-        (["--judge", "http://x/v1", "--limit", "0"], "--limit 0: give 1 or more"),
-        (["--judge", "http://x/v1", "--prompts", "none.json"], "--prompts none.json: no such file"),
-        (["--judge", "http://x/v1", "--rubric", "none.txt"], "--rubric none.txt: cannot be read"),
-        (["--judge", "http://x/v1", "--verdict", "likelihood"], "likelihood is for a model folder"),
+        (["--judge", "http://x/v1", "--limit", "0"], "--limit 0: give 1 or more [DSR490]"),
+        (["--judge", "http://x/v1", "--prompts", "none.json"], "[DSR492]"),
+        (["--judge", "http://x/v1", "--rubric", "none.txt"], "--rubric: none.txt: cannot be read"),
+        (["--judge", "http://x/v1", "--verdict", "likelihood"], "[DSR491]"),
         ([], "the following arguments are required: --judge"),
     ],
 )
@@ -194,16 +194,14 @@ def test_a_wrong_command_line(run, flags, message, capfd):
 def test_rows_that_do_not_fit(run, tmp_path, capfd):
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?", "output": ""}])
     asked = ["judge", str(run), "--judge", "http://127.0.0.1:9/v1", "--prompts", rows]
-    assert "line 1: the row has no answer of its own" in refusal(main, [*asked, "--against", "reference"], capfd)
+    assert (message := refusal(main, [*asked, "--against", "reference"], capfd)).endswith("[DSR494]\n"), message
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?"}, {"title": "Why?"}])
     assert "line 2: no known format of rows: the row has title" in refusal(main, asked, capfd)
 
 
 @pytest.mark.ranks
 def test_killed_half_way_before_a_real_server_each_pair_is_judged_once(run, biased, files, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve_bin = Path(sys.executable).with_name("transformers")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", KEY: "sk-very-secret"}
     with (tmp_path / "server.log").open("wb") as log:

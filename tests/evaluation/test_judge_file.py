@@ -63,7 +63,7 @@ def test_another_job_is_refused_by_name(tmp_path):
 def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     path = tmp_path / "notes.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match="not written by `dsrecipes judge`"):
+    with pytest.raises(UserError, match="DSR439"):
         write(path)
     assert path.read_text() == text
 
@@ -82,9 +82,9 @@ def test_one_writer_at_a_time(tmp_path):
     path = tmp_path / "new" / "judge.jsonl"
     with JudgeFile(path, JOB) as file:
         file.append(ANSWER)
-        with pytest.raises(UserError, match="another `dsrecipes judge` is writing it"):
+        with pytest.raises(UserError, match="DSR436"):
             write(path)
         file.append(JUDGED)
     assert write(path).judgements and [each.name for each in path.parent.iterdir()] == ["judge.jsonl"]
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="DSR438"):
         write(path / "below")

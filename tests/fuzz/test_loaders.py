@@ -30,7 +30,7 @@ from dsrecipes.evaluation.judge_file import JudgeFile
 from dsrecipes.evaluation.rows import EvaluationRows
 from dsrecipes.evaluation.verdict import read_rubric
 from dsrecipes.inference.finished import open_run
-from dsrecipes.inference.partial import PartialAnswers
+from dsrecipes.inference.generate import PartialAnswers
 from dsrecipes.io.console import Console
 from dsrecipes.model.checks import check_model
 from dsrecipes.model.configuration import load_config

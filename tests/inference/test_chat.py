@@ -63,14 +63,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
 def _session(
     run: FinishedRun, lines: list[str], interactive: bool = False, **settings: object
 ) -> tuple[TextSession, list[str], list[str]]:
-    """A session over lines, what it wrote and what it told."""
+    """A session over lines, what it wrote, and its notices."""
     written: list[str] = []
-    told: list[str] = []
+    notices: list[str] = []
     waiting = iter(lines)
-    terminal = Terminal(interactive, lambda label: next(waiting, None), written.append, told.append)
+    terminal = Terminal(interactive, lambda label: next(waiting, None), written.append, notices.append)
     session = TextSession(run, _speakers(run, False, False), terminal, settings={"max_new_tokens": 6} | settings)
     session.talk()
-    return session, written, told
+    return session, written, notices
 
 
 def test_a_chat_run_sees_the_turns_as_messages(runs: dict[str, FinishedRun]):
@@ -127,9 +127,9 @@ def test_a_chat_sends_what_training_saw(name: str, tmp_path: Path):
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
     """In a pipe: an answer a turn, and nothing else; its pieces are the answer."""
-    session, written, told = _session(runs["alpaca"], ["Hello", "", "Again"], max_new_tokens=20)
+    session, written, notices = _session(runs["alpaca"], ["Hello", "", "Again"], max_new_tokens=20)
     answers = [turn.answer for turn in session.conversations["tuned"].turns]
-    assert len(written) > 4 and not told
+    assert len(written) > 4 and not notices
     assert [line.strip() for line in "".join(written).split("\n") if line.strip()] == [
         line.strip() for answer in answers for line in answer.split("\n") if line.strip()
     ]
@@ -138,22 +138,24 @@ def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
 def test_a_long_conversation_loses_its_oldest_turns(runs: dict[str, FinishedRun], tmp_path: Path):
     """It says so; /save still has them all. What never fits is refused."""
     long = "word " * 60
-    session, _, told = _session(runs["alpaca"], [long, long, long, f"/save {tmp_path / 'said.json'}"])
-    assert told[:2] == ["(the oldest turn no longer fits and is left out)"] * 2 or told[0].startswith("(the oldest turn")
+    session, _, notices = _session(runs["alpaca"], [long, long, long, f"/save {tmp_path / 'said.json'}"])
+    assert notices[:2] == ["(the oldest turn no longer fits and is left out)"] * 2 or notices[0].startswith(
+        "(the oldest turn"
+    )
     assert len(json.loads((tmp_path / "said.json").read_text())[0]["messages"]) == 6
-    with pytest.raises(UserError, match="512 positions"):
+    with pytest.raises(UserError, match=r"512 positions.*DSR432"):
         _session(runs["alpaca"], ["word " * 600])
 
 
 def test_commands(runs: dict[str, FinishedRun], tmp_path: Path):
-    """In a terminal a mistake is told and the talk goes on."""
+    """In a terminal a mistake is reported and the chat continues."""
     file = tmp_path / "said.json"
     lines = [
         "Hello", f"/save {file}", f"/save {file}", "/reset", "/system Be brief.", "/params temperature=0.7 max_new_tokens=3",
         "/params temprature=1", "/params temperature=-1", "/params max_new_tokens=0", "/params top_k", "/rest", "/save", "/more",
         "/etc/hosts is what?", "quit", "Never said",
     ]  # fmt: skip
-    session, _, told = _session(runs["chat"], lines, interactive=True)
+    session, _, notices = _session(runs["chat"], lines, interactive=True)
     conversation = session.conversations["tuned"]
     assert [turn.said for turn in conversation.turns] == ["/etc/hosts is what?"]
     assert len(conversation.turns[0].ids) <= 3
@@ -161,15 +163,15 @@ def test_commands(runs: dict[str, FinishedRun], tmp_path: Path):
     saved = json.loads(file.read_text())[0]
     assert saved["messages"][0] == {"role": "user", "content": "Hello"} and saved["model"] == "tuned"
     expected = [
-        "saved to", "name another", "max_new_tokens=3", "did you mean temperature", "at least 0", "max_new_tokens", "name=value",
-        "did you mean reset", "give a file name", "none to go on with",
+        "saved to", "name another", "max_new_tokens=3", "did you mean temperature", "[DSR435]", "max_new_tokens", "[DSR448]",
+        "did you mean reset", "[DSR446]", "[DSR449]",
     ]  # fmt: skip
-    assert len(told) == len(expected) and all(part in line for part, line in zip(expected, told, strict=True)), told
+    assert len(notices) == len(expected) and all(part in line for part, line in zip(expected, notices, strict=True)), notices
 
 
 def test_a_mistake_in_a_pipe_ends_the_command(runs: dict[str, FinishedRun]):
     """So that a script notices."""
-    with pytest.raises(UserError, match="unknown command /rest"):
+    with pytest.raises(UserError, match=r"/rest.*DSR445"):
         _session(runs["chat"], ["/rest"])
 
 
@@ -179,8 +181,8 @@ def test_a_text_goes_on(runs: dict[str, FinishedRun]):
     long, _, _ = _session(runs["text"], ["The ferry"], max_new_tokens=10)
     ids = [turn.ids for turn in short.conversations["tuned"].turns]
     assert ids[1] + ids[2] == long.conversations["tuned"].turns[0].ids
-    session, _, told = _session(runs["text"], ["The ferry", *["/more"] * 3], max_new_tokens=100)
-    assert told and "beginning of the text" in told[0] and len(session.conversations["tuned"].turns) == 4
+    session, _, notices = _session(runs["text"], ["The ferry", *["/more"] * 3], max_new_tokens=100)
+    assert notices and "beginning of the text" in notices[0] and len(session.conversations["tuned"].turns) == 4
 
 
 def test_base_and_tuned_side_by_side(runs: dict[str, FinishedRun]):
@@ -226,7 +228,7 @@ def test_a_pipe_of_questions(
     assert _pipe("問\n一\n二\n三\n四\n問\t一\t二\t三\t四\n", monkeypatch, [path]) == 0
     first, second = capfd.readouterr().out.splitlines()
     assert first == second and first[0] in "ABCD" and first[1:4] == " A="
-    for text, message in (("問\n一\n", "four options, found 1"), ("問\t一\n", "found 1"), ("\udcff\n", "not UTF-8")):
+    for text, message in (("問\n一\n", "found 1 [DSR455]"), ("問\t一\n", "found 1 [DSR455]"), ("\udcff\n", "[DSR451]")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape"))))
         assert message in refusal(main, ["chat", path], capfd)
 

@@ -81,10 +81,10 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     if count:
         assert find_device("cuda", use_cpu=True) == torch.device("cuda"), "what a user asks for wins"
     for name in (f"cuda:{count}", "cuda:999", *(["cuda"] if not count else [])):
-        with pytest.raises(UserError, match=f"--device {name}: torch finds no such GPU.*the devices are cpu"):
+        with pytest.raises(UserError, match=f"--device {name}: .*the devices are cpu.*DSR456"):
             find_device(name)
     for name in ("gpu", "mps", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "0"):
-        with pytest.raises(UserError, match=f"--device {name}: choose auto, cpu, cuda"):
+        with pytest.raises(UserError, match=f"--device {name}: .*DSR456"):
             find_device(name)
 
 

@@ -20,8 +20,8 @@ from dsrecipes.cli import main
 from dsrecipes.evaluation.rows import EvaluationRows
 from dsrecipes.inference.chat import chat
 from dsrecipes.inference.finished import FinishedRun, open_run
-from dsrecipes.inference.generate import generate
-from dsrecipes.inference.partial import PartialAnswers
+from dsrecipes.inference.generate import PartialAnswers, generate
+from dsrecipes.inference.prompting import prompt_of
 
 ROWS = [{"instruction": f"Count to {n}." + " Slowly." * (n * 7 % 5), "input": "", "output": "1"} for n in range(1, 12)]
 
@@ -90,24 +90,77 @@ def test_a_text_is_continued(tmp_path: Path):
     assert chat(run, ["The ferry left"], max_new_tokens=2, suppress_tokens=led)[1]["content"] == row["answer"]
 
 
+TITLES = """
+from dsrecipes import RecipeBase
+from dsrecipes.data.encode import encode_segments
+from dsrecipes.data.formats import text_field
+
+class Titles(RecipeBase):
+    format_row = staticmethod(lambda row: {name: text_field(row, name) for name in ("title", "body")})
+    @staticmethod
+    def encode(records, tokenizer, options):
+        return encode_segments([[("# " + row["title"] + "\\n", False), (row["body"], True)] for row in records], tokenizer)
+"""
+TITLES_PROMPT = """
+    @staticmethod
+    def prompt(record, options):
+        return [("# " + record["title"] + "\\n", False)]
+"""
+"""Three lines with which rows without an answer and typed texts have a prompt."""
+
+
 def test_a_recipe_of_the_users_own_needs_no_answer(tmp_path: Path):
-    """What its rows answer with is left out; a line of text fills the one field that its prompts show."""
-    (tmp_path / "mine.py").write_text(
-        "from dsrecipes import RecipeBase\n"
-        "from dsrecipes.data.encode import encode_segments\n"
-        "from dsrecipes.data.formats import text_field\n"
-        "class Titles(RecipeBase):\n"
-        "    format_row = staticmethod(lambda row: {name: text_field(row, name) for name in ('title', 'body')})\n"
-        "    @staticmethod\n"
-        "    def encode(records, tokenizer, options):\n"
-        "        return encode_segments([[('# ' + each['title'] + '\\n', False), (each['body'], True)] for each in records], tokenizer)\n"
-    )
+    """Its `prompt` says what a row without an answer asks; a line of text fills the one field that it reads."""
+    (tmp_path / "mine.py").write_text(TITLES + TITLES_PROMPT)
     run = str(made_run(tmp_path / "run", str(tmp_path / "mine.py"), tiny_llama()))
     (tmp_path / "titles.txt").write_text("Rain\n", encoding="utf-8")
     asked = [generate(run, [{"title": "Rain"}], max_new_tokens=2), generate(run, tmp_path / "titles.txt", max_new_tokens=2)]
     assert asked[0] == asked[1]
     assert asked[0][0]["prompt"] == "<s># Rain\n" and "reference" not in asked[0][0]
+    whole = generate(run, [{"title": "Rain", "body": "Wet."}], max_new_tokens=2)[0]
+    assert whole["reference"] == "Wet." and whole["prompt"] == "<s># Rain\n"
+    assert chat(run, ["Rain"], max_new_tokens=2)[1]["content"] == asked[0][0]["answer"]
+    with pytest.raises(UserError, match="field 'title' is missing"):
+        generate(run, [{"body": "Wet."}])
+
+
+def test_a_recipe_without_a_prompt_says_so(tmp_path: Path):
+    """Whole rows work; what is missing is named where a text or a row without its answer comes."""
+    (tmp_path / "mine.py").write_text(TITLES)
+    run = str(made_run(tmp_path / "run", str(tmp_path / "mine.py"), tiny_llama()))
     assert generate(run, [{"title": "Rain", "body": "Wet."}], max_new_tokens=2)[0]["reference"] == "Wet."
+    with pytest.raises(UserError, match="field 'body' is missing .*method `prompt`"):
+        generate(run, [{"title": "Rain"}])
+    with pytest.raises(UserError, match="no method `prompt`.*DSR431"):
+        chat(run, ["Rain"])
+
+
+@pytest.mark.parametrize("read", ["record['title'] + record['body']", "record.get('title', '')"])
+def test_a_text_needs_one_field(read: str, tmp_path: Path):
+    """A prompt of several fields, or of none that it insists on, has no place for a typed text."""
+    (tmp_path / "mine.py").write_text(TITLES + TITLES_PROMPT.replace('record["title"]', read))
+    run = str(made_run(tmp_path / "run", str(tmp_path / "mine.py"), tiny_llama()))
+    with pytest.raises(UserError, match=r"(several fields \(title, body, ...\)|reads no field).*DSR431"):
+        chat(run, ["Rain"])
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chat"])
+def test_prompts_are_what_training_rows_begin_with(style: str, tmp_path: Path):
+    """With and without its answer a row has one prompt: instructions, chats of several turns, weights of 0."""
+    run = open_run(str(made_run(tmp_path / "run", "alpaca_llama_sft", tiny_llama(), prompt_style=style, lora_r=0)))
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [
+        {"instruction": "Why?"}, {"instruction": "Why?", "input": "The sky."}, {"instruction": "Why?", "weight": 0},
+        {"messages": messages[1:2]}, {"messages": messages},
+    ]  # fmt: skip
+    for row in rows:
+        if "messages" in row:
+            answered = {"messages": [*row["messages"], {"role": "assistant", "content": "So."}]}
+        else:
+            answered = row | {"output": "So."}
+        asked, whole = prompt_of(run, row), prompt_of(run, answered)
+        assert asked.ids == whole.ids and asked.reference is None and whole.reference == "So."
 
 
 def test_bad_rows_are_named_or_left_out(llama: FinishedRun, tmp_path: Path):
@@ -133,15 +186,19 @@ def test_what_is_refused(llama: FinishedRun, tmp_path: Path, capfd: pytest.Captu
     def refused(*flags: object) -> str:
         return refusal(main, ["generate", run, "--prompts", *map(str, flags)], capfd)
 
-    assert "no such file" in refused(tmp_path / "none.jsonl")
-    assert "give a temperature too" in refused(path, "--top_p", 0.9)
-    assert "temperature -1" in refused(path, "--temperature", -1)
+    assert "none.jsonl: no such file [DSR441]" in refused(tmp_path / "none.jsonl")
+    assert "[DSR435]" in refused(path, "--top_p", 0.9)
+    assert "temperature -1.0: " in refused(path, "--temperature", -1)
     assert "at least 1" in refused(path, "--batch_size", 0)
-    assert "line 1: " in (message := refused(path, "--max_new_tokens", 500)) and "512 positions" in message
+    assert (
+        "line 1: " in (message := refused(path, "--max_new_tokens", 500))
+        and "512 positions" in message
+        and "[DSR432]" in message
+    )
     out.write_text("mine")
     assert "name another" in refused(path, "--out", out) and out.read_text() == "mine"
     bert = made_run(tmp_path / "bert", "bert_tmmlu_qa", tiny_bert(), max_length=64)
-    assert "does not write text" in refusal(main, ["generate", str(bert), "--prompts", path], capfd)
+    assert "[DSR430]" in refusal(main, ["generate", str(bert), "--prompts", path], capfd)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +254,7 @@ def test_finished_answers_are_taken_from_the_file(llama: FinishedRun, killed: Pa
     assert [row["index"] for row in rows if row["answer"] == "kept"] == sorted((first["index"], second["index"]))
 
 
-def test_another_job_does_not_go_on(llama: FinishedRun, killed: Path, tmp_path: Path):
+def test_another_job_does_not_resume(llama: FinishedRun, killed: Path, tmp_path: Path):
     """The message says what differs, and the answers stay."""
     out = tmp_path / "out.jsonl"
     partial = Path(shutil.copy(killed / "out.jsonl.partial", tmp_path))
@@ -211,29 +268,29 @@ def test_another_job_does_not_go_on(llama: FinishedRun, killed: Path, tmp_path: 
             generate(llama, rows, out=out, **SETTINGS | changed)
     other = open_run(str(shutil.copytree(llama.folder.path, tmp_path / "other")))
     (other.folder.model / "generation_config.json").write_text("{}")
-    with pytest.raises(UserError, match="the run changed"):
+    with pytest.raises(UserError, match="the run changed.*DSR437"):
         generate(other, ROWS, out=out, **SETTINGS)
     assert partial.read_bytes() == before and not out.exists()
     partial.write_bytes(b"not json\n" + before)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="line 1: .*DSR439"):
         generate(llama, ROWS, out=out, **SETTINGS)
 
 
 def test_two_processes_do_not_write_the_same_answers(llama: FinishedRun, tmp_path: Path):
-    """The second is told."""
+    """The second is refused."""
     with (
         PartialAnswers(tmp_path / "out.jsonl", {}),
-        pytest.raises(UserError, match="another `dsrecipes generate` is writing it"),
+        pytest.raises(UserError, match="DSR436"),
     ):
         generate(llama, ROWS, out=tmp_path / "out.jsonl")
 
 
-def test_a_full_disk_is_told(llama: FinishedRun, tmp_path: Path):
-    """And what is there goes on once there is room."""
+def test_a_full_disk_is_reported(llama: FinishedRun, tmp_path: Path):
+    """And the job resumes once there is room."""
     with small_disk(tmp_path / "disk", "size=16k") as disk:
         (disk / "full").write_bytes(b"x" * 12_000)
-        with pytest.raises(UserError, match=r"No space left on device.*goes on"):
+        with pytest.raises(UserError, match=r"No space left on device.*DSR438"):
             generate(llama, ROWS * 20, out=disk / "out.jsonl", batch_size=8, max_new_tokens=60, suppress_tokens=[2])
         (disk / "full").unlink()
-        with pytest.raises(UserError, match="another job"):
+        with pytest.raises(UserError, match="DSR437"):
             generate(llama, ROWS, out=disk / "out.jsonl")

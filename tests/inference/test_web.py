@@ -30,7 +30,7 @@ pytest.importorskip("gradio")
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from dsrecipes.inference.web import Page, Talk  # noqa: E402
+from dsrecipes.inference.web import BrowserChat, Page  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WORDS = {"max_new_tokens": 6, "suppress_tokens": list(range(300)), "no_repeat_ngram_size": 1}
@@ -79,7 +79,7 @@ def test_each_browser_has_its_own_conversation(runs: dict[str, FinishedRun]):
 
 
 def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
-    """Each piece goes on from the one before."""
+    """Each piece continues the one before."""
     with _opened(_page(runs["chat"], **WORDS | {"max_new_tokens": 20})) as address:
         job = Client(address, verbose=False).submit("Hello", api_name="/chat")
         whole = job.result()
@@ -89,26 +89,26 @@ def test_words_come_as_they_are_written(runs: dict[str, FinishedRun]):
 
 
 def test_commands_are_typed(runs: dict[str, FinishedRun], tmp_path: Path):
-    """Mistakes are told in the conversation; files are not written for a page."""
+    """Mistakes are reported in the conversation; files are not written for a page."""
     lines = {
         "/params max_new_tokens=3": "max_new_tokens=3",
         "/params temprature=1": "did you mean temperature",
         "/system Be brief.": "(done)",
-        "/more": "none to go on with",
-        f"/save {tmp_path / 'said.json'}": "unknown command /save",
+        "/more": "[DSR449]",
+        f"/save {tmp_path / 'said.json'}": "[DSR445]",
         "word " * 600: "512 positions",
         "/system": "(done)",
         "/reset": "(done)",
     }
     with _opened(_page(runs["alpaca"], **WORDS)) as address:
         client = Client(address, verbose=False)
-        for line, told in lines.items():
-            assert told in client.predict(line, api_name="/chat")
+        for line, text in lines.items():
+            assert text in client.predict(line, api_name="/chat")
         assert client.predict("Hello", api_name="/chat") == _answers(
             chat(runs["alpaca"], ["Hello"], **WORDS | {"max_new_tokens": 3})
         )[0]  # fmt: skip
-        told = client.predict("/help", api_name="/chat")
-    assert "/params" in told and "/save" not in told and "quit" not in told and not (tmp_path / "said.json").exists()
+        text = client.predict("/help", api_name="/chat")
+    assert "/params" in text and "/save" not in text and "quit" not in text and not (tmp_path / "said.json").exists()
 
 
 def test_both_answer_in_one_message(runs: dict[str, FinishedRun]):
@@ -127,7 +127,7 @@ def test_a_text_goes_on(runs: dict[str, FinishedRun]):
 
 
 def test_questions_get_probabilities(runs: dict[str, FinishedRun]):
-    """Those of the terminal; what is missing is told."""
+    """Those of the terminal; what is missing is named."""
     texts = ["水的沸點是攝氏幾度？", "零", "五十", "一百", "兩百"]
     expected = chat(runs["questions"], ["\t".join(texts)])[0]
     with _opened(_page(runs["questions"])) as address:
@@ -144,7 +144,7 @@ def test_what_the_page_takes_back_is_forgotten(runs: dict[str, FinishedRun]):
     """Retry, undo and clear: the number of a message says what the page still shows before it."""
     run = runs["chat"]
     speakers = _speakers(run, False, False)
-    talk = Talk(lambda terminal: _session(run, speakers, terminal, None, WORDS), both=False)
+    talk = BrowserChat(lambda terminal: _session(run, speakers, terminal, None, WORDS), both=False)
 
     def said(message: str, number: int) -> list[str]:
         talk.hear(message, number)
@@ -158,7 +158,7 @@ def test_what_the_page_takes_back_is_forgotten(runs: dict[str, FinishedRun]):
 
 
 def test_a_stopped_answer_is_kept_so_far(runs: dict[str, FinishedRun]):
-    """The page closes the generator; the model ends at the next token, and the talk goes on."""
+    """The page closes the generator; the model ends at the next token, and the chat continues."""
     import torch
 
     torch.manual_seed(1)
@@ -181,13 +181,13 @@ def test_mistakes_are_told_before_there_is_a_page(
     path = str(runs["alpaca"].folder.path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert "taken already" in refusal(main, ["chat", path, "--web", "--port", port], capfd)
-    assert "only with --web" in refusal(main, ["chat", path, "--port", "8000"], capfd)
-    assert "65535" in refusal(main, ["chat", path, "--web", "--port", "70000"], capfd)
+        assert "[DSR452]" in refusal(main, ["chat", path, "--web", "--port", port], capfd)
+    assert "[DSR452]" in refusal(main, ["chat", path, "--port", "8000"], capfd)
+    assert "65535 [DSR452]" in refusal(main, ["chat", path, "--web", "--port", "70000"], capfd)
     text = str(runs["text"].folder.path)
-    assert "no place for a system text" in refusal(main, ["chat", text, "--web", "--system", "Be brief."], capfd)
+    assert "[DSR447]" in refusal(main, ["chat", text, "--web", "--system", "Be brief."], capfd)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'gradio>=6.31'" in refusal(main, ["chat", path, "--web"], capfd)
+    assert "pip install 'gradio>=6.31'` [DSR458]" in refusal(main, ["chat", path, "--web"], capfd)
 
 
 def test_the_command_ends_with_ctrl_c(runs: dict[str, FinishedRun], capfd: pytest.CaptureFixture[str]):

@@ -99,7 +99,7 @@ def test_the_model_card(runs: Runs, tmp_path: Path) -> None:
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"library_name": "transformers", "tags": ["dsrecipes", "qlora_zero3"], "pipeline_tag": "text-generation"}
-    assert "# license:" in card and "dequantised" in card and "### Instruction:\nName three colours." in card
+    assert "# license:" in card and "dequantized" in card and "### Instruction:\nName three colours." in card
     assert f"| eval_loss | {run['metrics']['eval_loss']:.4g} |" in card and "load_in_4bit: true" in card
     assert str(runs.small.folder) not in card, "paths of this machine are nobody's business"
 
@@ -109,12 +109,15 @@ def test_what_is_refused(runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixtur
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for argv, words in (
-        (["--to", tmp_path / "full"], "the folder is not empty"),
+        (["--to", tmp_path / "full"], "full: the folder is not empty"),
         (["--to", tmp_path / "full" / "file"], "there is a file of this name"),
         (["--to", tmp_path / "full" / "file" / "below"], "--to"),
-        (["--to", tmp_path / "new", "--checkpoint", "step7"], "does not exist; whole ones of this run: step5, step10"),
+        (
+            ["--to", tmp_path / "new", "--checkpoint", "step7"],
+            "does not exist; intact ones of this run: step5, step10 [DSR533]",
+        ),
         (["--to", tmp_path / "new", "--dtype", "int8"], "--dtype"),
-        (["--to", tmp_path / "new", "--max_shard_size", "big"], "--max_shard_size big"),
+        (["--to", tmp_path / "new", "--max_shard_size", "big"], "--max_shard_size big: "),
         ([], "--to"),
     ):
         assert words in refusal(cli.main, ["export", run, *argv], capfd)
@@ -123,7 +126,7 @@ def test_what_is_refused(runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_logits_that_are_too_far_off_leave_nothing(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsrecipes.runs.reference.allowed_difference", lambda *_: 1e-9)
-    with pytest.raises(UserError, match="nothing was written"):
+    with pytest.raises(UserError, match="DSR534"):
         export(runs.get("lora", "zero2")["path"], tmp_path / "model", dtype="bfloat16")
     assert not list(tmp_path.iterdir())
 

@@ -119,7 +119,7 @@ def test_an_adapter_that_training_did_not_reach(one_rank: Ranks, small: Small, t
     with safe_open(expected, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
     save_file(load_file(expected), expected, metadata={"facts": json.dumps(facts | {"learned": True})})
-    assert "every lora_B of the adapter is zero" in caught(tmp_path / "run")
+    assert "[DSR544]" in caught(tmp_path / "run")
 
 
 def test_a_tensor_of_another_run(runs: Runs, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_tensor_of_another_run(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "words"),
-    [(torch.empty(0), "is empty; ZeRO-3 leaves"), (torch.full((64,), torch.nan), "holds NaN or infinite numbers")],
+    [(torch.empty(0), "is empty; ZeRO-3 leaves"), (torch.full((64,), torch.nan), "has NaN or infinite numbers [DSR543]")],
 )
 def test_a_tensor_without_numbers(runs: Runs, tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
     run = copied(runs, tmp_path)
@@ -144,7 +144,7 @@ def test_weights_that_were_never_those_of_the_engine(runs: Runs, tmp_path: Path)
     with safe_open(run / "expected.safetensors", "pt") as file:
         metadata = file.metadata()
     save_file(load_file(other / "expected.safetensors"), run / "expected.safetensors", metadata=metadata)
-    assert "differ from the live engine's" in caught(run)
+    assert "[DSR551]" in caught(run)
 
 
 def test_a_shard_that_is_missing(runs: Runs, tmp_path: Path) -> None:
