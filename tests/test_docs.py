@@ -125,7 +125,7 @@ def test_programs_and_recipes_import_public_names_only() -> None:
         for node in ast.walk(ast.parse(block.text)):
             assert not isinstance(node, ast.Import), block.text
             if isinstance(node, ast.ImportFrom):
-                assert (node.module or "").startswith("dsrecipes")
+                assert node.module == "dsrecipes" and {name.name for name in node.names} <= set(dsrecipes.__all__)
     for language in LANGUAGES:
         table = (ROOT / "docs" / language / "python.md").read_text(encoding="utf-8").split("\n## ")[-1]
         assert set(
