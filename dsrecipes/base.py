@@ -275,16 +275,16 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     return classes[0]
 
 
-def _check_methods(recipe: type[RecipeBase], place: str) -> None:
+def _check_methods(recipe: type[RecipeBase], file: str) -> None:
     """Refuse a recipe whose methods are missing, never called, or take other arguments than a run gives (UserError)."""
     missing = sorted(recipe.__abstractmethods__)
     if missing:
         methods = f"{inflect(len(missing), 'method')} {', '.join(missing)}"
-        raise UserError("DSR626", f"{place}: {recipe.__name__} lacks the {methods}")
+        raise UserError("DSR626", f"{file}: {recipe.__name__} lacks the {methods}")
     if recipe.auto_class.endswith("ForCausalLM") and recipe.metrics is not RecipeBase.metrics:
         raise UserError(
             "DSR627",
-            f"{place}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
+            f"{file}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
             "and reports the perplexity. Remove the method, or set auto_class",
         )
     for name in _RUN_HOOKS:
@@ -295,7 +295,7 @@ def _check_methods(recipe: type[RecipeBase], place: str) -> None:
             inspect.signature(getattr(recipe, name)).bind(*positional, **dict.fromkeys(keywords))
         except TypeError as error:
             expected = ", ".join(f"*, {key}" if key in keywords else key for key in given.parameters)
-            raise UserError("DSR628", f"{place}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
+            raise UserError("DSR628", f"{file}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
 
 
 def load_recipe(recipe: str | None, **values: Any) -> RecipeBase:

@@ -1,14 +1,14 @@
-"""Llama (or any causal LM) on Alpaca instructions or chat messages; the loss is on the answers alone."""
+"""Instruction tuning of Llama (or any causal language model) on Alpaca rows or chats; only the answers are trained on.
+
+dsrecipes train alpaca_llama_sft --dataset my.json
+"""
 
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.base import RecipeBase
-from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.data.chat import encode_chats
+from dsrecipes import EncodeOptions, RecipeBase, Row, Segments, encode_chats, encode_segments, instruction_record
 from dsrecipes.data.chat_fit import joined_roles, leading_as_context, unanswered, weight_of
-from dsrecipes.data.encode import Segments, encode_segments, weigh
-from dsrecipes.data.parse import as_turns, instruction_record
-from dsrecipes.data.rows import Row
+from dsrecipes.data.encode import weigh
+from dsrecipes.data.parse import as_turns
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -23,20 +23,24 @@ WITHOUT_INPUT = (
 )
 """The same source's template for rows with an empty input."""
 NO_FORM = "Stanford's templates have no form for reasoning, which is not trained on"
-"""Note of rows that have some."""
+"""Header note for rows that have some."""
 
 
 class AlpacaLlamaSft(RecipeBase):
-    """Rows of instructions and answers, or chats."""
+    """Instructions with answers, or chats.
+
+    prompt_style alpaca uses Stanford's templates, which any tokenizer can encode; prompt_style chat uses the tokenizer's own
+    chat template.
+    """
 
     @staticmethod
     def format_row(row: Row) -> dict:
-        """{"instruction", "input", "output"}, or {"messages", perhaps "tools"}; data/formats.py lists the forms of rows."""
+        """Return {"instruction", "input", "output"} or {"messages", perhaps "tools"}, whatever form the row has."""
         return instruction_record(row)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Labels on the answers and the tokens that end them; weights of rows and turns."""
+        """Label the answers and the tokens that end them, with the weights of rows and turns."""
         if options.prompt_style == "chat":
             return encode_chats([_as_chat(record) for record in records], tokenizer, options)
         chats = [_as_chat(record) if "messages" in record else record for record in records]
@@ -50,39 +54,43 @@ class AlpacaLlamaSft(RecipeBase):
 
 
 def _as_chat(record: dict) -> dict:
-    """The record as {"messages", "tools", "weight"}."""
+    """Convert a record to {"messages", "tools", "weight"}."""
     if "instruction" not in record:
         return record
     return {"messages": as_turns(record), "weight": record.get("weight")}
 
 
 def _segments(record: dict) -> Segments:
-    """Stanford's templates, one behind the other: each holds the text of the system and of the user before an answer.
+    """Fill Stanford's template for each answer with the system's text and what the user wrote before that answer.
 
     Raises:
-        ValueError: tools, for which they have no form.
+        ValueError: the row has tools, for which the templates have no form.
     """
     if "instruction" in record:
         return [(_prompt(record["instruction"], record["input"]), False), (record["output"], True)]
     if record.get("tools") or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in record["messages"]):
         raise ValueError("Stanford's templates have no form for tools; give --prompt_style chat")
     system: list[str] = []
-    said: list[str] = []
+    user: list[str] = []
     segments: Segments = []
     for turn in joined_roles(record["messages"]):
         if turn["role"] == "assistant":
-            segments += [(_prompt("\n\n".join([*system, *said]), ""), False), (turn["content"], True)]
-            said = []
+            segments += [(_prompt("\n\n".join([*system, *user]), ""), False), (turn["content"], True)]
+            user = []
+        elif turn["role"] == "system":
+            system.append(turn["content"])
         else:
-            (system if turn["role"] == "system" else said).append(turn["content"])
+            user.append(turn["content"])
     return segments
 
 
 def _notes(record: dict, options: EncodeOptions) -> list[str]:
+    """Lines for the header about this row."""
     if "messages" not in record:
         return []
-    reasoned = any(turn.get("reasoning_content") for turn in record["messages"])
-    return [*([NO_FORM] if reasoned and options.reasoning == "keep" else []), *unanswered(record["messages"])]
+    notes = unanswered(record["messages"])
+    has_reasoning = any(turn.get("reasoning_content") for turn in record["messages"])
+    return [NO_FORM, *notes] if has_reasoning and options.reasoning == "keep" else notes
 
 
 def _prompt(instruction: str, more: str) -> str:
@@ -90,7 +98,7 @@ def _prompt(instruction: str, more: str) -> str:
 
 
 def _weights(record: dict) -> list[float]:
-    """Of each answer."""
+    """The weight of each answer: the row's times the turn's."""
     row = weight_of(record, "the row")
     if "messages" not in record:
         return [row]

@@ -1,4 +1,7 @@
-"""Chinese BERT on four-way questions of TMMLU+ (ikala/tmmluplus), or any folder of SUBJECT_{dev,val,test}.csv."""
+"""Four-way exam questions of TMMLU+ (ikala/tmmluplus) with Chinese BERT, or of any folder of SUBJECT_{dev,val,test}.csv.
+
+dsrecipes train bert_tmmlu_qa --dataset FOLDER
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,44 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBase
 
-from dsrecipes.base import Metrics, RecipeBase
-from dsrecipes.config.encoding import EncodeOptions
+from dsrecipes import EncodeOptions, Metrics, MixedSplit, RecipeBase, Row, SourceRows, Split, row_weights
 from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
 from dsrecipes.data.questions import sources as question_sources
-from dsrecipes.data.rows import LocatedRows, Row, located
-from dsrecipes.data.sources import MixedSplit, SourceRows
-from dsrecipes.data.split import Split
-from dsrecipes.data.weights import WEIGHTS, row_weights
+from dsrecipes.data.rows import LocatedRows, located
+from dsrecipes.data.weights import WEIGHTS
 from dsrecipes.evaluation.choice_scores import accuracy
 
 
 class BertTmmluQa(RecipeBase):
-    """Multiple choice: question and option as a pair, one score for each of four."""
+    """Multiple choice: each option is paired with its question, and the model scores the four pairs."""
 
     auto_class = "AutoModelForMultipleChoice"
 
     @staticmethod
     def format_row(row: Row) -> dict:
-        """{"question", "options" (four), "answer" (0 to 3), "subject", "weight" if given}; columns in any letter case."""
+        """Return {"question", "options" (four), "answer" (0 to 3), "subject", perhaps "weight"}; columns in any letter case."""
         return question_record(row)
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Four texts a record; the longer part of a pair is cut where both pass max_length."""
-        pairs = [(record["question"], option) for record in records for option in record["options"]]
+        """Encode four pairs per record; the longer part of a pair is truncated if both exceed max_length."""
         encoded = tokenizer(
-            [question for question, _ in pairs],
-            [option for _, option in pairs],
+            [record["question"] for record in records for _ in record["options"]],
+            [option for record in records for option in record["options"]],
             truncation="longest_first",
             max_length=options.max_length,
             return_attention_mask=False,
         )
-        batch = {name: [flat[i : i + 4] for i in range(0, len(flat), 4)] for name, flat in encoded.items()}
-        labels, subjects = [record["answer"] for record in records], [record["subject"] for record in records]
-        return batch | {"labels": labels, "subject": subjects, WEIGHTS: row_weights(records)}
+        count = len(LETTERS)
+        batch = {name: [flat[i : i + count] for i in range(0, len(flat), count)] for name, flat in encoded.items()}
+        return batch | {
+            "labels": [record["answer"] for record in records],
+            "subject": [record["subject"] for record in records],
+            WEIGHTS: row_weights(records),
+        }
 
     def load_rows(self) -> dict[str, Iterable[Row]]:
-        """Questions with their subject, pooled and split again, or by the files' own splits."""
+        """Load questions with their subjects, pooled and split again, or in the files' own splits."""
         data = self.config.data
         splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
         for name, rows in question_sources(data.dataset, data.subjects, data.columns):
@@ -62,7 +65,7 @@ class BertTmmluQa(RecipeBase):
         return {name: LocatedRows(rows) for name, rows in splits.items() if rows}
 
     def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
-        """Accuracy over all, per subject and per group, with what guessing reaches."""
+        """Report accuracy over all, by subject and by group, with the accuracy of guessing."""
         subjects = split.data["subject"][:]
         most = Counter(train.data["labels"][:]).most_common(1)[0][0]
 
@@ -76,7 +79,7 @@ class BertTmmluQa(RecipeBase):
         return compute
 
     def write_extras(self, folder: Path, sources: Sequence[SourceRows]) -> None:
-        """test_qa_data.json: the held-out questions, for asking the trained model."""
+        """Write test_qa_data.json: the held-out questions, to ask the trained model."""
         questions = []
         for _, row in (pair for source in sources for pair in located(source.splits.get("test", []))):
             try:
@@ -84,7 +87,12 @@ class BertTmmluQa(RecipeBase):
             except ValueError:
                 continue  # dropped by --skip_bad_rows
             questions.append(
-                {**{k: record[k] for k in ("subject", "question", "options")}, "answer": LETTERS[record["answer"]]}
+                {
+                    "subject": record["subject"],
+                    "question": record["question"],
+                    "options": record["options"],
+                    "answer": LETTERS[record["answer"]],
+                }
             )
         text = json.dumps(questions, ensure_ascii=False, indent=1)
         (folder / "test_qa_data.json").write_text(text + "\n", encoding="utf-8")

@@ -62,6 +62,7 @@ def random_weights(config: PretrainedConfig, auto_class: str, seed: int) -> str:
 
     from dsrecipes.model.task import loading_class
 
+    # Initialization may change between releases of both libraries, so their versions are part of the name.
     text = f"{config.to_json_string()} {auto_class} {seed} {transformers.__version__} {torch.__version__}"
 
     def build(folder: Path) -> None:

@@ -48,6 +48,7 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
         folders = [folder for folder in (Path(name), adapter) if folder and folder.is_dir()]
         check_readable([path for folder in folders for path in loaded_files(folder)])
     try:
+        # As a dict first: building the configuration already makes lists of these lengths (labels, layer types).
         _check_counts(PretrainedConfig.get_config_dict(name, revision=options.model_revision)[0])
         config = AutoConfig.from_pretrained(name, **from_options)
     except damaged() as error:

@@ -53,10 +53,11 @@ def load_model(
         from_options["quantization_config"] = four_bit_config(options, dtype)
         if device is not None:
             from_options["device_map"] = {"": device}
-    set_seed(seed)
+    set_seed(seed)  # from_pretrained initializes missing layers at random before initialize_head replaces them
     model, missing = _from_pretrained(name, options, config, auto_class, dtype, from_options)
     refuse_missing_weights(missing, model, name, needs_trained_head(auto_class))
     initialize_head(model, missing, config, seed)
+    # Text gives these parameters no gradient, which DDP would wait for in every step.
     for parameter in parameters_below(model, unreached_by_text(model)):
         parameter.requires_grad_(False)
     if options.lora_r and adapter:
@@ -81,7 +82,9 @@ def _from_pretrained(
             dtype=dtype,
             attn_implementation=options.attn_implementation,
             output_loading_info=True,
+            # a classifier of another number of classes gets a new head instead of an error
             ignore_mismatched_sizes=not needs_trained_head(auto_class),
+            # True: never a pickle, which can carry code
             use_safetensors=None if options.allow_pickle else True,
             **from_options,
         )

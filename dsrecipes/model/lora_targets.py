@@ -70,6 +70,7 @@ def _check_target(model: PreTrainedModel, target: str, is_pattern: bool, source:
             f"{source} {target}: no layer of {type(model).__name__} that can have an adapter matches"
             f"{nearest(target, last_names)}; there are {', '.join(last_names)}",
         )
+    # peft would raise on the first such module only after the weights are loaded.
     for name, module in matches.items():
         if not _can_be_adapted(module):
             raise UserError(
@@ -100,6 +101,7 @@ def _tied_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def _can_be_adapted(module: nn.Module) -> bool:
+    # The classes for which peft 0.18 has a LoRA layer (tuners/lora/layer.py, dispatch_default).
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
 

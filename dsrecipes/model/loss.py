@@ -50,6 +50,7 @@ def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     has_label = labelled(labels)
     if labels.ndim == 2:
+        # NaN marks rows without labels; times 0 it would stay NaN
         targets = labels.masked_fill(~has_label[:, None], 0)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     else:

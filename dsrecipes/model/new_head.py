@@ -36,6 +36,7 @@ def initialize_head(model: nn.Module, missing: list[str], config: PretrainedConf
     Matrices are normal with the model's initializer_range (0.02 where it has none), other weights 1, biases 0.
     """
     parameters = dict(model.named_parameters())
+    # transformers' own initialization draws other numbers under ZeRO-3 than without it.
     generator = torch.Generator().manual_seed(seed)
     for name in missing:
         if name not in parameters:
@@ -57,6 +58,7 @@ def _assign(parameter: nn.Parameter, values: torch.Tensor) -> None:
         return
     import deepspeed
 
+    # Rank 0 writes the gathered parameter, and leaving the block broadcasts it to the shards of all ranks.
     with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
         if torch.distributed.get_rank() == 0:
             parameter.data.copy_(values)

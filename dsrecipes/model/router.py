@@ -45,6 +45,7 @@ class RouterLoss:
             tokens: (rows, length), True where a token counts; see `trained_tokens`.
         """
         layers = outputs.router_logits if self.by_sequence else None
+        # Logits that do not have one row per position cannot be assigned to sequences.
         if layers and all(layer.shape[:-1].numel() == tokens.numel() for layer in layers):
             return self.coefficient * balance_by_sequence(layers, self.top_k, tokens).sum()
         return self.coefficient * outputs.aux_loss.float() * tokens.any(1).sum()
@@ -91,6 +92,7 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicts = pad(labels[:, 1:] != IGNORE, (0, 1))
     # a position that predicts a label is followed by the labelled token itself
     is_label = pad(predicts, (1, 0))[:, :-1] | predicts
+    # a cumulative sum from the right: True up to the last label
     tokens = is_label.flip(1).cumsum(1).flip(1) > 0
     mask = batch.get("attention_mask")
     return tokens if mask is None else tokens & mask.bool()

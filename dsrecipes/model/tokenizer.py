@@ -72,6 +72,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     if end_id >= rows:
         problem = beyond_embedding(tokenizer, end_id, rows)
         raise UserError("DSR214", f"{problem}, and it is the end token (eos_token): {OTHER_TOKENIZER}")
+    # Padding is masked, so any id with a row in the embedding will do; other special tokens would be trained on.
     if (tokenizer.pad_token_id or 0) < rows:
         return None
     old_token, old_id = tokenizer.pad_token, tokenizer.pad_token_id

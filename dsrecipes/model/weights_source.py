@@ -35,6 +35,7 @@ def local_model(name: str) -> str:
     if path.is_dir():
         _check_model_folder(path, name)
         return str(path.absolute())  # an adapter's files name this path, and are read from other working directories
+    # A name of the hub has one slash at most.
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError("DSR200", f"{_FLAG} {name}: no such folder")
     return str(converted_model()) if is_bundled(name) else name

@@ -1,1 +1,1 @@
-"""The run folder: its layout, the console, what is recorded, the curve."""
+"""The passive run folder: its layout, manifests of checkpoints, the log, the reference for verify, the curve."""

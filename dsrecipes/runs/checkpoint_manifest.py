@@ -18,6 +18,7 @@ FileFacts = dict[str, tuple[int, str]]
 
 def list_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files except the manifest, in the same order on every rank."""
+    # A link to a folder counts as a file, so that it is noticed as one that does not belong here.
     files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     return sorted(name for path in files if (name := path.relative_to(folder).as_posix()) != MANIFEST)
 
@@ -39,6 +40,7 @@ def write_manifest(folder: Path, facts: FileFacts, made_by: dict[str, Any], cont
         made_by: ranks, ZeRO stage and layout of the run.
         contract: what a run that resumes must have in common with it.
     """
+    # Names of files are part of their folder: without this, a power failure could lose them after the manifest is written.
     for below in (path for path in folder.rglob("*") if path.is_dir()):
         sync(below)
     content = {"made_by": made_by, "contract": contract, "files": facts}

@@ -73,6 +73,7 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
     flag = f"--output_dir {path}"
     if path.exists() and not path.is_dir():
         raise UserError("DSR337", f"{flag}: there is a file of this name; choose another folder")
+    # The lock is there as soon as another process has opened the folder.
     if path.is_dir() and not resuming and any(entry.name != ".lock" for entry in path.iterdir()):
         _check_not_empty(path, overwrite)
     ancestor = existing_parent(path)
@@ -190,6 +191,7 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
     if not folder.path.is_dir():
         raise UserError("DSR341", f"{name}: no such run folder; give the path of one, or `last`")
     if not folder.config.is_file():
+        # RUN/model or RUN/checkpoints/checkpoint-5
         for parent in list(folder.path.absolute().parents)[:2]:
             if (parent / "config.yaml").is_file():
                 raise UserError("DSR341", f"{name}: this is inside a run folder; give the run folder itself, {parent}")

@@ -117,7 +117,7 @@ def save_reference(
         facts: what else `read_reference` returns: step, auto_class, precision, dtype, learned, tokenizer.
         folder: the run folder; None on all ranks but the first, which write nothing.
     """
-    recorded: Batch = {}
+    recorded: Batch = {}  # safetensors holds flat names: "random ids/input_ids"
     for name, batch in batches.items():
         recorded |= {f"{name}/{key}": value.cpu().contiguous() for key, value in batch.items()}
         recorded[f"{name}/logits"] = logits_of(model, batch, facts["auto_class"])
@@ -129,6 +129,7 @@ def save_reference(
         "weights": saved_fingerprints(folder.model),
         "files": {path.relative_to(folder.model).as_posix(): checksum(path) for path in sorted(others)},
     }
+    # Renamed when it is complete, so that a killed run leaves no half-written reference.
     staged = folder.reference.with_suffix(".partial")
     save_file(recorded, staged, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
     staged.rename(folder.reference)

@@ -44,6 +44,7 @@ def indexed_files(index: Path) -> list[Path]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # An index is a file of the model's author: it must not make us read other folders.
         outside = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError("DSR331", f"{index} is damaged: it does not say which tensor is in which file") from error

@@ -110,7 +110,7 @@ def evaluated_figures(prepared: Prepared, metrics: Metrics | None) -> list[str] 
     elif metrics is not None:
         try:
             labels = np.asarray(split.data["labels"][:])
-            classes = prepared.model_config.num_labels
+            classes = int(prepared.model_config.num_labels or 0)
             if np.issubdtype(labels.dtype, np.integer):
                 classes = max(int(labels.max()) + 1, classes)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))

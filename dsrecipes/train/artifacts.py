@@ -1,4 +1,4 @@
-"""Write the files of a run folder that describe the run."""
+"""Which files of a run folder describe the run? config.yaml, environment.json, data.json, ds_config.json, metrics.json."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from dsrecipes.config.batch import Batch
 from dsrecipes.config.flags import idle_values
+from dsrecipes.config.schema import Config
 from dsrecipes.config.zero_values import ENGINE_KEYS
+from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split
 from dsrecipes.io.disk import write_whole
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.train.summary import _sources
+from dsrecipes.train.header import source_facts
+from dsrecipes.train.setup import RunSetup
+from dsrecipes.train.trainer import RecipeTrainer
 from dsrecipes.zero.internals import engine_config
-
-if TYPE_CHECKING:
-    from dsrecipes.config.schema import Config
-    from dsrecipes.data.sequences import Sequences
-    from dsrecipes.train.setup import RunSetup
-    from dsrecipes.train.trainer import RecipeTrainer
 
 _PACKAGES = (
     "dsrecipes",
@@ -45,57 +44,72 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
 )
-
-
+"""Whose versions are recorded."""
 _NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
-
-
+"""Flags of this start alone, which config.yaml leaves out."""
 _PATHS = ("dataset", "eval_dataset", "model_name_or_path", "deepspeed")
-
-
 _SECRETS = ("token", "key", "secret", "password")
+"""Parts of the names of flags whose values are written nowhere."""
 
 
-def write_start(folder: RunFolder, config: Config, place: RunSetup) -> None:
-    """config.yaml, which runs the same again, and environment.json. No token or key is written."""
-    values: dict[str, Any] = {
-        "recipe": str(
-            config.layers.recipe.module if isinstance(config.layers.recipe.module, Path) else config.layers.recipe.name
-        )
-    }
-    if "." in str(config.layers.recipe.module) and not str(config.layers.recipe.module).startswith("dsrecipes.recipes."):
-        values["recipe"] = str(config.layers.recipe.module)
-    values["profile"] = config.layers.profile if config.layers.why_profile != "the only one" else "auto"
-    batch = Batch(place.micro, place.accumulation, place.ranks.world).values()  # defaults among them may have given way
-    typed = {**vars(config.model), **vars(config.data), **config.train, **batch}
-    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(config.layers.zero_json().values)  # the recorded JSON sets them again
-    idle = idle_values(typed, place.zero is not None)
-    for key in config.given:
-        value = _plain(typed.get(key, True))
-        if key in idle and key not in config.own:
-            continue  # the recipe sets it again; in a file of the user's it would be noted as without effect
-        if key not in (*_NOT_REPEATED, *by_json) and not any(secret in key.split("_") for secret in _SECRETS):
-            values[key] = _absolute(value) if key in _PATHS else value
-    values |= dict.fromkeys(config.layers.removed() - set(_NOT_REPEATED))
-    text = f"# {config.layers.recipe.name}: the same again\n#   dsrecipes train --config {folder.config}\n"
-    write_whole(folder.config, text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    environment = {
-        "command": shlex.join(_without_secrets(sys.argv)), "python": platform.python_version(), "platform": platform.platform(),
-        "cpus": os.cpu_count(), "device": place.device, "devices": _devices(), "ranks": place.ranks.world,
-        "precision": place.precision, "engine": place.name(), "fallback": place.fallback, "packages": versions,
-        "origins": {key: origin for key, (_, origin) in config.layers.merged().items()},
-    }  # fmt: skip
+def write_start(folder: RunFolder, config: Config, setup: RunSetup) -> None:
+    """Write config.yaml, which runs the same again, and environment.json; no token or key is written."""
+    title = f"# {config.layers.recipe.name}: the same again\n#   dsrecipes train --config {folder.config}\n"
+    values = _values_to_repeat(config, setup)
+    write_whole(folder.config, title + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    environment = _environment(config, setup)
     write_whole(folder.environment, json.dumps(environment, indent=1, ensure_ascii=False) + "\n")
 
 
+def _values_to_repeat(config: Config, setup: RunSetup) -> dict[str, Any]:
+    """The values that were given, as the run used them."""
+    layers = config.layers
+    module = layers.recipe.module
+    is_shipped_name = "." not in str(module) or str(module).startswith("dsrecipes.recipes.")
+    recipe = layers.recipe.name if is_shipped_name and not isinstance(module, Path) else str(module)
+    values: dict[str, Any] = {"recipe": str(recipe)}
+    values["profile"] = layers.profile if layers.why_profile != "the only one" else "auto"
+    batch = Batch(setup.micro, setup.accumulation, setup.ranks.world).values()  # defaults among them may have changed
+    used = {**vars(config.model), **vars(config.data), **config.train, **batch}
+    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(layers.zero_json().values)  # the recorded JSON sets them again
+    idle = idle_values(used, setup.zero is not None)
+    for key in config.given:
+        if key in idle and key not in config.own:
+            continue  # the recipe sets it again; in a file of the user's it would be noted as without effect
+        if key in _NOT_REPEATED or key in by_json or any(secret in key.split("_") for secret in _SECRETS):
+            continue
+        value = _plain(used.get(key, True))
+        values[key] = _absolute(value) if key in _PATHS else value
+    return values | dict.fromkeys(layers.removed() - set(_NOT_REPEATED))
+
+
+def _environment(config: Config, setup: RunSetup) -> dict[str, Any]:
+    """Command, machine, ranks and versions, and where each value came from."""
+    return {
+        "command": shlex.join(_without_secrets(sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": setup.device,
+        "devices": _devices(),
+        "ranks": setup.ranks.world,
+        "precision": setup.precision,
+        "engine": setup.name(),
+        "fallback": setup.fallback,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "origins": {key: origin for key, (_, origin) in config.layers.merged().items()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _absolute(value: Any) -> Any:
-    """A path that is there, or those of several data sets, independent of the working directory; other values as they are."""
+    """Make a path that exists, or those of several data sets, independent of the working directory; keep other values."""
     if isinstance(value, list):
         return [_absolute(item) for item in value]
     if isinstance(value, dict):
@@ -105,7 +119,7 @@ def _absolute(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Enumerations as their values, which YAML can hold."""
+    """Replace enumerations by their values, which YAML can hold."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
@@ -117,21 +131,23 @@ def write_data(
     sequences: dict[str, Sequences],
     streamed: dict[str, Any] | None,
 ) -> None:
-    """data.json: what became of each split's rows, and a histogram of their lengths in tokens where none is streamed."""
-    told = {"train": streamed} if streamed else {}
+    """Write data.json: what became of each split's rows, and a histogram of their lengths in tokens unless it is streamed."""
+    facts: dict[str, dict[str, Any]] = {"train": streamed} if streamed else {}
     for name, split in splits.items():
         counts, edges = np.histogram(sequences[name].row_lengths(), bins=24)
         lengths = {"edges": edges.tolist(), "counts": counts.tolist()}
-        told[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
-        if sources := _sources(split, sequences[name]):
-            told[name]["sources"] = sources
-        if sequences[name].class_weights is not None:
-            told[name]["class_weights"] = sequences[name].class_weights.tolist()
-    write_whole(folder.data, json.dumps(told, ensure_ascii=False) + "\n")
+        facts[name] = asdict(split.stats) | {"sequences": len(sequences[name]), "lengths": lengths}
+        sources = source_facts(split, sequences[name])
+        if sources:
+            facts[name]["sources"] = sources
+        class_weights = sequences[name].class_weights
+        if class_weights is not None:
+            facts[name]["class_weights"] = class_weights.tolist()
+    write_whole(folder.data, json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def _without_secrets(argv: list[str]) -> list[str]:
-    """The words of a command line less the flags that carry a token, their values, and what looks like one."""
+    """The words of a command line without flags that carry a token, their values, and what looks like one."""
     words, secret = [], False
     for word in argv:
         if word.startswith("--"):
@@ -142,18 +158,16 @@ def _without_secrets(argv: list[str]) -> list[str]:
 
 
 def _devices() -> list[str]:
-    import torch
-
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
-    """ds_config.json as the engine took it; no `auto` is left in it."""
+    """Write ds_config.json as the engine took it; no `auto` is left in it."""
     config = engine_config(trainer.accelerator)
     text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
     write_whole(folder.ds_config, text + "\n")
 
 
 def write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> None:
-    """metrics.json."""
+    """Write metrics.json."""
     write_whole(folder.metrics, json.dumps(metrics, indent=1, ensure_ascii=False, default=str) + "\n")

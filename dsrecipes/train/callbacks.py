@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dsrecipes.data.audit import check_ends, packed_sample
 from dsrecipes.model.attention import isolate_examples
-from dsrecipes.train import artifacts, summary
+from dsrecipes.train import artifacts
+from dsrecipes.train.header import first_example, header
 from dsrecipes.train.state import Run
 from dsrecipes.zero.internals import report_gradient_norm
 
@@ -31,12 +32,12 @@ class StartAndEnd(TrainerCallback):
         if engine is not None:
             prepared.setup.check_engine(engine)
             report_gradient_norm(engine)
-        prepared.console.say(summary.header(prepared, trainer))
+        prepared.console.say(header(prepared, trainer))
         if prepared.config.train["audit"] and trainer.causal and not prepared.recipe.cut_into_blocks:
             check_ends(trainer.train_dataset.sample, prepared.tokenizer, trainer.model)
         self._keep_examples_apart(args)
         if prepared.config.train["dry_run"]:
-            prepared.console.say(summary.first_example(trainer, prepared.tokenizer))
+            prepared.console.say(first_example(trainer, prepared.tokenizer))
             shutil.rmtree(self.run.folder.path)
             raise DryRunEnded
         if engine is not None and prepared.console.main:

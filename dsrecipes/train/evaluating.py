@@ -100,7 +100,7 @@ class Evaluator:
         return {}
 
     def no_such_figure(self, metrics: dict[str, float], resume: str) -> UserError:
-        """The error for a --metric_for_best_model that the evaluation does not report; `resume` says how to go on."""
+        """The error for a --metric_for_best_model that the evaluation does not report; `resume` says how to resume."""
         name = str(self.trainer.args.metric_for_best_model)
         return UserError(
             "DSR373",

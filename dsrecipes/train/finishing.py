@@ -20,7 +20,8 @@ from dsrecipes.launch.environment import RANK_KEYS
 from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.reference import RANDOM_LENGTH, first_rows, random_inputs, save_reference, tokenizer_facts
-from dsrecipes.train import artifacts, summary
+from dsrecipes.train import artifacts
+from dsrecipes.train.footer import footer
 from dsrecipes.train.state import Prepared, Run
 from dsrecipes.train.trainer import RecipeTrainer
 
@@ -134,7 +135,7 @@ def _write_results(run: Run, recipe: RecipeBase, result: RunResult, began: float
         problem = _verify_apart(folder)
     _write_page(run)
     streamed = write_data(folder, run.prepared, result.step)
-    console.say(summary.footer(config, result, folder, time.monotonic() - began, streamed))
+    console.say(footer(config, result, folder, time.monotonic() - began, streamed))
     return problem
 
 
@@ -159,7 +160,7 @@ def _write_page(run: Run) -> None:
 def _verify_apart(folder: RunFolder) -> UserError | None:
     """Verify a run in a new process on the CPU, because the accelerator is still full.
 
-    By module name: verification stands above training (publish/), and is itself a command.
+    By module name: verification is in a layer above training (publish/), and is a command itself.
 
     Returns:
         What is wrong, or None.

@@ -96,7 +96,7 @@ def load_of(config: Config, setup: RunSetup, model: PreTrainedModel | None) -> L
     """The numbers of a run; `model` is None while it is not loaded."""
     trained, frozen = count_parameters(model) if model is not None else (0, 0)
     width = 4 if setup.precision == "fp32" else 2
-    # in 16-bit training 12 bytes (Rajbhandari et al., arXiv:1910.02054, section 3.1) and the gradient beside them;
+    # in 16-bit training 12 bytes (Rajbhandari et al., arXiv:1910.02054, section 3.1) and the gradient;
     # in fp32 the gradient and Adam's two moments
     bytes_of_states = 14 if width == 2 else 12
     return Load(

@@ -1,7 +1,7 @@
-"""Build optimizer, schedule, trackers, data loader and compiler for a tiny layer, before any weights are loaded.
+"""Can optimizer, schedule, trackers, data loader and compiler be built? Tried on a tiny layer, before weights are loaded.
 
-transformers' own code builds them, so that what would fail minutes later (a missing package, an unknown argument) is
-one message now.
+transformers' own code builds them, so that what would fail minutes later (a missing package, an unknown argument) is one
+message now.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from dsrecipes.config.train_config import TrainConfig
-from dsrecipes.errors import UserError, nearest
+from dsrecipes.errors import UserError, coded, nearest
 
 _SIDE = 64
 """A 64 x 64 weight is the smallest whose states bitsandbytes keeps in 8 bits."""
 _WHOLE = (_SIDE, _SIDE)
+"""Shape of the weight that is tried."""
 
 
 class _Parts(Trainer):
@@ -43,17 +44,22 @@ def _refusing(flag: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{flag}: {f'no key {text}' if isinstance(error, KeyError) else text}") from error
+        if isinstance(error, KeyError):
+            text = f"no key {text}"
+        raise UserError("DSR383", f"{flag}: {text}") from error
 
 
 def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, own: dict[str, str]) -> list[str]:
-    """Build every part once; returns notes for the header on values with an unexpected effect.
+    """Build every part once.
 
     Args:
         args: the run's arguments.
         steps: optimizer steps of the run.
         engine: the resolved ZeRO JSON, whose optimizer and scheduler blocks replace Trainer's; None without DeepSpeed.
         own: key -> origin of the values that the user gave.
+
+    Returns:
+        Notes for the header on values with an unexpected effect.
 
     Raises:
         UserError: a part cannot be built; names the flag.
@@ -74,31 +80,39 @@ def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, ow
 
 
 def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list[str]:
-    name = args.optim.value
+    name = _value(args.optim)
     if args.optim_target_modules:
         args = copy.copy(args)
         args.optim_target_modules = "all-linear"  # names can be checked only against the model's own layers
     assignments = [part.strip() for part in args.optim_args.split(",")] if args.optim_args else []
     malformed = next((part for part in assignments if part.count("=") != 1), None)
     if malformed is not None:
-        raise UserError(f"--optim_args {args.optim_args}: {malformed!r} is not NAME=VALUE; separate several with commas")
+        raise UserError(
+            "DSR384", f"--optim_args {args.optim_args}: {malformed!r} is not NAME=VALUE; separate several with commas"
+        )
     with _refusing(f"--optim {name}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")):
         optimizer = _updated(args, [_WHOLE])[0]
     for key in (part.partition("=")[0].strip() for part in assignments):
         if not _is_read(args, key):
-            raise UserError(f"--optim_args {args.optim_args}: {name} does not read {key!r}")
+            raise UserError("DSR384", f"--optim_args {args.optim_args}: {name} does not read {key!r}")
     if stage and isinstance(optimizer, torch.optim.Adagrad):
         raise UserError(
+            "DSR385",
             f"--optim {name} under ZeRO-{stage}: DeepSpeed rebuilds torch's Adagrad without its groups and its schedule; "
-            "give another --optim, or --deepspeed zero0 or none"
+            "give another --optim, or --deepspeed zero0 or none",
         )
     adam_keys = [key for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in own]
-    notes = [f"{key} has no effect: optim is {name} ({own[key]})" for key in adam_keys if not _matters(args, key)]
+    notes = [
+        coded("DSR386", f"{key} has no effect: optim is {name} ({own[key]})")
+        for key in adam_keys
+        if not _has_effect(args, key)
+    ]
     if stage and not _is_torchs(optimizer) and not _is_elementwise(args):
-        notes.append(
+        note = (
             f"optim {name} updates matrices or blocks, not single numbers, and ZeRO-{stage} gives it flat shards: memory and "
             "results depend on stage and ranks; --deepspeed zero0 or none keeps the matrices whole"
         )
+        notes.append(coded("DSR387", note))
     return notes
 
 
@@ -113,10 +127,11 @@ def _updated(args: TrainConfig, shapes: list[tuple[int, ...]]) -> tuple[torch.op
     parameters = list(model.parameters())
     torch.nn.utils.vector_to_parameters(values.clone(), parameters)
     optimizer = _Parts(args, model).create_optimizer()
-    if callable(getattr(optimizer, "train", None)):
-        optimizer.train()  # schedule-free optimizers demand it
+    set_mode = getattr(optimizer, "train", None)
+    if callable(set_mode):
+        set_mode()  # schedule-free optimizers demand it
     # torch's own need no trial; LOMO and the layerwise ones update in the backward pass
-    if not _is_torchs(optimizer) and not args.optim.value.endswith(("lomo", "layerwise")):
+    if not _is_torchs(optimizer) and not _value(args.optim).endswith(("lomo", "layerwise")):
         for scale in (1.0, 0.1):
             gradients = iter((values.flip(0) * scale + 0.01).split([p.numel() for p in parameters]))
             for parameter in parameters:
@@ -143,11 +158,9 @@ def _settings(args: TrainConfig, **changes: Any) -> Any:
     for key, value in changes.items():
         setattr(changed, key, value)
     try:
-        return {
-            key: value
-            for key, value in Trainer.get_optimizer_cls_and_kwargs(changed, nn.Linear(1, 1))[1].items()
-            if key != "params"
-        }
+        layer: Any = nn.Linear(1, 1)  # only named parameters are asked of the model
+        settings = Trainer.get_optimizer_cls_and_kwargs(changed, layer)[1]
+        return {key: value for key, value in settings.items() if key != "params"}
     except Exception as error:
         return type(error)
 
@@ -157,21 +170,26 @@ def _is_read(args: TrainConfig, key: str) -> bool:
     return _settings(args, optim_args=f"{key}=nonsense") != _settings(args, optim_args=None)
 
 
-def _matters(args: TrainConfig, key: str) -> bool:
+def _has_effect(args: TrainConfig, key: str) -> bool:
     """Whether the optimizer's arguments change with a field of TrainConfig."""
     return _settings(args, **{key: getattr(args, key) / 2}) != _settings(args)
+
+
+def _value(choice: Any) -> str:
+    """The name of an enumeration's member; transformers types such fields as text too."""
+    return str(getattr(choice, "value", choice))
 
 
 # ---- schedule ----
 
 
 def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
-    kind = args.lr_scheduler_type.value
-    given = args.lr_scheduler_kwargs or {}
+    kind = _value(args.lr_scheduler_type)
+    given: Any = args.lr_scheduler_kwargs or {}
     options = f" --lr_scheduler_kwargs {given}" if given else ""
     if "last_epoch" in given:
         raise UserError(
-            "--lr_scheduler_kwargs: leave out last_epoch; --resume_from_checkpoint sets where a schedule resumes"
+            "DSR388", "--lr_scheduler_kwargs: leave out last_epoch; --resume_from_checkpoint sets where a schedule resumes"
         )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     warmup = args.get_warmup_steps(steps)
@@ -184,14 +202,15 @@ def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
     decay = given.get("num_decay_steps", 0)
     stable = given.get("num_stable_steps") or 0
     if kind == "warmup_stable_decay" and steps < warmup + stable + decay:
-        return [
+        note = (
             f"{kind}: {warmup} steps of warm-up, {stable} stable and {decay} of decay are more than the run's {steps}, so the "
             "learning rate does not decay to its end"
-        ]
+        )
+        return [coded("DSR389", note)]
     if warmup >= steps and hasattr(scheduler, "lr_lambdas") and kind != "constant":
-        return [
-            f"the warm-up takes {warmup} steps and the run {steps}, so the learning rate never reaches {args.learning_rate:g}"
-        ]
+        rate = f"{args.learning_rate:g}"
+        note = f"the warm-up takes {warmup} steps and the run {steps}, so the learning rate never reaches {rate}"
+        return [coded("DSR389", note)]
     return []
 
 
@@ -208,12 +227,13 @@ def _check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(
-                f"--report_to {name}: unknown tracker{nearest(name, known)}; choose from {', '.join(known)}, all, none"
+                "DSR390",
+                f"--report_to {name}: unknown tracker{nearest(name, known)}; choose from {', '.join(known)}, all, none",
             )
         # without its package, a callback that has a __del__ would print a traceback when it is deleted
         if hasattr(known[name], "__del__") and not getattr(integration_utils, f"is_{name}_available")():
             packages = "dagshub mlflow" if name == "dagshub" else name
-            raise UserError(f"--report_to {name}: its package is not installed. Run `pip install {packages}`")
+            raise UserError("DSR391", f"--report_to {name}: its package is not installed. Run `pip install {packages}`")
         with _refusing(f"--report_to {name}"):
             known[name]()
 
@@ -221,16 +241,18 @@ def _check_trackers(names: list[str]) -> None:
 def _check_helpers(args: TrainConfig) -> None:
     """The data loader, activation checkpointing and the compiler."""
     with _refusing("--dataloader_*"):
+        rows: Any = [0]
         DataLoader(
-            [0], num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
+            rows, num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )  # fmt: skip
     if args.activation_checkpointing:
         with _refusing(f"--activation_checkpointing_kwargs {args.activation_checkpointing_kwargs}"):
-            options = {"use_reentrant": False} | (args.activation_checkpointing_kwargs or {})
+            given: Any = args.activation_checkpointing_kwargs or {}
+            options = {"use_reentrant": False} | given
             checkpoint(nn.Identity(), torch.ones(1, requires_grad=True), **options).backward()
     if args.torch_compile:
-        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
         with _refusing(f"--torch_compile true (backend {backend}, mode {mode or 'default'})"):
             torch.compile(torch.square, backend=backend, mode=mode)(torch.ones(2, device=args.device))

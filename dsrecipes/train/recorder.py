@@ -1,4 +1,4 @@
-"""What a run records: log.jsonl, the progress bar, TensorBoard."""
+"""Where do the figures of a step go? log.jsonl, TensorBoard and the progress bar, on rank 0."""
 
 from __future__ import annotations
 
@@ -12,30 +12,38 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import rewrite_logs
 
+from dsrecipes.errors import coded
 from dsrecipes.io.console import Console
 from dsrecipes.runs.figures import FIGURES
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import truncate_log
 
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}{postfix}"
-"""A short bar, so that all figures fit beside it in 110 columns."""
+"""A short bar, so that all figures fit on a line of 110 columns."""
 
 
 class Recorder(TrainerCallback):
     """Rank 0's log.jsonl, TensorBoard curves and progress bar."""
 
     def __init__(self, folder: RunFolder, console: Console, step: int, evaluates: bool) -> None:
-        """`step` is where the run goes on, `evaluates` whether with the evaluation there; what comes again is forgotten."""
+        """Forget what was logged after the step that the run resumes from.
+
+        Args:
+            folder: of the run.
+            console: shows the bar.
+            step: that the run resumes after; 0 for a new one.
+            evaluates: whether the evaluation of that step comes again.
+        """
         truncate_log(folder.log, step, evaluates)
         self.log, self.console = folder.log, console
         self.unwritten: list[str] = []
-        """Lines that the disk did not take; each further line tries again."""
+        """Lines that could not be written; each further line tries again."""
         self.board: SummaryWriter | None = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
         self.bar: Any = None
         self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Open the bar at the step a resumed run stands at."""
+        """Open the bar, at the step that a resumed run starts after."""
         self.bar = self.console.progress("step", total=state.max_steps, initial=state.global_step, bar_format=_BAR)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -60,24 +68,25 @@ class Recorder(TrainerCallback):
             )
 
     def _write(self, line: str) -> None:
-        """Append to log.jsonl; a disk that is full or gone costs no training."""
+        """Append to log.jsonl; a full or missing disk does not end the training."""
         self.unwritten.append(line)
         try:
-            kept = self.log.stat().st_size if self.log.exists() else 0
+            size = self.log.stat().st_size if self.log.exists() else 0
             try:
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write("".join(self.unwritten))
             except OSError:
-                os.truncate(self.log, kept)  # what a full disk took of a line
+                os.truncate(self.log, size)  # a full disk may have taken a part of a line
                 raise
         except OSError as error:
             if len(self.unwritten) == 1:
-                self.console.say(f"warning   {self.log} cannot be written ({error.strerror}); training goes on")
+                text = f"{self.log} cannot be written ({error.strerror}); training continues"
+                self.console.say(coded("DSR392", f"warning   {text}"))
         else:
             self.unwritten.clear()
 
     def _draw(self, figures: dict[str, Any], step: int) -> None:
-        """Add points to TensorBoard's curves; where it cannot write they end, and log.jsonl has them."""
+        """Add points to TensorBoard's curves; if it cannot write, they end, and log.jsonl has the figures."""
         if self.board is None:
             return
         try:
@@ -86,7 +95,8 @@ class Recorder(TrainerCallback):
                     self.board.add_scalar(key, value, step)
             self.board.flush()
         except OSError as error:
-            self.console.say(f"warning   TensorBoard cannot write ({error.strerror}): its curves end at step {step}")
+            text = f"TensorBoard cannot write ({error.strerror}): its curves end at step {step}"
+            self.console.say(coded("DSR392", f"warning   {text}"))
             self.board = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

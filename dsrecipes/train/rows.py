@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -92,8 +93,8 @@ def prepare_rows(
             block = options.max_length if recipe.cut_into_blocks else None
             check_splits(splits, tokenizer, embedding_rows(model_config), block)
         prepared.append((source.source, splits))
-    splits = by_split(prepared) if data.is_mixture else prepared[0][1]
-    return Rows(sources=sources, splits=splits, stream=stream)
+    by_name: dict[str, Split | MixedSplit] = dict(by_split(prepared) if data.is_mixture else prepared[0][1])
+    return Rows(sources=sources, splits=by_name, stream=stream)
 
 
 def take_notes(recipe: RecipeBase, setup: RunSetup) -> None:
@@ -175,7 +176,8 @@ def _class_weights(config: Config, rows: Rows, model_config: PretrainedConfig) -
     requested = config.data.class_weights
     if not requested:
         return None
-    names = [str(model_config.id2label[index]) for index in range(model_config.num_labels)]
+    id2label: Any = model_config.id2label
+    names = [str(id2label[index]) for index in range(len(id2label))]
     return class_weights(requested, np.asarray(rows.splits["train"].data["labels"][:]), names)
 
 

@@ -1,4 +1,4 @@
-"""Where a run takes place: ranks, device, precision, batch and engine, settled before anything is started."""
+"""On which ranks and device, in which precision, batch and engine does a run train? Decided before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from dsrecipes.config.batch import BATCH_KEYS, MICRO, Batch, changed_defaults, divide_batch, largest_divisor
 from dsrecipes.config.find import find_zero
 from dsrecipes.config.schema import Config, ModelConfig
-from dsrecipes.errors import UserError, plural
+from dsrecipes.errors import UserError, coded, plural
 from dsrecipes.launch.environment import Launch, Ranks, complete_ranks, hide_accelerators, read_launch, retain_freed_memory
 from dsrecipes.launch.task_ranks import idle_tasks_note
 from dsrecipes.zero.blocks import check_blocks
@@ -26,7 +26,7 @@ from dsrecipes.zero.resolve import TrainerValues, ZeroConfig, check_with_deepspe
 
 @dataclass
 class RunSetup:
-    """What was asked for and what the machine has, brought together."""
+    """What was requested, brought together with what the machine has."""
 
     ranks: Ranks
     device: str
@@ -34,25 +34,28 @@ class RunSetup:
     zero: ZeroConfig | None
     """None: plain PyTorch."""
     fallback: str | None
-    """Why DeepSpeed was asked for and is not used."""
+    """Why DeepSpeed was requested and is not used."""
     micro: int
+    """Sequences of a micro batch."""
     accumulation: int
+    """Micro batches of a step on each rank."""
     engine: dict[str, Any] = field(default_factory=dict)
+    """The resolved ZeRO JSON; empty with plain PyTorch."""
     notes: list[str] = field(default_factory=list)
-    """What was changed in the user's ZeRO JSON, for the header."""
+    """Lines for the header, in the order in which things are decided."""
 
     def dtype(self, model: ModelConfig) -> torch.dtype:
-        """Of the weights: fp32 where plain PyTorch trains all of them under autocast, else the run's precision."""
+        """Dtype of the weights: fp32 where plain PyTorch trains all of them under autocast, else the run's precision."""
         if self.precision == "fp32" or (self.zero is None and model.lora_r == 0):
             return torch.float32
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def resolve_zero(self, config: Config, model: PretrainedConfig) -> dict[str, Any] | None:
-        """The engine's JSON for Trainer; raises UserError where it contradicts the run."""
+        """Resolve the engine's JSON for Trainer (UserError: it contradicts the run); None with plain PyTorch."""
         if self.zero is None:
             return None
-        numbers = TrainerValues(self.micro, self.accumulation, self.ranks.world, self.precision, config.train)
-        self.engine = resolve(self.zero, model, numbers, self.notes)
+        values = TrainerValues(self.micro, self.accumulation, self.ranks.world, self.precision, config.train)
+        self.engine = resolve(self.zero, model, values, self.notes)
         check_with_deepspeed(self.engine, self.zero.path)
         check_blocks(self.engine, self.zero.path, self.device != "cpu")
         if "optimizer" in self.engine:
@@ -64,9 +67,9 @@ class RunSetup:
         """Sequences of a step, over all ranks."""
         return self.micro * self.accumulation * self.ranks.world
 
-    def optimizer(self, asked: str) -> str:
-        """The optimizer in words, and where its states are kept."""
-        name = self.engine.get("optimizer", {}).get("type", asked)
+    def optimizer(self, requested: str) -> str:
+        """The optimizer in words, and where its states are."""
+        name = self.engine.get("optimizer", {}).get("type", requested)
         return f"{name}, states offloaded" if self.zero and self.zero.offloads_optimizer else name
 
     def name(self) -> str:
@@ -74,20 +77,24 @@ class RunSetup:
         return f"DeepSpeed ZeRO-{self.zero.stage} ({self.zero.path.name})" if self.zero else "plain PyTorch"
 
     def made_by(self) -> dict[str, Any]:
-        """What a checkpoint records of the place that writes it."""
+        """What a checkpoint records of the setup that writes it."""
         stage, layout = (self.zero.stage, self.zero.layout) if self.zero else (None, None)
         return {
-            "ranks": self.ranks.world, "zero": stage, "sequences": self.batch, "layout": layout, "hardware": describe_hardware(self.device),
-        }  # fmt: skip
+            "ranks": self.ranks.world,
+            "zero": stage,
+            "sequences": self.batch,
+            "layout": layout,
+            "hardware": describe_hardware(self.device),
+        }
 
     def check_checkpoint(self, checkpoint: Path, train: dict[str, Any]) -> None:
-        """Keep the steps of a checkpoint as large as they were, and say where its states are divided anew.
+        """Keep the steps of a checkpoint as large as they were, and note if its states are resharded.
 
         Raises:
-            UserError: its sequences a step cannot be had on these ranks, or its states cannot be divided.
+            UserError: its sequences a step do not divide among these ranks, or its states cannot be resharded.
         """
         made, here = read_writer(checkpoint), self.made_by()
-        # on other ranks or at another stage nothing is promised bit for bit anyway
+        # with other ranks or another stage no equality bit for bit is promised anyway
         bit_for_bit = all(made.get(key) == here[key] for key in ("ranks", "zero"))
         if bit_for_bit and made.get("hardware", here["hardware"]) != here["hardware"]:
             self.notes.append(
@@ -99,42 +106,51 @@ class RunSetup:
             return
         if self.zero and self.zero.uses_nvme:
             raise UserError(
-                f"checkpoint {checkpoint} was written by {_words(made)}, and NVMe offload loads its own checkpoints alone: "
-                "resume under another ZeRO JSON, such as --deepspeed zero3_offload"
+                "DSR393",
+                f"checkpoint {checkpoint} was written by {_describe_writer(made)}, and NVMe offload loads only its own "
+                "checkpoints: resume under another ZeRO JSON, such as --deepspeed zero3_offload",
             )
-        self.notes.append(f"checkpoint of {_words(made)} divided anew for {_words(here)}")
+        self.notes.append(f"checkpoint of {_describe_writer(made)} resharded for {_describe_writer(here)}")
 
     def _keep_batch(self, checkpoint: Path, made: dict[str, Any], train: dict[str, Any]) -> None:
-        """Another number of ranks takes the same sequences a step: by accumulation, else by a smaller micro batch."""
+        """Give another number of ranks the same sequences a step: by accumulation, else by a smaller micro batch."""
         world, total = self.ranks.world, made.get("sequences")
         if total is None:
             raise UserError(
-                f"checkpoint {checkpoint} was written by {_words(made)} and does not say how many sequences a step had, so "
-                f"it cannot go on on {world}: resume as it was written"
+                "DSR394",
+                f"checkpoint {checkpoint} was written by {_describe_writer(made)} and does not say how many sequences a step "
+                f"had, so it cannot resume on {plural(world, 'rank')}: resume as it was written",
             )
         if train["global_batch_size"] not in (None, total):
             return
         if total % world:
+            suitable = [str(ranks) for ranks in range(1, min(total, 2 * world) + 1) if total % ranks == 0]
             raise UserError(
-                f"checkpoint {checkpoint} was written with {plural(total, 'sequence')} a step, which {world} ranks cannot share: "
-                f"resume on {' or '.join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 2 * world)} ranks"
+                "DSR394",
+                f"checkpoint {checkpoint} was written with {plural(total, 'sequence')} a step, which {world} ranks cannot "
+                f"share: resume on {' or '.join(suitable)} ranks",
             )
         share = total // world
         self.micro = largest_divisor(share, self.micro)
         self.accumulation = share // self.micro
 
     def check_engine(self, engine: Any) -> None:
-        """Compare the started engine's stage and precision with what was asked for (UserError)."""
+        """Compare the started engine's stage and precision with what was requested (UserError)."""
         assert self.zero is not None
-        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-        if engine.zero_optimization_stage() != self.zero.stage or precision != self.precision:
+        stage, precision = engine.zero_optimization_stage(), "fp32"
+        if engine.bfloat16_enabled():
+            precision = "bf16"
+        elif engine.fp16_enabled():
+            precision = "fp16"
+        if stage != self.zero.stage or precision != self.precision:
             raise UserError(
-                f"asked for ZeRO-{self.zero.stage} in {self.precision}, but the engine runs ZeRO-"
-                f"{engine.zero_optimization_stage()} in {precision}"
+                "DSR395",
+                f"requested ZeRO-{self.zero.stage} in {self.precision}, but the engine runs ZeRO-{stage} in {precision}: "
+                "check the ZeRO JSON's stage and fp16 and bf16 sections",
             )
 
 
-def _words(made: dict[str, Any]) -> str:
+def _describe_writer(made: dict[str, Any]) -> str:
     """`2 ranks, ZeRO-3`."""
     if "zero" not in made:
         return "any number of ranks"
@@ -143,20 +159,20 @@ def _words(made: dict[str, Any]) -> str:
 
 
 def _idle_values(config: Config, optimizer: dict[str, Any]) -> list[str]:
-    """Notes on values of the user's that an optimizer block does not take."""
+    """Note values that the user gave and that the optimizer block of the ZeRO JSON does not take."""
     params = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps", "weight_decay": "weight_decay"}
     return [
-        f"{key} has no effect: the optimizer is {optimizer['type']} ({config.own[key]})"
+        coded("DSR386", f"{key} has no effect: the optimizer is {optimizer['type']} ({config.own[key]})")
         for key, name in params.items()
         if key in config.own and name not in optimizer["params"]
     ]
 
 
 def resolve_setup(config: Config) -> RunSetup:
-    """Settle ranks, device, engine, precision and batch from the launcher's environment and the configuration.
+    """Decide on ranks, device, engine, precision and batch by the launcher's environment and the configuration.
 
     Raises:
-        UserError: the launcher's and the configuration's wishes contradict each other, or cannot be had here.
+        UserError: launcher and configuration contradict each other, or request what this machine does not have.
     """
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
     if config.train["use_cpu"] or launch.use_cpu:
@@ -172,8 +188,9 @@ def resolve_setup(config: Config) -> RunSetup:
         retain_freed_memory()
     elif ranks.local_world > torch.accelerator.device_count():
         raise UserError(
+            "DSR396",
             f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: "
-            "start no more ranks than devices, or give --use_cpu true"
+            "start no more ranks than devices, or give --use_cpu true",
         )
     if zero is None and ranks.world == 1:
         use_single_process(device)
@@ -203,20 +220,21 @@ def _batch(config: Config, world: int) -> tuple[Batch, str | None]:
 
 
 def _accelerator() -> str:
-    """The kind of device DeepSpeed trains on here; Apple's mps, on which it cannot, counts as cpu."""
+    """The kind of device that DeepSpeed can train on here; Apple's mps, on which it cannot, counts as cpu."""
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if current is None or current.type == "mps" else current.type
 
 
 def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | None, list[str]]:
-    """The ZeRO JSON, or why DeepSpeed is not used although it was asked for; and notes on the JSON."""
-    asked = str(config.train["deepspeed"] or "none")
-    path = find_zero(asked)
+    """The ZeRO JSON, or why DeepSpeed is not used although it was requested; and notes on the JSON."""
+    path = find_zero(str(config.train["deepspeed"] or "none"))
     if path is None:
         if launch.deepspeed:
-            raise UserError("`accelerate launch --use_deepspeed` and --deepspeed none contradict each other: drop one")
+            raise UserError(
+                "DSR397", "`accelerate launch --use_deepspeed` and --deepspeed none contradict each other: drop one"
+            )
         if config.train["require_deepspeed"]:
-            raise UserError("--require_deepspeed and --deepspeed none contradict each other: drop one")
+            raise UserError("DSR397", "--require_deepspeed and --deepspeed none contradict each other: drop one")
         probe_deepspeed(nvme=False)  # hides one that does not import from accelerate
         return None, None, []
     zero = read_zero(path)
@@ -227,31 +245,34 @@ def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | No
         return zero, None, zero.notes
     if config.train["require_deepspeed"] or launch.deepspeed:
         raise UserError(
-            f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on plain PyTorch"
+            "DSR398",
+            f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on "
+            "plain PyTorch",
         )
     blocks = [key for key in ("optimizer", "scheduler") if key in zero.json]
     if blocks:
         raise UserError(
+            "DSR398",
             f"{path}: its {' and '.join(blocks)} need DeepSpeed, which cannot start: {reason}. Install it "
-            "(`pip install deepspeed`), or give --deepspeed none and the values as flags"
+            "(`pip install deepspeed`), or give --deepspeed none and the values as flags",
         )
     return None, reason, []
 
 
 def _precision(config: Config, launch: Launch, device: str) -> str:
-    """The asked-for precision, else fp32 on CPU and bf16 or fp16 on a GPU."""
-    asked = [name for name in ("bf16", "fp16") if config.train[name]]
+    """The requested precision, else fp32 on CPU and bf16 or fp16 on a GPU."""
+    requested = [name for name in ("bf16", "fp16") if config.train[name]]
     zero = config.layers.zero_json()
     explicit = {key for key in ("bf16", "fp16") if key in config.given and config.given[key] != zero.origin}
-    precision = asked[0] if asked else "fp32" if explicit else launch.precision
+    precision = requested[0] if requested else ("fp32" if explicit else launch.precision)
     if precision is None:
         # a ZeRO JSON may turn one off and leave the other to the run
-        open_to_run = [name for name in ("bf16", "fp16") if zero.values.get(name) is not False]
-        if device != "cuda" or not open_to_run:
+        allowed = [name for name in ("bf16", "fp16") if zero.values.get(name) is not False]
+        if device != "cuda" or not allowed:
             return "fp32"
-        if "bf16" in open_to_run and torch.cuda.is_bf16_supported(including_emulation=False):
+        if "bf16" in allowed and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        return "fp16" if "fp16" in open_to_run else "fp32"
+        return "fp16" if "fp16" in allowed else "fp32"
     if precision == "fp16" and device == "cpu":
-        raise UserError("fp16 needs a GPU; on a CPU give --fp16 false (fp32) or --bf16 true")
+        raise UserError("DSR399", "fp16 needs a GPU; on a CPU give --fp16 false (fp32) or --bf16 true")
     return precision

@@ -24,6 +24,7 @@ from dsrecipes.io.console import Console
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.runs.folder import RunFolder
+from dsrecipes.train.environment import RunEnvironment
 from dsrecipes.train.saving import step_of
 from dsrecipes.train.setup import RunSetup
 from dsrecipes.train.trainer import RecipeTrainer
@@ -100,6 +101,8 @@ class Run:
     signals: StopSignals
     watchdog: Watchdog
     trainer: RecipeTrainer
+    environment: RunEnvironment
+    """Here so that the folder stays locked as long as anything refers to the run, also where nobody leaves the environment."""
 
     @property
     def model(self) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
 from dsrecipes.model.tokenizer import check_vocabulary
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.train import artifacts, summary
+from dsrecipes.train import artifacts
 from dsrecipes.train.arguments import check_arguments, start_process_group
 from dsrecipes.train.callbacks import DryRunEnded, StartAndEnd
 from dsrecipes.train.diagnosis import check_step
@@ -41,6 +41,7 @@ from dsrecipes.train.environment import RunEnvironment
 from dsrecipes.train.failures import FAILURES, Progress, explain
 from dsrecipes.train.finishing import finish_run, write_data
 from dsrecipes.train.first_step import FirstStep
+from dsrecipes.train.header import loading
 from dsrecipes.train.identity import check_identity, run_identity
 from dsrecipes.train.recorder import Recorder
 from dsrecipes.train.rows import make_sequences, packs, prepare_rows, read_first_rows, take_notes, unused_settings
@@ -90,8 +91,7 @@ class Training:
     def build_trainer(self) -> RecipeTrainer:
         """Everything up to the trainer, which whoever calls this trains.
 
-        The environment is entered and not left: the trainer's callbacks refer to the run, which keeps lock and watchdog
-        alive as long as the trainer.
+        The environment is entered and not left: the trainer's callbacks refer to the run, which holds it.
         """
         self.environment.__enter__()
         return self.start(self.prepare()).trainer
@@ -123,7 +123,7 @@ class Training:
         recipe, config = self.recipe, self.config
         setup = self._resolve_setup()
         named_folder, candidates = choose_folder(config, setup, self.console.say)
-        self.console.say(summary.loading(config.model))
+        self.console.say(loading(config.model))
         model_config, engine, tokenizer = self._load_descriptions(setup)
         rows = prepare_rows(recipe, setup, tokenizer, model_config)
         self.environment.stream = rows.stream
@@ -220,6 +220,7 @@ class Training:
             signals=signals,
             watchdog=watchdog,
             trainer=trainer,
+            environment=self.environment,
         )
         self._add_callbacks(self.started)
         return self.started

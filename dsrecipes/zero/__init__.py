@@ -1,1 +1,1 @@
-"""ZeRO JSON: read, check, resolve; and what DeepSpeed needs from the process it runs in."""
+"""ZeRO: reading and resolving its JSON, the process that DeepSpeed runs in, and sharded states."""

@@ -120,6 +120,7 @@ def _check_optimizer(block: Json, config: Json, path: Path, accelerator: bool) -
         raise UserError("DSR263", f"{source} was removed from DeepSpeed: use AdamW")
     if name.startswith("mu") and name != "muon" and importlib.util.find_spec("mup") is None:
         raise UserError("DSR264", f"{source} needs the package mup: pip install mup")
+    # DeepSpeed has them as CUDA extensions (FusedLamb, FusedLion).
     if name in ("lamb", "lion") and not accelerator:
         raise UserError(
             "DSR264", f"{source} needs a GPU; on a CPU use AdamW, or remove the optimizer block and give --optim"
@@ -198,6 +199,7 @@ def try_engine(config: Json, path: Path) -> None:
     """
     import deepspeed
 
+    # Square and without a bias, so that every ZeRO stage and Muon, which takes matrices only, can update it.
     layer = torch.nn.Linear(_TRIAL_WIDTH, _TRIAL_WIDTH, bias=False)
     trial = _trial_config(config)
     optimizer = None

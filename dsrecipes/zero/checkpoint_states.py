@@ -141,6 +141,7 @@ def _read_engine(checkpoint: Path, stage: int, names: list[str]) -> CheckpointSt
         saved = _read_zero3(shards, model["param_shapes"]) if stage == 3 else _read_zero12(shards)
         saved.engine["loss_scaler"] = _numbers_of(shards[0].get("loss_scaler"))
     saved.engine |= {key: model[key] for key in COUNTERS} | {"lr_scheduler": model.get("lr_scheduler")}
+    # Parameters are in the shards in fp32; of the module only buffers are taken.
     buffers = set(model.get("buffer_names") or ())
     saved.buffers = {name: tensor for name, tensor in model["module"].items() if name in buffers}
     return saved
@@ -184,6 +185,7 @@ def _flatten(owner: str, state: dict[str, Any], weight: torch.Tensor) -> tuple[T
     for key, value in state.items():
         if key == "step":
             step = float(value)
+        # A shard may be padded; a smaller state, such as Adafactor's rows and columns, belongs to no single element.
         elif torch.is_tensor(value) and value.numel() >= weight.numel():
             tensors[key] = value.flatten()
         else:
@@ -219,6 +221,7 @@ def _read_zero3(shards: list[dict[str, Any]], shapes: list[dict[str, torch.Size]
             tensors, step = _flatten(f"group {sub_group}", state, shard["fp32_flat_groups"][sub_group])
             offset = 0
             for name, shape in names.items():
+                # The files do not record offsets: DeepSpeed pads each parameter to equal shares of all ranks.
                 share = math.ceil(shape.numel() / len(shards))
                 numel = max(0, min(share, shape.numel() - rank * share))
                 saved.fragments.setdefault(name, []).append((tensors, offset, numel))

@@ -24,6 +24,7 @@ def check_accelerators() -> None:
     Raises:
         UserError: names driver, torch's build and torch's own reason.
     """
+    # Without this check a run on a cluster would train on the CPU for hours before anybody notices.
     count = listed_accelerators()
     if not count:
         return

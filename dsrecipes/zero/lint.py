@@ -60,6 +60,7 @@ def lint(config: Json, path: Path) -> list[str]:
     table = key_table(_installed())
     for part in ("offload_optimizer", "offload_param"):
         block, name = _block(config, f"zero_optimization.{part}")
+        # DeepSpeed reads null as a missing block; an old name may set it instead.
         if block.get(name, ()) is None:
             del block[name]
     renamings = [_rename(config, old, new, table, path) for old, new in table["renamed"].items() if _has(config, old)]
@@ -89,7 +90,7 @@ def _has(config: Json, key: str) -> bool:
 def _rename(config: Json, old: str, new: str, table: Json, path: Path) -> str | None:
     block, name = _block(config, old)
     value, target = block.pop(name), new.rpartition(".")[2]
-    if value is False:
+    if value is False:  # such as cpu_offload false: what it turns off is off by default
         return None
     if target in block:
         raise UserError("DSR255", f"{path}: {old} and {new} are both given; keep {new}")

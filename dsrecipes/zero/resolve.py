@@ -158,7 +158,7 @@ def resolve(zero: ZeroConfig, model: PretrainedConfig, values: TrainerValues, no
         model: its width decides bucket sizes.
         notes: gets a line on what had to be changed so that the run leaves a model, and on a fixed schedule.
     """
-    config = json.loads(json.dumps(zero.json))
+    config = json.loads(json.dumps(zero.json))  # a deep copy
     config |= {
         "train_micro_batch_size_per_gpu": values.micro,
         "gradient_accumulation_steps": values.accumulation,

@@ -37,6 +37,7 @@ def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: 
     Raises:
         UserError: the checkpoint belongs to another model, or its state cannot be resharded.
     """
+    # DeepSpeed groups parameters by object; a checkpoint names them.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     wrapper = engine.optimizer if engine is not None else optimizer
     stepped = inner_optimizer(wrapper)
@@ -47,6 +48,7 @@ def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: 
     groups = flat_groups(wrapper, names)
     if groups is None:
         raise UserError("DSR273", WRAPPED)
+    # The order matters only for checkpoints that number states instead of naming them (plain PyTorch and ZeRO-0).
     saved = read_states(checkpoint, [span.name for group in groups for _, spans in group for span in spans])
     _check_same_parameters(saved, groups, checkpoint)
     with torch.no_grad():
@@ -56,7 +58,7 @@ def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: 
         for name, buffer in model.named_buffers():
             if name in saved.buffers:
                 buffer.copy_(saved.buffers[name])
-    update_weights(wrapper)
+    update_weights(wrapper)  # the optimizer has fp32 copies; the model computes with their rounded values
     saved_groups = [_saved_group(group, saved) for group in groups]
     _restore_schedule(scheduler, getattr(engine, "lr_scheduler", None), stepped, saved, saved_groups, checkpoint)
     if engine is not None:
@@ -104,6 +106,7 @@ def _fill(
         state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
     else:  # DeepSpeed's own optimizers pass it to C++ as an integer
         state["step"] = int(step)
+    # Optimizers create their state at the first step; before that there is none to copy into.
     optimizer.state[flat] = state
 
 
@@ -137,6 +140,7 @@ def _restore_schedule(
             "DSR276",
             f"{checkpoint} holds the schedule of a ZeRO JSON's scheduler block, which this run does not have: resume with it",
         )
+    # Schedulers keep lists with one entry per group, and the groups may be numbered differently here.
     number = len(saved.rates)
     by_group = {key: value for key, value in state.items() if isinstance(value, list) and len(value) == number}
     reordered = {key: [value[group] for group in saved_groups] for key, value in by_group.items()}

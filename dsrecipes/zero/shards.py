@@ -19,6 +19,7 @@ def storage_bytes(tensors: Iterable[Any], exclude: dict[int, int]) -> dict[int, 
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
+            # ZeRO's tensors are views of a few large buffers: counting storages by address counts each buffer once.
             if storage.nbytes() and storage.data_ptr() not in exclude:
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sizes

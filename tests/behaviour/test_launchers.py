@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from dsrecipes.runs.folder import RunFolder
 
+from support.rank_pool import free_port  # isort: skip
 from support.readme_blocks import launcher_lines  # isort: skip
 
 pytestmark = pytest.mark.ranks
@@ -32,12 +32,6 @@ BIN = Path(sys.executable).parent
 LINES = {
     line: 2 if "2" in re.findall(r"(?:--procs|_processes|_gpus|_per_node) (\d)", line) else 1 for line in launcher_lines()
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def command(line: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:

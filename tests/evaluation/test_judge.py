@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_openai import completion, pair, serve
+from support.rank_pool import free_port
 from support.tiny import instructions, llama_tokenizer, refusal, tiny_llama, write_rows
 
 from dsrecipes import load_recipe
@@ -201,9 +201,7 @@ def test_rows_that_do_not_fit(run, tmp_path, capfd):
 
 @pytest.mark.ranks
 def test_killed_half_way_before_a_real_server_each_pair_is_judged_once(run, biased, files, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve_bin = Path(sys.executable).with_name("transformers")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", KEY: "sk-very-secret"}
     with (tmp_path / "server.log").open("wb") as log:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.tiny import instructions, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
+from support.tiny import instructions, run_recipe, tiny_gemma3, tiny_gpt2, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM
 
 from dsrecipes import load_recipe
@@ -93,11 +93,11 @@ def test_4_bit_weights_are_never_repacked_whatever_the_cpu_and_the_way_of_loadin
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     whole = loaded(tiny_llama(), load_in_4bit=True).unload()
     whole.save_pretrained(tmp_path / "prequantized")
-    run = load_recipe(
+    recipe = load_recipe(
         "qlora_zero3", profile="starter", model_name_or_path=tiny_llama(), prompt_style="alpaca", max_length=128, max_steps=1,
         dataset=write_rows(tmp_path / "rows.jsonl", instructions(8)), deepspeed="none", output_dir=str(tmp_path / "run"), verify_model=False,
     )  # fmt: skip
-    run.run()
+    run, _ = run_recipe(recipe)
     finished = open_run(str(tmp_path / "run"))
     ways = {
         "load_model": loaded(tiny_llama(), load_in_4bit=True), "trained": run.model, "finished": finished.load(),

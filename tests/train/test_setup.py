@@ -219,7 +219,7 @@ def test_a_checkpoint_of_other_ranks_keeps_its_sequences_a_step(tmp_path, monkey
     asked = {"per_device_train_batch_size": 4} | asked
     here = resumed(tmp_path, {"ranks": 16, "zero": 3, "sequences": 8}, world, monkeypatch, **asked)
     assert (here.micro, here.accumulation) == batch and here.made_by()["sequences"] == 8
-    assert here.notes[-1] == f"checkpoint of 16 ranks, ZeRO-3 divided anew for {world} rank{'s' * (world > 1)}, ZeRO-2"
+    assert here.notes[-1] == f"checkpoint of 16 ranks, ZeRO-3 resharded for {world} rank{'s' * (world > 1)}, ZeRO-2"
 
 
 @pytest.mark.parametrize(

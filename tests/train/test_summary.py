@@ -14,7 +14,8 @@ from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.split import SplitStats
 from dsrecipes.launch.environment import Ranks
 from dsrecipes.runs.folder import RunFolder
-from dsrecipes.train import artifacts, summary
+from dsrecipes.train import artifacts, header
+from dsrecipes.train.footer import footer
 from dsrecipes.train.setup import RunSetup
 
 
@@ -84,7 +85,7 @@ def test_metrics_are_json(tmp_path):
 def test_the_footer_names_result_places_and_next_commands(tmp_path):
     config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter"}))
     result = SimpleNamespace(step=12, metrics={"train_loss": 2.5, "eval_loss": 2.25, "eval_perplexity": 9.4877, "x": {}})
-    text = summary.footer(config, result, RunFolder(tmp_path), 61.4)
+    text = footer(config, result, RunFolder(tmp_path), 61.4)
     for part in (
         "step 12",
         "2.5",
@@ -102,7 +103,9 @@ def test_the_data_line_tells_what_was_dropped():
     stats = SplitStats(
         rows=1003, kept=1000, dropped={"bad row": 2, "longer than 512 tokens": 1}, tokens=5000, supervised=2500, tail=7
     )
-    line = summary._about("train", stats, Sequences(arrow_file({"input_ids": [[1, 2]] * 40, "labels": [[1, 2]] * 40})))
+    line = header._describe_split(
+        "train", stats, Sequences(arrow_file({"input_ids": [[1, 2]] * 40, "labels": [[1, 2]] * 40}))
+    )
     for part in (
         "1,000 rows in 40 sequences",
         "5,000 tokens",

@@ -95,7 +95,7 @@ def test_one_rank_resumes_what_two_started(one_rank: Ranks, small: Small, source
     )  # fmt: skip
     resumed = one_rank.run("train", **case)[0]
     same(resumed, whole)
-    assert "checkpoint of 2 ranks, ZeRO-2 divided anew for 1 rank, ZeRO-2" in resumed["notes"]
+    assert "checkpoint of 2 ranks, ZeRO-2 resharded for 1 rank, ZeRO-2" in resumed["notes"]
 
 
 def test_qlora_resumes_at_another_stage(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
