@@ -54,7 +54,8 @@ def measure(tree: Path, argv: list[str], until: bytes | None) -> tuple[float, fl
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(PYTHONPATH=str(tree), HF_HUB_OFFLINE="1", TERM="dumb")
-        os.execv(sys.executable, [sys.executable, "-c", START, *argv])
+        # -P: without it the working directory's package would come before PYTHONPATH's
+        os.execv(sys.executable, [sys.executable, "-P", "-c", START, *argv])
     shown = b""
     for piece in _output(terminal):
         shown += piece
@@ -91,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--baseline", type=Path, required=True, help="worktree of the commit to compare with")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", metavar="COMMAND", default="", help="chat, generate or evaluate alone")
     flags = parser.parse_args()
     trees = {"before": flags.baseline.resolve(), "after": ROOT}
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,6 +102,7 @@ def main() -> None:
             "generate, one text": (["generate", str(run), "--prompts", str(text), "--max_new_tokens", "1"], None),
             "evaluate, one file": (["evaluate", str(run), "--dataset", str(text)], None),
         }
+        commands = {name: command for name, command in commands.items() if name.startswith(flags.only)}
         times: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"before": [], "after": []} for name in commands}
         for number in range(flags.rounds + 1):  # the first round fills the page cache and is not counted
             for name, (argv, until) in commands.items():

@@ -141,7 +141,7 @@ def test_flips_are_counted_and_named():
         ("answers", ["--split", "test"], "it has validation, train [DSR484]"),
         ("answers", ["--dataset", "nothing.jsonl"], "no such file"),
         ("answers", ["--limit", "0"], "at least 1"),
-        ("answers", ["--out", "/nowhere/x.json"], "no such folder"),
+        ("answers", ["--out", "/nowhere/x.json"], "no folder /nowhere [DSR007]"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(done, capfd, name, flags, message):
@@ -152,7 +152,7 @@ def test_out_holds_every_item_and_is_not_overwritten(done, tmp_path, capfd):
     out = tmp_path / "result.json"
     assert main(["evaluate", str(done["answers"].path), "--limit", "2", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["items"]) == 2
-    assert "it exists" in refusal(main, ["evaluate", done["answers"].path, "--out", out], capfd)
+    assert "[DSR007]" in refusal(main, ["evaluate", done["answers"].path, "--out", out], capfd)
 
 
 def test_a_new_metric_is_one_entry_of_the_table(done, tmp_path, monkeypatch, capsys):

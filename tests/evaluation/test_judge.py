@@ -194,7 +194,7 @@ def test_a_wrong_command_line(run, flags, message, capfd):
 def test_rows_that_do_not_fit(run, tmp_path, capfd):
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?", "output": ""}])
     asked = ["judge", str(run), "--judge", "http://127.0.0.1:9/v1", "--prompts", rows]
-    assert (message := refusal(main, [*asked, "--against", "reference"], capfd)).endswith("[DSR494]\n"), message
+    assert (message := refusal(main, [*asked, "--against", "reference"], capfd)).endswith("[DSR494]"), message
     rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": "Why?"}, {"title": "Why?"}])
     assert "line 2: no known format of rows: the row has title" in refusal(main, asked, capfd)
 
