@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {
     # a run
-    "load_recipe": "base",
+    "load_recipe": "recipe_class",
     "RunResult": "base",
     "UserError": "errors",
     # a recipe of one's own
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from dsrecipes.base import Metrics as Metrics
     from dsrecipes.base import RecipeBase as RecipeBase
     from dsrecipes.base import RunResult as RunResult
-    from dsrecipes.base import load_recipe as load_recipe
     from dsrecipes.config.encoding import EncodeOptions as EncodeOptions
     from dsrecipes.data.chat import encode_chats as encode_chats
     from dsrecipes.data.encode import Segments as Segments
@@ -81,6 +80,7 @@ if TYPE_CHECKING:
     from dsrecipes.inference.generate import generate as generate
     from dsrecipes.publish.export import export as export
     from dsrecipes.publish.verify import verify as verify
+    from dsrecipes.recipe_class import load_recipe as load_recipe
     from dsrecipes.reporting.report import report as report
 
 __all__ = list(_EXPORTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsrecipes.config.encoding import EncodeOptions
-from dsrecipes.config.find import RecipeFiles
-from dsrecipes.config.layers import Layers, layer
+from dsrecipes.config.layers import Layers
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.renamed import renamed
 from dsrecipes.data.rows import Row
-from dsrecipes.errors import UserError, inflect
+from dsrecipes.errors import UserError
 from dsrecipes.io.console import Console
 
 if TYPE_CHECKING:
@@ -152,7 +150,7 @@ class RecipeBase(ABC):
             raise UserError("DSR622", f"classifier labels must start at 0, but the rows have {min(classes)}")
         model_config.num_labels = max(model_config.num_labels, max(classes) + 1)
 
-    def load_model(self, model_config: PretrainedConfig, dtype: torch.dtype, *, deepspeed: bool) -> PreTrainedModel:
+    def load_model(self, model_config: PretrainedConfig, dtype: torch.dtype, deepspeed: bool) -> PreTrainedModel:
         """Load the model with its weights, ready to train.
 
         Args:
@@ -243,66 +241,3 @@ class RecipeBase(ABC):
             RunStopped: a signal or --time_limit ended the run; it is saved and can resume.
         """
         return import_module(_TRAINING).Training(self).run()
-
-
-_RUN_HOOKS = ("configure", "load_model", "collator", "metrics", "write_extras")
-"""Hooks whose arguments are checked when a recipe is loaded, since a run calls them late."""
-
-
-def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
-    """Find the one RecipeBase subclass that a recipe's module defines.
-
-    Raises:
-        UserError: the file does not parse, defines none or several, or one that lacks a method or has a wrong one.
-    """
-    try:
-        module = files.load()
-    except SyntaxError as error:
-        raise UserError("DSR624", f"{error.filename}, line {error.lineno}: {error.msg}") from None
-    except ImportError as error:
-        if str(files.module).startswith("dsrecipes."):
-            raise
-        raise UserError("DSR624", f"{files.module}: {error}") from error
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, RecipeBase) and value.__module__ == module.__name__
-    ]
-    if len(classes) != 1:
-        names = [cls.__name__ for cls in classes]
-        raise UserError("DSR625", f"{files.module}: expected one class derived from RecipeBase, found {names}")
-    _check_methods(classes[0], str(files.module))
-    return classes[0]
-
-
-def _check_methods(recipe: type[RecipeBase], file: str) -> None:
-    """Refuse a recipe whose methods are missing, never called, or take other arguments than a run gives (UserError)."""
-    missing = sorted(recipe.__abstractmethods__)
-    if missing:
-        methods = f"{inflect(len(missing), 'method')} {', '.join(missing)}"
-        raise UserError("DSR626", f"{file}: {recipe.__name__} lacks the {methods}")
-    if recipe.auto_class.endswith("ForCausalLM") and recipe.metrics is not RecipeBase.metrics:
-        raise UserError(
-            "DSR627",
-            f"{file}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
-            "and reports the perplexity. Remove the method, or set auto_class",
-        )
-    for name in _RUN_HOOKS:
-        given = inspect.signature(getattr(RecipeBase, name))
-        keywords = {key for key, parameter in given.parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
-        try:
-            positional = [None] * (len(given.parameters) - len(keywords))
-            inspect.signature(getattr(recipe, name)).bind(*positional, **dict.fromkeys(keywords))
-        except TypeError as error:
-            expected = ", ".join(f"*, {key}" if key in keywords else key for key in given.parameters)
-            raise UserError("DSR628", f"{file}: {recipe.__name__}.{name} must take ({expected}): {error}") from None
-
-
-def load_recipe(recipe: str | None, **values: Any) -> RecipeBase:
-    """Load a recipe by name, .py file or module, with values for any flag: load_recipe("gpt2_clm", max_steps=10).run().
-
-    Raises:
-        UserError: unknown recipe or key, or a value of the wrong type.
-    """
-    layers = layer({"recipe": recipe, **values}, origin="python")
-    return recipe_class(layers.recipe)(layers)

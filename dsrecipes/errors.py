@@ -29,7 +29,7 @@ class UserError(Exception):
             code: the id of the fault.
             message: without the id.
         """
-        if not message:  # until every message has its id
+        if not message:  # a recipe of the user's own has no ids
             code, message = "", code
         if len(message) > _MAX_LENGTH:
             message = f"{message[: _MAX_LENGTH // 2]} [...] {message[-_MAX_LENGTH // 2 :]}"

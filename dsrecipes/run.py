@@ -132,7 +132,7 @@ def _open_console(layers: Layers, rank: int, cache_note: str | None) -> Console:
 def _load(layers: Layers, console: Console) -> Training:
     """Import recipe and training, which import torch, without packages that this run does not need."""
     with quick_imports(unneeded_packages(layers)):
-        from dsrecipes.base import recipe_class
+        from dsrecipes.recipe_class import recipe_class
         from dsrecipes.train.training import Training
 
     return Training(recipe_class(layers.recipe)(layers, console))

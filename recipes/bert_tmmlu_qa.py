@@ -19,7 +19,6 @@ from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
 from dsrecipes.data.questions import sources as question_sources
 from dsrecipes.data.rows import LocatedRows, located
 from dsrecipes.data.weights import WEIGHTS
-from dsrecipes.evaluation.choice_scores import accuracy
 
 
 class BertTmmluQa(RecipeBase):
@@ -66,12 +65,15 @@ class BertTmmluQa(RecipeBase):
 
     def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
         """Report accuracy over all, by subject and by group, with the accuracy of guessing."""
+        from dsrecipes.evaluation.accuracy import Accuracy
+
         subjects = split.data["subject"][:]
         most = Counter(train.data["labels"][:]).most_common(1)[0][0]
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             answers = np.argmax(prediction.predictions, axis=-1)
-            return accuracy(answers, np.asarray(prediction.label_ids), subjects) | {
+            figures = Accuracy().compute(predictions=answers, references=prediction.label_ids, subjects=subjects)
+            return figures | {
                 "accuracy_majority": float(np.mean(prediction.label_ids == most)),
                 "accuracy_random": 1 / len(LETTERS),
             }

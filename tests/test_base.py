@@ -81,12 +81,8 @@ def test_a_bad_row_of_ones_own_recipe_names_the_field(mine, tmp_path, capfd):
         ("import no_such_module\n", "no_such_module"),
         (MINE + "\n    def metrics(self, split):\n        return None\n", r"Haiku\.metrics is never called"),
         (
-            MINE + "\n    def collator(self):\n        return None\n",
-            r"Haiku\.collator must take \(self, model, tokenizer\).*DSR628",
-        ),
-        (
-            MINE + "\n    def load_model(self, model_config):\n        return None\n",
-            r"Haiku\.load_model must take \(self, model_config, dtype, \*, deepspeed\)",
+            MINE + "\n    def collator(self, model, tokenizer, device):\n        return None\n",
+            r"Haiku\.collator is called with \(self, model, tokenizer\), not more.*DSR628",
         ),
     ],
 )
@@ -95,6 +91,21 @@ def test_a_file_that_is_no_recipe(tmp_path, text, problem):
     with pytest.raises(UserError, match=problem) as error:
         load_recipe(str(tmp_path / "broken.py"), model_name_or_path="m", dataset="d")
     assert "broken.py" in str(error.value)
+
+
+def test_a_recipe_written_before_hooks_had_arguments_still_runs(mine, tmp_path):
+    (tmp_path / "haiku.py").write_text(
+        MINE + "\n    def collator(self):\n        from dsrecipes.data.collate import CausalCollator\n\n"
+        "        print('pad', self.tokenizer.eos_token_id, self.model.num_parameters() > 0)\n"
+        "        return CausalCollator(self.tokenizer.eos_token_id, True, False)\n\n"
+        "    def write_extras(self, folder):\n        (folder / 'mine.txt').write_text('written')\n"
+    )
+    values = {"model_name_or_path": tiny_gpt2(), "dataset": str(tmp_path / "haiku.jsonl"), "max_length": 64, "max_steps": 1}
+    values |= {"deepspeed": "none", "use_cpu": True, "output_dir": str(tmp_path / "run"), "verify_model": False}
+    values |= {"packing": False}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        load_recipe(str(mine), **values).run()
+    assert "True" in out.getvalue() and (tmp_path / "run" / "mine.txt").read_text() == "written"
 
 
 def test_a_recipe_s_own_callbacks_are_called(mine, tmp_path):

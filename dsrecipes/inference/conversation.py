@@ -154,7 +154,7 @@ class Conversation:
                 ids += [] if self._ended(turn.ids) else [self.run.tokenizer.eos_token_id]
             return ids + self._prompt_of_turn(text, bool(ids))
         except BAD_ROW as error:
-            raise UserError(str(error)) from error
+            raise UserError("DSR454", str(error)) from error
 
     def _content(self, turn: Turn) -> str:
         """An answer's text without what the chat template writes around it, such as the name of a channel."""

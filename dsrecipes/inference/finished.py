@@ -58,7 +58,7 @@ class FinishedRun:
     @cached_property
     def recipe(self) -> type[RecipeBase]:
         """The recipe's class, for its row hooks."""
-        from dsrecipes.base import recipe_class
+        from dsrecipes.recipe_class import recipe_class
 
         return recipe_class(self.config.layers.recipe)
 

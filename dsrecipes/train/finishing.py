@@ -17,6 +17,7 @@ from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.errors import EXIT_CODE, UserError
 from dsrecipes.io.disk import is_write_error, put_in_place, sync
 from dsrecipes.launch.environment import RANK_KEYS
+from dsrecipes.recipe_class import call_hook
 from dsrecipes.runs.curve import draw_curve
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.reference import RANDOM_LENGTH, first_rows, random_inputs, save_reference, tokenizer_facts
@@ -107,7 +108,9 @@ def _final_metrics(run: Run, recipe: RecipeBase) -> dict[str, Any]:
         logged = next((line for line in reversed(trainer.state.log_history) if f"{prefix}_loss" in line), {})
         compute = None
         if not trainer.causal:
-            compute = recipe.metrics(splits[name], splits["train"], run.prepared.model_config)
+            compute = call_hook(
+                recipe, "metrics", split=splits[name], train=splits["train"], model_config=run.prepared.model_config
+            )
         is_stale = logged.get("step") != trainer.state.global_step or run.args.load_best_model_at_end
         if is_stale or (compute and not trainer.evaluator.details):
             trainer.compute_metrics = compute
@@ -127,7 +130,7 @@ def _write_results(run: Run, recipe: RecipeBase, result: RunResult, began: float
     """Write what a person reads, on rank 0; returns what is wrong with the saved model."""
     config, console, folder = run.prepared.config, run.prepared.console, run.folder
     artifacts.write_metrics(folder, result.metrics)
-    recipe.write_extras(folder.path, run.prepared.rows.sources)
+    call_hook(recipe, "write_extras", folder=folder.path, sources=run.prepared.rows.sources)
     draw_curve(folder.log, folder.curve, f"{config.layers.recipe.name}: {config.model.model_name_or_path}")
     problem = None
     if config.train["verify_model"]:

@@ -32,6 +32,7 @@ from dsrecipes.model.modalities import unreached_note
 from dsrecipes.model.quantization import disable_cpu_packing
 from dsrecipes.model.task import is_causal_lm, pad_id
 from dsrecipes.model.tokenizer import check_vocabulary
+from dsrecipes.recipe_class import call_hook
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train import artifacts
 from dsrecipes.train.arguments import check_arguments, start_process_group
@@ -127,7 +128,7 @@ class Training:
         model_config, engine, tokenizer = self._load_descriptions(setup)
         rows = prepare_rows(recipe, setup, tokenizer, model_config)
         self.environment.stream = rows.stream
-        recipe.configure(model_config, rows.splits)
+        call_hook(recipe, "configure", model_config=model_config, splits=rows.splits)
         take_notes(recipe, setup)
         if recipe.auto_class.endswith("ForSequenceClassification"):
             # a decoder's classifier reads each row's last token, which is the last one that is not this padding
@@ -227,10 +228,10 @@ class Training:
 
     def _validation_metrics(self, prepared: Prepared) -> Metrics | None:
         """The recipe's figures for validation rows; a causal model's evaluation keeps no logits for any."""
-        splits = prepared.rows.splits
+        splits, config = prepared.rows.splits, prepared.model_config
         if "validation" not in splits or self.recipe.auto_class.endswith("ForCausalLM"):
             return None
-        return self.recipe.metrics(splits["validation"], splits["train"], prepared.model_config)
+        return call_hook(self.recipe, "metrics", split=splits["validation"], train=splits["train"], model_config=config)
 
     def _watch(self, prepared: Prepared, args: TrainConfig, folder: RunFolder) -> Watchdog:
         ranks = prepared.setup.ranks
@@ -247,9 +248,8 @@ class Training:
 
     def _load_model(self, prepared: Prepared) -> PreTrainedModel:
         setup = prepared.setup
-        model = self.recipe.load_model(
-            prepared.model_config, setup.dtype(self.config.model), deepspeed=setup.zero is not None
-        )
+        dtype, deepspeed = setup.dtype(self.config.model), setup.zero is not None
+        model = call_hook(self.recipe, "load_model", model_config=prepared.model_config, dtype=dtype, deepspeed=deepspeed)
         self.progress.model = model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError(
@@ -267,7 +267,7 @@ class Training:
         trainer = RecipeTrainer(
             model=model,
             args=args,
-            data_collator=self.recipe.collator(model, prepared.tokenizer),
+            data_collator=call_hook(self.recipe, "collator", model=model, tokenizer=prepared.tokenizer),
             train_dataset=data,
             eval_dataset=prepared.sequences.get("validation"),
             processing_class=prepared.tokenizer,

@@ -141,7 +141,7 @@ FROZEN = """
 from dsrecipes.recipes.alpaca_llama_sft import AlpacaLlamaSft
 
 class Frozen(AlpacaLlamaSft):
-    def load_model(self, model_config, dtype, *, deepspeed):
+    def load_model(self, model_config, dtype, deepspeed):
         return super().load_model(model_config, dtype, deepspeed=deepspeed).requires_grad_(False)
 """
 

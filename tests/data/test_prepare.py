@@ -222,7 +222,7 @@ def test_the_cache_key_covers_the_content(tokenizer, tmp_path):
 
 def test_the_learning_rate_is_not_part_of_the_cache_key(tmp_path):
     from dsrecipes import load_recipe
-    from dsrecipes.base import recipe_class
+    from dsrecipes.recipe_class import recipe_class
 
     def key(**values):
         recipe = load_recipe("gpt2_clm", profile="starter", deepspeed="none", **values)

@@ -196,7 +196,7 @@ def files_of(rows: list[dict]) -> dict[str, bytes]:
 
 def prepared(path: Path, recipe: str, style: str, skip: bool, packed: int) -> None:
     """The rows of a file to tokens, as a run does it."""
-    from dsrecipes.base import recipe_class
+    from dsrecipes.recipe_class import recipe_class
 
     layers = layer({"recipe": recipe, "profile": "full", "dataset": str(path), "skip_bad_rows": skip})
     story = recipe_class(layers.recipe)(layers)

@@ -20,11 +20,12 @@ from support.tiny import run_recipe
 from transformers import TrainerCallback
 
 from dsrecipes import UserError, load_recipe
-from dsrecipes.base import RecipeBase, RunResult, recipe_class
+from dsrecipes.base import RecipeBase, RunResult
 from dsrecipes.config.layers import layer
 from dsrecipes.data import window
 from dsrecipes.errors import RunStopped
 from dsrecipes.io.console import Console
+from dsrecipes.recipe_class import recipe_class
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.runs.log import read_log
 from dsrecipes.train import finishing, first_step, run_folder
