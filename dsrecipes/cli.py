@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -223,9 +222,11 @@ def _usage() -> str:
 
 
 def _version() -> str:
+    from importlib import metadata  # a tenth of a second, which only --version spends
+
     try:
-        return importlib.metadata.version("dsrecipes")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("dsrecipes")
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 

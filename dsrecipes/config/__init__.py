@@ -1,1 +1,1 @@
-"""What was asked for: recipes, YAML, flags and their layers."""
+"""Which values does a run have? Recipes, YAML, flags and their layers."""

@@ -45,6 +45,7 @@ def lora_targets(values: list[str]) -> list[str] | str:
             re.compile(value)
         except re.error as error:
             raise UserError("DSR055", f"--lora_target_modules {value}: not a regular expression ({error})") from None
+    # peft takes either a list of names or one pattern, so a mixture becomes one pattern; a name matches as in a list.
     patterns = [rf"(?:.*\.)?{re.escape(value)}" if _PLAIN_NAME.fullmatch(value) else f"(?:{value})" for value in values]
     return values[0] if len(values) == 1 else "|".join(patterns)
 
@@ -134,6 +135,7 @@ def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> 
     _refuse_full_training(folder, given)
     for flag, key in _KEYS.items():
         setting = values.get(key, 0.0)
+        # Dropout is not part of the weights, so the user may change it.
         if flag in given and (flag == "lora_dropout" or _same(given[flag][0], setting)):
             continue
         if flag in given:

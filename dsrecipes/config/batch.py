@@ -61,11 +61,13 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
     if MICRO not in fixed:
         share = total // ranks
         micro = largest_divisor(share, micro) if total % ranks == 0 else min(micro, max(1, share))
+    # A recipe's total is a target: it is approached where the ranks cannot reach it exactly.
     return Batch(micro, max(1, round(total / (micro * ranks))), ranks)
 
 
 def _divide_fixed_total(fixed: Mapping[str, int], given: Mapping[str, str], ranks: int, micro: int) -> Batch:
     """Solve for a global batch that the user gave, which must come out exactly."""
+    # Rounding would change the learning dynamics that the user chose the number for.
     share, remainder = divmod(fixed[TOTAL], ranks)
     if remainder == 0:
         if MICRO not in fixed:

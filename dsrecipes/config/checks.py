@@ -55,6 +55,7 @@ def check_train(
             known = ", ".join(words)
             raise UserError("DSR045", f"--{name} {train[name]}{nearest(str(train[name]), words)}: choose from {known}")
     for name in json_fields:
+        # deepspeed is a name or a path here, which find_zero has resolved
         if name != "deepspeed" and train[name] is not None:
             _check_json(name, train[name], given.get(name, "flag"))
     _check_numbers(train)
@@ -83,6 +84,7 @@ def _check_json(name: str, text: str, origin: str) -> None:
 
 
 def _check_numbers(train: Mapping[str, Any]) -> None:
+    # Each condition says what must hold, because NaN compares false with everything and must be refused too.
     steps = train["max_steps"]
     too_large = [name for name, value in train.items() if isinstance(value, (int, float)) and not abs(value) < 2**63]
     faults = [(name, "give a number that is finite and below 2**63") for name in too_large]
@@ -105,6 +107,7 @@ def _check_evaluations(train: Mapping[str, Any]) -> None:
         raise UserError("DSR050", f"--{needs[0]} needs evaluations: give --eval_strategy steps or epoch")
     if not train["load_best_model_at_end"]:
         return
+    # The best model is reloaded from its checkpoint, so every evaluation needs a full one.
     if train["save_only_model"]:
         raise UserError("DSR052", "--save_only_model leaves nothing for --load_best_model_at_end to load: drop one of them")
     if train["save_strategy"] not in ("best", train["eval_strategy"]):

@@ -102,7 +102,7 @@ def _yaml_of(module: Path) -> Path | None:
 def find_config(name: str) -> Path:
     """Find a YAML by path, by run folder, or by the name of a shipped variant (UserError: none of these)."""
     path = user_path(name)
-    if path.is_dir() and (path / "config.yaml").is_file():
+    if path.is_dir() and (path / "config.yaml").is_file():  # a run folder: the same run again
         return path / "config.yaml"
     if path.is_file():
         return path
@@ -122,7 +122,7 @@ def is_shipped(path: Path) -> bool:
 
 def find_zero(name: str) -> Path | None:
     """Find a ZeRO JSON by a short name or a path; None for `none` and for what YAML calls false (UserError: no such file)."""
-    if name.lower() in ("none", "no", "off", "false"):
+    if name.lower() in ("none", "no", "off", "false"):  # YAML writes `deepspeed: no`
         return None
     path = user_path(name)
     if path.is_file():

@@ -77,7 +77,7 @@ class Layers:
                 if sets_length and rival not in layer.values:
                     result.pop(rival, None)
             for key, value in layer.values.items():
-                result.pop(key, None)
+                result.pop(key, None)  # so that keys appear in the order of the layers that decide them
                 if value is not None:
                     result[key] = (value, layer.origin)
         return result

@@ -60,6 +60,7 @@ def build_config(layers: Layers) -> Config:
         model, data = _model_and_data(values)
         check_train(train, given, _choices(TrainConfig), TrainConfig._VALID_DICT_FIELDS)
     except UserError as error:
+        # A value that the ZeRO JSON sets must be changed there, so the message names the file.
         named = re.search(r"--(\w+)", error.message)
         zero = layers.zero_json()
         raise error.at(zero.origin) if named and named[1] in zero.values else error from None
@@ -77,6 +78,7 @@ def read_config(layers: Layers) -> Config:
     classes = (ModelConfig, DataConfig, FinishedRunConfig)
     merged, notes = _prepare(layers, classes)
     given = _origins(merged)
+    # The flags that only training reads were checked when the run started, and their types are in TrainingArguments.
     fields = {field.name for config_class in classes for field in dataclasses.fields(config_class)}
     values = _typed({key: pair for key, pair in merged.items() if key in fields}, classes, given)
     model, data = _model_and_data(values)
@@ -103,6 +105,8 @@ def _prepare(layers: Layers, classes: Classes) -> tuple[Merged, list[str]]:
 
 def _typed(merged: Merged, classes: Classes, given: Mapping[str, str]) -> dict[str, Any]:
     """Every field's value in its type, defaults included (UserError: a value of another type or choice)."""
+    # Everything passes through argparse as words, so that YAML, flags and Python cannot be read differently. No
+    # abbreviations: a flag that a later version adds must not change what a script means.
     parser = _Parser([*classes], allow_abbrev=False)
     _refuse_lists(merged, parser._actions)
     argv = [word for key, (value, _) in merged.items() for word in _argv(key, value)]
@@ -134,6 +138,7 @@ def _refuse_lists(merged: Merged, actions: Collection[Action]) -> None:
     single = {action.dest for action in actions if action.nargs in (None, "?")}
     for key, (value, origin) in merged.items():
         if key in single and isinstance(value, (list, tuple)):
+            # argparse would complain about the second value without naming the flag
             shown = " ".join(map(str, value))
             raise UserError("DSR045", f"--{key}: expected one value, found {len(value)}: {shown} ({origin})")
 

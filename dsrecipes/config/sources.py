@@ -96,6 +96,7 @@ def _checked(where: str, entry: Any, shares: bool) -> dict[str, Any]:
         entry = {"path": entry}
     if not isinstance(entry, Mapping):
         raise UserError("DSR060", f"{where}: expected a path, a hub name or a mapping with `path`, found {entry!r}")
+    # null removes a key, as everywhere in a YAML
     values = {str(key): value for key, value in entry.items() if value is not None}
     path = values.get("path")
     for key in values:
@@ -145,6 +146,7 @@ def _names(flag: str, mappings: list[dict[str, Any]]) -> list[str]:
     """A name for each source, fit for a key of log.jsonl; takes in folders where two files have the same name."""
     given = [entry.pop("name", None) for entry in mappings]
     names = list(given)
+    # Only names that clash get longer, so the curves of the other data sets keep their names.
     for depth in (1, 2, 3):
         candidates = [name or _short(entry["path"], depth) for name, entry in zip(given, mappings, strict=True)]
         counts = Counter(names)

@@ -165,6 +165,7 @@ def _precision(config: dict[str, Any], path: Path) -> dict[str, bool]:
     enabled = {name: _SWITCH_WORDS[word] for name, word in words.items() if word != "auto"}
     if len(enabled) == 2 and all(enabled.values()):
         raise UserError("DSR051", f"{path}: bf16.enabled and fp16.enabled are both true; keep one")
+    # DeepSpeed takes a missing block as off, so one block that is off means fp32.
     if enabled and not any(enabled.values()) and "auto" not in words.values():
         return {"fp16": False, "bf16": False}
     return enabled

@@ -75,14 +75,14 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
     """What a row asks, without the marks of the model's prompt format where the row's form is known."""
-    from dsrecipes.data.parse import instruction_record, with_answer
+    from dsrecipes.data.parse import prompt_record
     from dsrecipes.data.records import BAD_ROW
 
     with contextlib.suppress(*BAD_ROW):
-        record = instruction_record(with_answer(row, "-")[0])
+        record, _ = prompt_record(row)
         if "messages" not in record:
             return "\n\n".join(filter(None, (record["instruction"], record["input"])))
-        turns = record["messages"][:-1]
+        turns = record["messages"]
         if len(turns) == 1:
             return turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -68,6 +68,7 @@ def _chart(name: str, lines: dict[str, str], runs: list[RecordedRun]) -> Chart:
     for number, run in enumerate(runs):
         for key, part in lines.items():
             values = [(entry["step"], _finite(entry[key])) for entry in run.log if entry.get(key) is not None]
+            # A run that diverged logs "nan" as text. Its line has a gap there, and the page says how many.
             missing = sum(value is None for _, value in values)
             gaps += missing
             if missing < len(values):
@@ -91,6 +92,7 @@ def thin(points: list[tuple[float, float | None]], limit: int) -> list[tuple[flo
     """At most `limit` points: the lowest and the highest of each stretch, so that no spike is lost; gaps stay."""
     if len(points) <= limit:
         return points
+    # Two points remain of each stretch, so there are limit / 2 stretches.
     size = -(-len(points) * 2 // limit)
     kept: list[tuple[float, float | None]] = []
     for start in range(0, len(points), size):

@@ -115,12 +115,14 @@ def render(runs: list[RecordedRun], lang: str, attached: list[Path]) -> str:
     from plotly.offline import get_plotlyjs
 
     text = words(lang)
-    # autoescape: names and values come from files of the run, which may hold markup
+    # autoescape: names and values come from files of the run, which may hold markup. StrictUndefined: a text that
+    # words.yaml lacks is an error, not an empty cell.
     page = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page.filters["show"] = _show
     page.globals |= {"t": text, "lang": lang, "mark": Markup(_MARK), "several": len(runs) > 1}
+    # report.js draws the charts from JSON, and the template prints the same numbers as tables for those without it.
     drawn = [*charts.lengths(runs), *charts.curves(runs)]
     return page.get_template("report.html.jinja").render(
         runs=runs,
@@ -203,6 +205,7 @@ def _attached(runs: list[RecordedRun], attached: list[Path]) -> list[tuple[str, 
         try:
             result.append((name, tables.tables(read_json(path), path.stem, _ROOM // len(files))))
         except UserError as error:
+            # The user named an attached file and must learn of the fault; one in the run folder gets a note on the page.
             if path in attached:
                 raise
             next(run for run in runs if path in run.others).notes.append(error.message)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dsrecipes.data.stream import Stream
 from dsrecipes.data.weights import WEIGHTS
-from dsrecipes.errors import RunStopped
+from dsrecipes.errors import RunStopped, coded
 from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.model.task import is_causal_lm
 from dsrecipes.train.evaluating import EvaluationInterrupted, Evaluator
@@ -96,7 +96,11 @@ class RecipeTrainer(Trainer):
             self.args.eval_on_start = False
         self.add_callback(self.resumer)  # the last one: it may evaluate, which other callbacks then report
         with self.context.signals:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.writer.owes_save:
+            text = f"step {self.state.global_step} is in no checkpoint: there was no room for one"
+            self.context.say(coded("DSR368", f"warning   {text}"))
+        return output
 
     # ---- rows of a step ----
 

@@ -112,9 +112,7 @@ def test_a_killed_run_resumes_on_two_ranks_and_on_one(
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     other = mixed | {"dataset": [*mixed["dataset"][:2], mixed["dataset"][2] | {"rows": 7}]}
     fewer = small.values("alpaca", output_dir=str(tmp_path / "copy"), resume_from_checkpoint="auto", **other)
-    with pytest.raises(
-        UserError, match=r"mixture is counting \d+, short \d+, bundled 6 in \d+ sequences there and counting"
-    ):
+    with pytest.raises(UserError, match=r"mixture is .*'bundled': 6\D.* there and .*'bundled': 7\D.*DSR376"):
         one_rank.run("train", **fewer)
 
 

@@ -93,7 +93,7 @@ def test_a_text_is_continued(tmp_path: Path):
 TITLES = """
 from dsrecipes import RecipeBase
 from dsrecipes.data.encode import encode_segments
-from dsrecipes.data.formats import text_field
+from dsrecipes.data.fields import text_field
 
 class Titles(RecipeBase):
     format_row = staticmethod(lambda row: {name: text_field(row, name) for name in ("title", "body")})

@@ -131,7 +131,10 @@ def test_a_tensor_of_another_run(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "words"),
-    [(torch.empty(0), "is empty; ZeRO-3 leaves"), (torch.full((64,), torch.nan), "has NaN or infinite numbers [DSR543]")],
+    [
+        (torch.empty(0), "is empty; ZeRO-3 writes none"),
+        (torch.full((64,), torch.nan), "has NaN or infinite numbers [DSR543]"),
+    ],
 )
 def test_a_tensor_without_numbers(runs: Runs, tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
     run = copied(runs, tmp_path)
