@@ -1,4 +1,7 @@
-"""How do sequences become the tensors of a batch?"""
+"""How do sequences become the tensors of a batch?
+
+Shifting, masking and selection of logits happen here and not in the model, so that any transformers model trains unpatched.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ TOKEN_COUNTS = "counts"
 
 
 class CausalCollator:
-    """Sequences to the batch of a causal language model, with logits computed only where there is a label.
+    """Collates sequences for a causal language model, with logits computed only where there is a label.
 
     There is no attention_mask: padding comes after the text, where no text position attends to it, and position ids that
     restart keep packed examples apart in every attention backend but flash attention, which reads them only in a batch of
@@ -51,6 +54,7 @@ class CausalCollator:
                 targets[line, start : end - 1] = row["labels"][1:]
                 if weights is not None and len(row[WEIGHTS]):
                     weights[line, start : end - 1] = row[WEIGHTS][1:]
+                # padding rows are not counted, so that tokens per second are useful tokens
                 if (row["labels"] != IGNORE).any():
                     tokens, rows = tokens + end - start, rows + 1
                 start = end
@@ -109,7 +113,7 @@ def labelled(labels: torch.Tensor) -> torch.Tensor:
 
 
 class PaddingCollator:
-    """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
+    """Collates rows with one label each (classification, multiple choice), padded to the longest text.
 
     input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length). labels: (batch,) class
     numbers or, in float32, numbers; (batch, classes) of 0 and 1 in float32 for rows with several labels. weights, where
@@ -141,7 +145,7 @@ class PaddingCollator:
 
 
 def _texts(values: Any, nested: bool) -> list[Any]:
-    """The texts of a field: several, or one."""
+    """Return the texts of a field as a list: several, or one."""
     return list(values) if nested else [values]
 
 
