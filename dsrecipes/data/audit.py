@@ -61,7 +61,7 @@ def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) 
     """
     lengths = data.row_lengths()
     sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
-    # the two shortest rows of a sequence: the check costs a forward pass, and more tokens would not make it stricter
+    # the two shortest rows of a sequence keep the extra forward passes short
     pairs = [rows[np.argsort(lengths[rows], kind="stable")[:2]] for rows in sequences if len(rows) > 1]
     if not pairs:
         if not later:

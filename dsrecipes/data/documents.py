@@ -29,7 +29,7 @@ def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> It
     size = 0
     for number, line in enumerate(lines, first):
         line = line.replace("\r\n", "\n")
-        # cut at blank lines, where tokens seldom cross; a text without any is cut at four times the size
+        # cut at blank lines, which a token seldom spans; a text without any is cut at four times the size
         is_title = _TITLE.fullmatch(line) is not None
         if piece and (is_title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
             if unfinished or "".join(piece).strip():

@@ -58,6 +58,7 @@ def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     """
     if not len(keys) or keys.min() == keys.max():
         return np.zeros(len(keys), bool)
+    # a hash xor a random number is uniform, so a threshold chooses a share without knowing the other data sets
     drawn = keys ^ np.uint64(random.Random(seed).getrandbits(64))
     limit = np.clip(np.uint64(share * 2.0**64), drawn.min(), drawn.max() - np.uint64(1))
     return drawn <= limit

@@ -1,7 +1,7 @@
 """Which formats do the rows of a split have, and which of their columns are used? For the header.
 
-It is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own needs no
-declaration of its columns, and the counts cannot differ from what is used.
+Usage is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own need
+not declare its columns, and the counts cannot differ from what is used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dsrecipes.errors import UserError, nearest, plural
 
 _SHOWN = 12
 """Columns that the header names; the rest are only counted."""
+# one set for all rows, because most rows have no unused keys and there are millions of rows
 _NONE: set[str] = set()
 _CAN_BE_EMPTY = (str, list, dict, type(None))
 
@@ -74,11 +75,12 @@ class ReadRow(dict):
 
 
 class LowerNames(Mapping):
-    """The columns of a row by their names in lower case; only those that are read count as used."""
+    """A view of a row by the names of its columns in lower case; only columns that are read count as used."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         """View a row."""
         self.row = row
+        # dict.keys, because row.keys() would count every column as used
         self.names = {str(key).strip().lower(): key for key in dict.keys(row)}
 
     def __getitem__(self, name: str) -> Any:
@@ -95,7 +97,7 @@ class LowerNames(Mapping):
 
 
 def _check_mapped(row: ReadRow) -> None:
-    """Refuse a column of --columns that holds something and that the recipe did not read: it does not know the name."""
+    """Refuse a column of --columns that has content and was not read: the recipe does not know the name."""
     for name in row.mapped:
         if name not in row.read and dict.get(row, name) not in (None, "", [], {}):
             used = [str(column) for column in dict.keys(row) if column in row.read]
