@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# 2 is argparse's code for a wrong command line; launchers and job scripts tell it apart from 1, a crash
+# argparse's code for a wrong command line; scripts can distinguish it from 1, a crash
 EXIT_CODE = 2
 RESUME_CODE = 75
 """Exit code of a run that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
