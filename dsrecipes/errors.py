@@ -32,6 +32,7 @@ class UserError(Exception):
         """
         if not message:  # a recipe of the user's own has no ids
             code, message = "", code
+        # the middle is cut: the beginning names the place, and the end says what to do
         if len(message) > _MAX_LENGTH:
             message = f"{message[: _MAX_LENGTH // 2]} [...] {message[-_MAX_LENGTH // 2 :]}"
         self.code = code

@@ -85,6 +85,7 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], separat
             f"the collator gives packed examples {len(logits)} labels, and the same examples one by one {len(expected_logits)}: fix "
             "the recipe's collator",
         )
+    # only the separate answer is tested: NaN in the packed one alone is a leak
     if not expected_logits.isfinite().all():
         return ""  # the weights hold NaN, which the first step reports
     # in standard deviations of the logits: what rounding to 32 or to 16 bits may explain; a leak changes far more
@@ -185,6 +186,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
         batch: what the collator made of them.
         rows: the numbers of the rows in each of its sequences.
     """
+    # a batch may have gone through a recipe's own collator, so nothing is assumed but the keys that a model reads
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
         learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
@@ -228,6 +230,7 @@ def check_ranks(ranks: list[RankRows]) -> None:
         raise UserError(
             "DSR183", f"the ranks have different numbers of micro batches ({counts}): some would wait for the others forever"
         )
+    # the same rows on two ranks would train without an error, on half of the data
     owner: dict[int, int] = {}
     for number, rank in enumerate(ranks):
         for index in set(rank.sequences) - {PADDING_ROW}:

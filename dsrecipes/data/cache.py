@@ -1,6 +1,6 @@
 """When are prepared rows taken from the cache? What the cache key covers, and who writes an entry.
 
-Entries are found by content, never by file name or time: a stale entry would train on other rows than the user's.
+Entries are found by content and not by time stamps: a stale entry would train on other rows than the user's.
 """
 
 from __future__ import annotations

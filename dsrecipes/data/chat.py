@@ -3,9 +3,9 @@
 The chat is rendered with the tokenizer's chat template (chat_template.py) and the answers are located in the text
 (chat_answers.py). Here the text is tokenized once, and the answers are mapped to tokens by their character offsets.
 
-Where the tokenizer merges the end of a prompt and the beginning of the answer into one token, the prompt is tokenized separately,
-as a server would do it, and each answer becomes a sequence of its own. The same holds for a template that ends answers with no
-token: eos is appended to each sequence, where a server would stop, because eos does not occur inside such a chat.
+Where the tokenizer merges the end of a prompt and the beginning of the answer into one token, the prompt is tokenized
+separately, as a server would do it, and each answer becomes a sequence of its own. The same holds for a template that ends
+answers with no token: eos is appended to each sequence, where a server would stop, because eos does not occur inside a chat.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     question: Turn = {"role": "user", "content": "1"}
     call: Turn = {"role": "assistant", "content": "", "tool_calls": [SAMPLE_CALL]}
     options = EncodeOptions(max_length=0, prompt_style="chat")
+    # tool calls may end with a token of their own, such as <
+    # eom_id
+    # > of Llama 3.1
     ends: list[int] = []
     for answer in ({"role": "assistant", "content": "2"}, call):
         try:
@@ -118,6 +121,7 @@ def _encoded(texts: list[RenderedChat], tokenizer: PreTrainedTokenizerBase) -> I
     if not tokenizer.is_fast:
         yield from ([_encode_without_offsets(text, tokenizer)] for text in texts)
         return
+    # the backend itself, because a call of the tokenizer would convert every result to Python lists
     backend = _backend(tokenizer, len(tokenizer))
     added = set(tokenizer.added_tokens_decoder)
     encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=False)

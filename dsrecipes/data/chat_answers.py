@@ -6,8 +6,8 @@ block that the answer does not have (`<think>`), the prompt is the common beginn
 add_generation_prompt, the header of the answer belongs to the prompt.
 
 A chat is one sequence where the rendering of each of its beginnings is a prefix of the rendering of the whole chat. Otherwise
-(reasoning of earlier turns left out, an end token after the last turn only) each answer is a sequence of its own, whose prompt is
-what inference would render at that point.
+(reasoning of earlier turns left out, an end token after the last turn only) each answer is a sequence of its own, whose prompt
+is what inference would render at that point.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def _piece(template: ChatTemplate, messages: list[Turn], index: int, tools: list
         return _piece_at(template, text, len(prompt))
     turn = {key: MARK for key in ("content", "reasoning_content") if key == "content" or messages[index].get(key)}
     marked = template.render([*messages[:index], {"role": "assistant", **turn}], False, tools)
+    # the mark shows where the header ends, which add_generation_prompt cannot show for such a template
     if template.ignores:
         return _piece_at(template, text, common_length(text, marked))
     # the answer's own text may begin as the opened block does, but the mark does not
@@ -155,6 +156,7 @@ def _end_of_prompt(prompt: str, text: str, last: Turn, header: str) -> int | Non
 
 def _joined(pieces: list[Piece]) -> list[RenderedChat]:
     """One text where the last rendering has all answers as they were rendered alone; else one text for each answer."""
+    # one sequence where possible, because separate ones repeat all turns before each answer
     last = pieces[-1]
 
     def differs(piece: Piece) -> bool:

@@ -154,6 +154,7 @@ def _joined_turn(before: Turn, turn: Turn) -> Turn:
             joined[name] = "\n\n".join(texts)
     calls = [*(before.get("tool_calls") or []), *(turn.get("tool_calls") or [])]
     if calls:
+        # a list is only added where there is a call, because templates test for the key
         joined["tool_calls"] = calls
     return joined
 
@@ -224,6 +225,7 @@ def text_of(turn: Turn) -> str:
 
 def reasoning_of(turn: Turn) -> str:
     """Return the reasoning before an answer, from a field of its own or from between <think> and </think>, or ''."""
+    # data sets made with R1 and Qwen hold reasoning in the text, others in a field
     inline = _THINK.match(turn["content"])
     return turn.get("reasoning_content") or (inline[1] if inline else "")
 

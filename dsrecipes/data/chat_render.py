@@ -1,7 +1,7 @@
 """How is a chat template rendered safely? Within a time limit, and with faults as messages.
 
-A template is a program that came with a tokenizer. transformers renders it in jinja2's sandbox, which denies it Python's objects
-and the disk, but does not stop an endless loop.
+A template is a program that came with a tokenizer. transformers renders it in jinja2's sandbox, which denies it Python's
+objects and the disk, but does not stop an endless loop.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], gene
         UserError: the template does not end.
     """
     try:
+        # first, because the time limit cannot interrupt a single operation
         _refuse_powers(str(tokenizer.chat_template))
         with _time_limit(_SECONDS):
             return tokenizer.apply_chat_template(turns, add_generation_prompt=generation, **{"tokenize": False} | options)

@@ -87,6 +87,7 @@ class ChatTemplate:
         if prompted == unprompted and not continued.startswith(answered.rstrip()):
             self.next_header = self._find_next_header(tail, continued.rpartition(MARK)[2])
             tail = tail.removesuffix(self.next_header)
+        # the line break that many templates write after an end token is no part of the answer
         tail = tail.rstrip()
         self.ends += [token.content for token in _added(self.tokenizer) if tail and tail.endswith(token.content)]
         if not tail:  # then another special token at the end of an answer is a part of the answer
@@ -147,6 +148,7 @@ class ChatTemplate:
         return self._fits[shape, tools]
 
     def _find_fit(self, shape: Shape, tools: bool) -> tuple[Fit, list[str]]:
+        # the error of the smallest change is reported: it is about the user's chat, those of later ones about changed chats
         first_error: ValueError | None = None
         for fit in candidates(shape):
             try:
@@ -214,6 +216,7 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """List the special tokens that may end an answer: eos, <|im_end|>, <end_of_turn>, ..."""
+    # a token that begins or pads texts is special too, but ends no answer
     others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
     special = {token.content for token in _added(tokenizer) if token.special} - others
     return sorted(special | ({tokenizer.eos_token} if tokenizer.eos_token else set()))

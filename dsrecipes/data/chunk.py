@@ -144,6 +144,7 @@ class Encoding:
         """
         normalize_weights(columns)
         self._refuse_weighted_blocks(columns)
+        # from here on an index is that of a record of the group, also where encode saw only the good ones
         record = [good[index] for index in columns.pop("record", range(len(good)))]
         for index, notes in zip(good, columns.pop("notes", ()), strict=False):
             for note in notes:

@@ -99,6 +99,7 @@ def segments(position_ids: torch.Tensor) -> dict[str, Any]:
     Args:
         position_ids: (batch, length); 0 begins an example.
     """
+    # flattened, because varlen kernels see a micro batch as one line of tokens
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
     longest = int(ends.diff().max())
@@ -134,6 +135,7 @@ class PaddingCollator:
             batch[name] = _padded([row[name] for row in rows], nested, width, fill)
         ones = [[[1] * len(text) for text in _texts(row["input_ids"], nested)] for row in rows]
         batch["attention_mask"] = _padded(ones if nested else [texts[0] for texts in ones], nested, width, 0)
+        # by type, not by the recipe: a float label is a target of regression or of several classes, an integer a class
         labels = np.array([row["labels"] for row in rows])
         is_number = np.issubdtype(labels.dtype, np.floating)
         batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))

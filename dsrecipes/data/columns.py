@@ -132,6 +132,7 @@ def _array(name: str, values: list) -> pa.Array:
         small = pa.float32()
     else:
         return array
+    # only the innermost type changes; Arrow casts nested lists only to the complete type
     for _ in range(depth):
         small = pa.list_(small)
     return array.cast(small)

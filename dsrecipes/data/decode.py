@@ -70,6 +70,7 @@ def open_text(path: Path) -> TextIO:
     """
     # utf-8-sig, because Excel and Windows editors write a byte order mark that would become part of the first column's name
     file = open_bytes(path)
+    # peek, so that nothing has to be read again: a gzip stream would have to be unpacked from its beginning
     start = file.peek(PIECE)[:PIECE]
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in start:

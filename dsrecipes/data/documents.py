@@ -28,6 +28,7 @@ def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> It
     piece: list[str] = []
     size = 0
     for number, line in enumerate(lines, first):
+        # a model would learn \r as a token of its own in texts from Windows
         line = line.replace("\r\n", "\n")
         # cut at blank lines, which a token seldom spans; a text without any is cut at four times the size
         is_title = _TITLE.fullmatch(line) is not None

@@ -54,6 +54,7 @@ def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Encode texts without special tokens."""
+    # slow tokenizers have no backend; without warnings about long texts, which are dropped and counted later
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer

@@ -205,6 +205,7 @@ def match_row(row: Row) -> Match | None:
         return matches[0] if matches else None
     # dict.get, because row.get would count the column as used (usage.ReadRow)
     with_prompt = [match for match in matches if dict.get(row, match.prompt) not in EMPTY]
+    # a prompt without an answer loses against a format that has one, such as a chat in another column
     answered = [match for match in with_prompt if match.answer is None or dict.get(row, match.answer) not in EMPTY]
     return (answered or with_prompt or list(matches))[0]
 
@@ -228,6 +229,7 @@ def matches(columns: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[Match, .
         present = [by_name[alias] for alias in aliases if alias in by_name]
         return next((column for column in present if column in mapped), present[0] if present else None)
 
+    # extra columns are looked up for every format: a system prompt or tools may accompany any of them
     extra = {part: find(aliases) for part, aliases in EXTRA_COLUMNS.items()}
     extra = {part: column for part, column in extra.items() if column is not None}
     candidates = [

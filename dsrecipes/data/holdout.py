@@ -46,6 +46,7 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     random.Random(seed).shuffle(order)
     shuffled = np.frombuffer(order, np.int32)[:-1]  # one record always stays
     copies = np.diff(firsts, append=np.int32(len(keys)))[shuffled]
+    # whole groups of equal records are taken until the share is reached
     enough = int(np.searchsorted(np.cumsum(copies), max(1, round(share * len(keys))))) + 1
     chosen = np.sort(ordered[firsts[shuffled[:enough]]])
     return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys

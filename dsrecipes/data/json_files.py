@@ -99,6 +99,7 @@ def json_splits(path: Path) -> list[str]:
         with open_text(path) as file:
             if file.read(PIECE).lstrip()[:1] != "{":
                 return []  # a list, which need not be read twice
+        # the splits must be known before the rows, because each split becomes a data set of its own
         if not _is_big(path):
             return list(splits_in(_json_value(path)))
         if _holds_lines(path):

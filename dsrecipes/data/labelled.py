@@ -85,6 +85,7 @@ def _label(value: Any, name: str) -> Any:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 return value
+    # a list is a set of classes or a vector of 0 and 1; labels.py decides when all labels are known
     if isinstance(value, (list, tuple)):
         return [_scalar(entry, name) for entry in value]
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
@@ -93,6 +94,7 @@ def _label(value: Any, name: str) -> Any:
 
 
 def _scalar(value: Any, name: str) -> Any:
+    # as JSON writes it, so that true and the text "true" are one class
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):

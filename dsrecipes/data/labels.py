@@ -129,6 +129,7 @@ def target(value: Any, kind: str, names: list[str]) -> Any:
         return number
     if kind == ONE:
         return _class_index(value, names)
+    # vectors have positions instead of names
     if names[0] == _UNNAMED.format(0):
         if not isinstance(value, list) or len(value) != len(names) or any(entry not in (0, 1) for entry in value):
             raise ValueError(f"label {value!r} is not a list of {len(names)} numbers 0 or 1, as the training labels are")

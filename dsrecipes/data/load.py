@@ -42,6 +42,7 @@ def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Itera
     Raises:
         UserError: there is nothing, the kind of file is unknown, no network, a gated or unknown hub name.
     """
+    # a local file or folder comes first: a hub name that is also a folder here means the folder
     path = user_path(starter_path(dataset))
     if path.is_file():
         if suffix(path) not in SUFFIXES:

@@ -47,8 +47,8 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
     """Pack rows into as few bins as best-fit decreasing finds; a function of the lengths alone.
 
     Best-fit decreasing (Johnson 1973) takes the longest row first, and puts each into the fullest bin that still holds it. As
-    lengths are integers up to `capacity`, the rows of a length are put into all bins with the same free space at once: millions of
-    rows take about as many operations as there are pairs of length and space.
+    lengths are integers up to `capacity`, the rows of a length are put into all bins with the same free space at once: millions
+    of rows take about as many operations as there are pairs of length and space.
 
     Args:
         lengths: tokens of each row, none above `capacity`.
@@ -61,6 +61,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
     by_space: dict[int, list[_Bunch]] = {}
     # bit s is set where a bin with s free tokens exists: the lowest bit from `length` on is the fullest bin that fits
     filled = 0
+    # longest first: short rows fill the gaps that long ones leave
     counts = np.bincount(lengths)
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])

@@ -30,6 +30,7 @@ def instruction_record(row: Row) -> dict[str, Any]:
     system = optional_text(row, extra["system"]) if "system" in extra else ""
     history = _history(row, extra["history"]) if "history" in extra else []
     tools = tool_schemas(row.get(extra["tools"]), extra["tools"]) if "tools" in extra else []
+    # a chat only where it must be one: --prompt_style alpaca has a prompt for plain instructions
     if system or history or tools or "messages" in record:
         turns = record["messages"] if "messages" in record else as_turns(record)
         # some data sets have the system prompt both as a column and as the first turn

@@ -1,7 +1,7 @@
 """How are rows prepared? Format, encode, hold out and write each split, once for each content.
 
-The result is cached (see cache.py for the key): one rank writes, and the others wait for its lock. Rows pass through as a stream
-of chunks, so that memory does not grow with the data.
+The result is cached (see cache.py for the key): one rank writes, and the others wait for its lock. Rows pass through as a
+stream of chunks, so that memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def _write_splits(
                 stats |= _write(((name, chunk) for chunk in chunks), scratch, encoding, [name])
             else:
                 stats |= _write(_divided(chunks, scratch, divide), scratch, encoding, [name, "validation"])
+    # before the folder is renamed, so that an empty result is never taken from the cache
     refuse_empty(stats, splits)
     # what a recipe can only decide with all rows known, such as the numbers of class names
     paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}

@@ -146,6 +146,7 @@ def _is_dev(path: Path) -> bool:
 def subject_of(path: Path) -> str:
     """Return the subject in a file's name: physics_test.csv and test/physics.csv are physics."""
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    # only a name of a split is removed, because subjects have underscores too
     head, _, last = stem.rpartition("_")
     return head if head and last.lower() in SPLITS else stem
 

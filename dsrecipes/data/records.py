@@ -28,6 +28,7 @@ class Records:
         """Formats and columns of the rows; complete after an iteration."""
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
+        # counted in local variables, so that a second iteration does not add to the counts of the first
         bad, seen = 0, ColumnUsage()
         for place, row in located(self.rows):
             try:
@@ -110,6 +111,7 @@ def encode_group(
                     raise bad_row(place, error) from error
             else:
                 good.append(index)
+        # no single record fails, so the recipe's encode does: its own traceback helps more than a message about rows
         if len(good) == len(group):
             raise failure
         if not good:

@@ -89,6 +89,7 @@ class StepSampler:
 
     def _bucket_by_length(self, order: np.ndarray, per_step: int, generator: np.random.Generator) -> None:
         """Give each step an equal part of the long and of the short rows; changes `order`, which holds whole steps."""
+        # quarters where they divide a step evenly, else halves; otherwise each row is a part
         parts = next((parts for parts in (4, 2) if per_step % parts == 0), per_step)
         for start in range(0, len(order), _BUCKET_STEPS * per_step):
             rows = self._longest_first(order[start : start + _BUCKET_STEPS * per_step])

@@ -47,6 +47,7 @@ class Sequences(TorchDataset):
         self.lengths: np.ndarray = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
+            # the bins of a file are stored next to it, because packing millions of rows takes seconds at each start
             in_memory = self.table is not None
             self.bins = pack(self.lengths, capacity) if in_memory else packed(self.path, self.lengths, capacity)
             self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])

@@ -96,6 +96,7 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     wrapped = next((value[key] for key in _WRAPPERS if _holds_rows(value.get(key))), None)
     if wrapped is not None:
         return rows_in(wrapped, path)
+    # a file that is one chat has lists too, so it is recognized before columns of lists
     if any(_is_chat(value.get(key)) for key in _CHATS):
         return [value]
     # before lists are taken for columns: lists of rows in a wrong split would become one nonsense row
@@ -168,6 +169,7 @@ def _columns_of_objects(value: dict[str, dict[str, Any]], path: object) -> list[
 
     Only the keys tell them apart: the level whose keys are numbers is that of the rows.
     """
+    # numbers on both levels, or on none, would be a guess, and half of the guesses would swap rows and columns
     outer, inner = _are_numbers(value), _are_numbers(key for column in value.values() for key in column)
     if outer and not inner:
         return list(value.values())

@@ -58,6 +58,7 @@ def named(source: Source) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # most messages begin with the file already
         if source.path in str(error):
             raise
         raise error.at(source.path) from error

@@ -101,6 +101,7 @@ class Stream(TorchDataset):
     # ---- for the trainer ----
 
     def __getitem__(self, ordinal: int) -> list[Features]:
+        # ordinals grow without end, so an index names a sequence without knowing the windows before it
         step, position = divmod(ordinal, self.per_step)
         while step >= self.window.end.step:
             try:
@@ -136,6 +137,7 @@ class Stream(TorchDataset):
 
     def epoch(self, step: int) -> float:
         """Epochs that are used after a step, by bytes of the files."""
+        # linear inside a window, whose steps have about equally many bytes
         begin, end = self.window.begin, self.window.end
         return begin.share + (end.share - begin.share) * min((step - begin.step) / len(self.window.order), 1.0)
 

@@ -47,6 +47,7 @@ def check_streaming(config: Config, auto_class: str) -> list[str]:
                 "--eval_dataset FILE, or --streaming false",
             )
         data.validation_split = 0.0
+    # for Trainer a streamed run is one epoch, so such a run would save and evaluate only at its end
     for name in ("eval", "save", "logging"):
         if train[f"{name}_strategy"] == "epoch":
             raise UserError(

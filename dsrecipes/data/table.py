@@ -42,6 +42,7 @@ def table_rows(
     lines = list(islice(head or file, 20 * _SAMPLE))
     delimiter, skipped = _delimiter(lines, "\t" if tabs else ",")
     header: list[str] | None = None
+    # resumed in the middle of a file: the header is parsed again from the file's first lines
     if start > 1:
         first = _records(iter(lines[skipped:]), path, skipped, delimiter, [])
         header = next(_header(fields, path) for _, fields in first if _has_content(fields))
@@ -160,6 +161,7 @@ def _delimiter(lines: list[str], default: str) -> tuple[str, int]:
     samples = {delimiter: _sample(lines, delimiter) for delimiter in (default, *_DELIMITERS)}
     # only a character that splits the header is a candidate: cells of later rows may contain any of them
     shares = {delimiter: _agreement(sample) for delimiter, sample in samples.items() if sample and len(sample[0]) > 1}
+    # the default needs no majority: a file with many faulty rows still gets messages about them
     likely = [delimiter for delimiter, share in shares.items() if delimiter == default or share >= 0.5]
 
     def quality(delimiter: str) -> tuple[float, bool]:

@@ -201,6 +201,7 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
     before, skipped, number = sum(groups[:group]), position["rows"] if position else 0, 0
     batches = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20).iter_batches(_ROWS, row_groups=[group])
     while True:
+        # only the reading is guarded: an error that the consumer of a yielded piece raises is not one of the file
         with parquet_readable(path):
             batch = next(batches, None)
             if batch is None:
@@ -246,6 +247,7 @@ def _lines(path: Path, position: Position) -> Iterator[Piece]:
     is_text = suffix(path) == ".txt"
     with path.open("rb", buffering=_HEAD) as file:
         lines, located = _rows_from(file, path, position)
+        # a piece ends at the first record after UNIT bytes, because a CSV record may have line breaks inside
         rows: Rows = []
         begin = 0
         for place, row in located:

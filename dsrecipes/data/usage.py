@@ -1,7 +1,7 @@
 """Which formats do the rows of a split have, and which of their columns are used? For the header.
 
-Usage is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own need
-not declare its columns, and the counts cannot differ from what is used.
+Usage is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own
+need not declare its columns, and the counts cannot differ from what is used.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class ColumnUsage:
         """Pass a row through format_row, and count it unless that raises."""
         observed = ReadRow(row)
         record = format_row(observed)
+        # a recipe may return the row itself, which must not continue to record
         if record is observed:
             record = observed.copy()
         _check_mapped(observed)

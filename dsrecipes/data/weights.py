@@ -97,6 +97,7 @@ def class_weights(words: list[str], labels: np.ndarray, names: list[str]) -> np.
         raise UserError(
             "DSR170", "--class_weights: these rows do not have one class each, so classes cannot be weighted; drop the flag"
         )
+    # a list in label order, a mapping by name or index, or `balanced`
     given = parse_class_weights(words)
     weights = np.ones(len(names), dtype=np.float64)
     if isinstance(given, list):

@@ -189,6 +189,7 @@ class WindowReader:
         # rows left over from the window before come first, so that no row is skipped or used twice
         growing = _GrowingWindow(begin, self.block)
         unit, position, ended = self._fill(growing, begin)
+        # the rest of an epoch may have no usable row; its counts are carried over
         if not growing.places:
             return self._read_next_epoch(begin, growing)
         table = growing.table()
@@ -252,6 +253,7 @@ class WindowReader:
         """Refuse token ids that the model does not know (UserError, with the row's place)."""
         if chunk.sequences is not None and chunk.row_sources is not None:
             for row, ids in enumerate(chunk.sequences.column("input_ids")):
+                # only the largest id of a row is checked, which is enough and costs one pass
                 largest = int(view(ids.values).max(initial=0))
                 try:
                     self.check_ids([largest])

@@ -70,6 +70,7 @@ def _replace(fd: int, log_fd: int | None) -> None:
     if log_fd is not None:
         os.dup2(log_fd, fd)
         return
+    # replaced and not closed: a closed descriptor 1 would be given to the next file that is opened
     null_fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_fd, fd)
     os.close(null_fd)
@@ -160,6 +161,7 @@ class Console:
                 os.dup2(saved, fd)
                 os.close(saved)
             self.captured = False
+        # at the very end, because Python flushes stdout once more at exit
         leave_unread(1, 2)
 
     def say(self, text: str = "") -> None:

@@ -22,6 +22,7 @@ def accelerators() -> int:
 
 def listed_accelerators() -> int:
     """Count the GPUs that the drivers list and no environment variable hides; torch may find fewer."""
+    # ROCm honours CUDA's variable too
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0

@@ -43,6 +43,7 @@ def put_in_place(staged: Path, target: Path) -> None:
     # a folder cannot be renamed onto another one that has content, so the old one is moved away first: a crash between the
     # two renames leaves it as NAME.old
     old = target.with_name(f"{target.name}.old")
+    # left over from a crash during the last deletion
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

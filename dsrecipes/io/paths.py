@@ -50,6 +50,7 @@ def starter_path(name: str) -> str:
 
 def cache_root() -> Path:
     """Return DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
+    # read at each call, because redirect_caches may change the environment after this module is imported
     own = os.environ.get("DSRECIPES_CACHE")
     if own:
         return Path(own)

@@ -56,6 +56,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build the mapping (yaml.constructor.ConstructorError: a key is repeated)."""
+        # keys are compared as text, so that 1 and "1" count as a repetition
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
