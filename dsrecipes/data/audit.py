@@ -82,7 +82,7 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], separat
     if logits.shape != expected_logits.shape:
         raise UserError(
             "DSR181",
-            f"the collator gives packed examples {len(logits)} labels, and the same examples one by one {len(expected_logits)}: fix "
+            f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(expected_logits)}: fix "
             "the recipe's collator",
         )
     # only the separate answer is tested: NaN in the packed one alone is a leak

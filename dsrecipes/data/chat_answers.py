@@ -138,7 +138,7 @@ def _piece_at(template: ChatTemplate, text: str, start: int) -> Piece:
 
 
 def _end_of_prompt(prompt: str, text: str, last: Turn, header: str) -> int | None:
-    """Where in `text` a prompt ends whose beginning the template rewrote: behind the longest common ending.
+    """Find where in `text` a prompt ends whose beginning the template rewrote: after the longest common ending.
 
     Where the template rewrites the last turn itself (Hermes' tool results), that is the header that the prompt ends with.
     """

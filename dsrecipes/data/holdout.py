@@ -53,7 +53,7 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Like hold_out, but decide for each record by itself, so that equal records of several data sets are on the same side.
+    """Choose as hold_out does, but decide for each record alone: equal records of several data sets are on the same side.
 
     The share is met on average. Where there are two different records, at least one is held out and one stays.
     """

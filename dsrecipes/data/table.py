@@ -80,7 +80,7 @@ def _records(
 
 
 def _tab_records(lines: Iterator[str], path: object, skipped: int, header: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Like _records, for tabs, where a quote may be a plain character.
+    """Yield records as _records does, for tabs, where a quote may be a plain character.
 
     Many programs write TSV without quoting. Quotes are taken as plain characters where they are not balanced, and where they
     would merge lines that have the header's columns by themselves.
@@ -89,7 +89,10 @@ def _tab_records(lines: Iterator[str], path: object, skipped: int, header: list[
     record: list[str] = []
 
     def source() -> Iterator[str]:
-        while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        while True:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
             record.append(line)
             yield line
 

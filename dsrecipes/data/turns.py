@@ -79,7 +79,8 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
     result: list[Turn] = []
     for number, item in enumerate(raw_turns(value, name), 1):
         try:
-            if type(item) is dict and len(item) == 2 and (turn := _plain_turn(item)):
+            turn = _plain_turn(item) if type(item) is dict and len(item) == 2 else None
+            if turn:
                 result.append(turn)
                 continue
             for raw in _split(item):

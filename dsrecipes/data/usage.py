@@ -39,7 +39,7 @@ class ReadRow(dict):
         return super().__getitem__(name)
 
     def get(self, name: Any, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return a value as a dict does; its column counts as used."""
         self.read.add(name)
         return super().get(name, default)
 
@@ -51,15 +51,15 @@ class ReadRow(dict):
         return iter(self._all_read())
 
     def keys(self) -> Any:
-        """As of a dict; code that asks for all columns counts as using them all."""
+        """Return the keys of a dict; code that reads all columns counts as using all."""
         return self._all_read().keys()
 
     def values(self) -> Any:
-        """As of a dict."""
+        """Return the values of a dict; all columns count as used."""
         return self._all_read().values()
 
     def items(self) -> Any:
-        """As of a dict."""
+        """Return the items of a dict; all columns count as used."""
         return self._all_read().items()
 
     def copy(self) -> dict[str, Any]:
