@@ -68,9 +68,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     question: Turn = {"role": "user", "content": "1"}
     call: Turn = {"role": "assistant", "content": "", "tool_calls": [SAMPLE_CALL]}
     options = EncodeOptions(max_length=0, prompt_style="chat")
-    # tool calls may end with a token of their own, such as <
-    # eom_id
-    # > of Llama 3.1
+    # tool calls may end with a token of their own, such as <|eom_id|> of Llama 3.1
     ends: list[int] = []
     for answer in ({"role": "assistant", "content": "2"}, call):
         try:
