@@ -3,7 +3,7 @@
 source <(dsrecipes completion bash)
 dsrecipes completion zsh > ~/.zfunc/_dsrecipes
 
-Importing the commands would import torch, which takes seconds in every new shell. So their flags are read from the source
+Importing the commands would import torch, which takes seconds in every new shell. So their flags are read from the source code
 of their modules, and those of `train` from the JSON schema of the recipes.
 """
 
@@ -40,20 +40,20 @@ _NAMES: dict[str, tuple[Callable[[], list[str]], str]] = {
     "config_files": (variant_names, "*.yaml"),
     "deepspeed_files": (lambda: [*zero_names(), "none"], "*.json"),
 }
-"""Kind of value -> the names that are offered, and the pattern of files beside folders."""
+"""Kind of value -> the names that are offered, and the pattern of the files that are offered along with folders."""
 _FILE_FLAGS = ("dataset", "eval_dataset", "prompts", "rubric", "out", "judge")
 _FOLDER_FLAGS = ("output_dir", "to", "model_name_or_path", "resume_from_checkpoint", "checkpoint", "against")
 
 
 def _named(kind: str) -> dict[str, str]:
-    """Shell -> how it completes a kind of value that has names of its own."""
+    """Return, by shell, how it completes a kind of value that has names of its own."""
     words, files = _NAMES[kind]
     pattern = f"-g '{files}'" if files else "-/"
     return {"bash": f"_dsrecipes_{kind}", "zsh": f"{{compadd {' '.join(words())}; _files {pattern}}}"}
 
 
 def script(shell: str, modules: Mapping[str, str]) -> str:
-    """The completion script of a shell.
+    """Build the completion script of a shell.
 
     Args:
         shell: one of SHELLS.
@@ -93,7 +93,7 @@ def main(argv: list[str], modules: Mapping[str, str]) -> int:
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """The recipe, the keys of a YAML as flags, and the flags that no YAML has."""
+    """Add the recipe, the keys of a YAML as flags, and the flags that no YAML has."""
     _complete(parser.add_argument("recipe", nargs="?"), _named("recipe_files"))
     config = parser.add_argument("--config", help="YAML of flags, or a shipped variant")
     _complete(config, _named("config_files"))
@@ -106,6 +106,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser, command: str) -> None:
     for name, field in json.loads(schema_path().read_text("utf-8"))["definitions"].items():
         if name == "source" or field.get("deprecated"):
             continue
+        # argparse formats help texts with %
         about = field.get("description", "").replace("%", "%%")
         flag = parser.add_argument(f"--{name}", choices=_choices(field) or None, help=about)
         _complete(flag, _named("deepspeed_files") if name == "deepspeed" else _paths(name))
@@ -119,7 +120,9 @@ def _choices(field: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _paths(flag: str) -> Mapping[str, str] | None:
     name = flag.lstrip("-")
-    return _FILES if name in _FILE_FLAGS else _FOLDERS if name in _FOLDER_FLAGS else None
+    if name in _FILE_FLAGS:
+        return _FILES
+    return _FOLDERS if name in _FOLDER_FLAGS else None
 
 
 def _complete(action: argparse.Action, complete: Mapping[str, str] | None) -> None:
@@ -128,7 +131,7 @@ def _complete(action: argparse.Action, complete: Mapping[str, str] | None) -> No
 
 
 def _flags_in(module: str, function: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each flag that a module, or one function of it, adds to a parser, also by calling an `add_*` function."""
+    """Yield each flag that a module, or one function of it, adds to a parser, directly or by calling an `add_*` function."""
     source = importlib.util.find_spec(module)
     assert source is not None and source.origin
     tree = ast.parse(Path(source.origin).read_text("utf-8"))
@@ -149,7 +152,7 @@ def _flags_in(module: str, function: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def _options(call: ast.Call) -> dict[str, Any]:
-    """The arguments of an `add_argument` call that matter to a shell and are written as literals."""
+    """Return the arguments of an `add_argument` call that matter to a shell and are written as literals."""
     options = {}
     for keyword in call.keywords:
         if keyword.arg in ("action", "choices", "help", "nargs"):

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+# argparse's code for a wrong command line; scripts can distinguish it from 1, a crash
 EXIT_CODE = 2
 RESUME_CODE = 75
 """Exit code of a run that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -18,12 +19,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 class UserError(Exception):
     """A fault that the user can fix: what is wrong, where (file, row, key) and what to do, and the id of its explanation.
 
-    The id (`DSR042`) stands at the end of the printed message; `dsrecipes explain DSR042` prints cause and cure, which
-    dsrecipes/messages/ holds.
+    The id (`DSR042`) ends the printed message; `dsrecipes explain DSR042` prints cause and cure from dsrecipes/messages/.
+    It is a class of its own, so that run.py can print one line for it, and a traceback for everything else, which is our bug.
     """
 
     def __init__(self, code: str, message: str = "") -> None:
-        """Shorten an over-long message in its middle and escape control characters, since quoted values may hold anything.
+        """Shorten a too long message in its middle and escape control characters, because quoted values may hold anything.
 
         Args:
             code: the id of the fault.
@@ -31,6 +32,7 @@ class UserError(Exception):
         """
         if not message:  # a recipe of the user's own has no ids
             code, message = "", code
+        # the middle is cut: the beginning names the place, and the end says what to do
         if len(message) > _MAX_LENGTH:
             message = f"{message[: _MAX_LENGTH // 2]} [...] {message[-_MAX_LENGTH // 2 :]}"
         self.code = code
@@ -38,29 +40,30 @@ class UserError(Exception):
         super().__init__(coded(code, self.message) if code else self.message)
 
     def at(self, place: str) -> UserError:
-        """The same fault, preceded by where it is: a file, a row, a flag."""
+        """Return the same fault, preceded by where it is: a file, a row, a flag."""
         return UserError(self.code, f"{place}: {self.message}")
 
 
 def coded(code: str, message: str) -> str:
-    """A message with the id of its explanation at the end, for warnings and notes that are not raised."""
+    """Return a message with the id of its explanation at the end, for warnings and notes that are not raised."""
     return f"{message} [{code}]"
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates as escapes; line ends and tabs stay."""
+    """Return the text with control characters and lone surrogates as escapes; line ends and tabs stay."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def inflect(count: float, noun: str) -> str:
-    """`row` for 1, else `rows`; `loss` becomes `losses`."""
+    """Return `row` for 1, else `rows`; `loss` becomes `losses`."""
+    # by the number as it is printed: 0.9999 is shown as 1
     if f"{count:.3g}" == "1":
         return noun
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def plural(count: float, noun: str) -> str:
-    """A count and its noun: `1 row`, `0 rows`, `1,200 rows`, `0.5 epochs`."""
+    """Return a count and its noun: `1 row`, `0 rows`, `1,200 rows`, `0.5 epochs`."""
     number = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
     return f"{number} {inflect(count, noun)}"
 
@@ -70,6 +73,6 @@ class RunStopped(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to `name` as ` (did you mean X?)`, or an empty string."""
+    """Return the known name closest to `name` as ` (did you mean X?)`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -20,17 +20,21 @@ _WIDTH = 80
 
 
 def language(env: Mapping[str, str]) -> str:
-    """`zh` where the environment asks for Chinese messages, else `en`; the first variable that is set decides (locale(7))."""
+    """Return `zh` where the environment asks for Chinese messages, else `en`.
+
+    The first variable that is set decides, as in locale(7).
+    """
     name = next((env[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if env.get(key)), "")
     return "zh" if name.startswith("zh") else "en"
 
 
 def _find(word: str) -> Message:
-    """The message that `DSR042`, `dsr42`, `[DSR042]` or `42` names (UserError: there is none)."""
+    """Find the message that `DSR042`, `dsr42`, `[DSR042]` or `42` names (UserError: there is none)."""
     match = re.fullmatch(r"\[?(?:DSR)?0*([0-9]{1,3})\]?", word.strip(), re.IGNORECASE)
     if not match:
         raise UserError("DSR640", f"{word}: not the id of a message; ids look like DSR042, at the end of the message")
     number = int(match[1])
+    # only the layer's file is parsed: reading all YAML would take longer than the rest of the command
     layer = layer_of(number)
     message = load_layer(layer).get(code_of(number)) if layer else None
     if message is None:
@@ -53,7 +57,7 @@ def _print(message: Message, lang: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The `explain` command."""
+    """Run the `explain` command."""
     parser = CommandParser("explain", "Explain messages by the id at their end: the cause, and what to do.")
     parser.add_argument("ids", nargs="*", metavar="ID", help="ids such as DSR042; without one, all ids are listed")
     parser.add_argument("--lang", choices=("en", "zh"), default=language(os.environ), help="language (default: by LANG)")
@@ -62,6 +66,7 @@ def main(argv: list[str]) -> int:
         for code, message in load_all().items():
             print(f"{code}  {message.zh.title if args.lang == 'zh' else message.en.title}")
         return 0
+    # all are looked up before the first is printed, so that an unknown id is not lost below pages of text
     messages = [_find(word) for word in args.ids]
     for index, message in enumerate(messages):
         if index:

@@ -1,4 +1,8 @@
-"""Do rows and batches mean what they should? Checks before the first step, and of its batches."""
+"""Do rows and batches mean what they should? Checks before the first step, and of its batches.
+
+The faults that they find train without an error and show only in a bad model: packed examples that see each other, answers
+without an end token, rows that two ranks share.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,13 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A micro batch of packed sequences, to be compared with the same examples in rows of their own."""
+    """A micro batch of packed sequences, to be compared with the same examples in sequences of their own."""
 
     sequences: list[list[Features]]
     collate: Callable[[list], Batch]
     forward: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-    """A batch's loss and logits, as in training but without dropout; all ranks must call it together, because under ZeRO-3
-    each holds a part of the weights."""
+    """Returns a batch's loss and logits, as in training but without dropout. All ranks must call it together, because under
+    ZeRO-3 each holds a part of the weights."""
     exact: bool
     """Whether the forward pass computes in 32 bits."""
 
@@ -57,6 +61,7 @@ def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) 
     """
     lengths = data.row_lengths()
     sequences = [np.array(data.rows(index)) for index in range(min(_ROWS, len(data)))]
+    # the two shortest rows of a sequence keep the extra forward passes short
     pairs = [rows[np.argsort(lengths[rows], kind="stable")[:2]] for rows in sequences if len(rows) > 1]
     if not pairs:
         if not later:
@@ -71,18 +76,19 @@ def packed_sample(data: Sequences, batch: int, later: bool = False, **how: Any) 
     return PackedSample([data.examples(rows) for rows in chosen], **how)
 
 
-def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: tuple[float, torch.Tensor]) -> str:
+def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], separate: tuple[float, torch.Tensor]) -> str:
     """Describe how the answer to packed examples differs from the answer to separate ones; '' where rounding explains it."""
-    (loss, logits), (expected_loss, expected_logits) = packed, apart
+    (loss, logits), (expected_loss, expected_logits) = packed, separate
     if logits.shape != expected_logits.shape:
         raise UserError(
             "DSR181",
             f"the collator gives packed examples {len(logits)} labels, and the same examples apart {len(expected_logits)}: fix "
             "the recipe's collator",
         )
+    # only the separate answer is tested: NaN in the packed one alone is a leak
     if not expected_logits.isfinite().all():
         return ""  # the weights hold NaN, which the first step reports
-    # in standard deviations of the logits: as much as rounding to 32 or to 16 bits may explain
+    # in standard deviations of the logits: what rounding to 32 or to 16 bits may explain; a leak changes far more
     limit = 1e-4 if sample.exact else 0.1
     largest = ((logits - expected_logits).abs().max() / expected_logits.std().clamp(min=1e-9)).item()
     if largest <= limit and abs(loss - expected_loss) <= limit * max(abs(expected_loss), 1e-9):
@@ -93,8 +99,8 @@ def difference(sample: PackedSample, packed: tuple[float, torch.Tensor], apart: 
 def check_isolation(model: PreTrainedModel, sample: PackedSample) -> None:
     """Refuse packing where the loss or the logits of an example change with the one before it.
 
-    Models with ALiBi, learned positions of their own, or a recurrent state see across examples whatever the position ids are; so
-    does any model whose collator does not restart them, and flash attention in a model that does not pass it the segments of a
+    Models with ALiBi, learned positions of their own, or a recurrent state see across examples whatever the position ids are. So
+    does any model whose collator does not restart them, and flash attention in a model that does not pass on the segments of a
     micro batch.
 
     Raises:
@@ -108,7 +114,7 @@ def check_isolation(model: PreTrainedModel, sample: PackedSample) -> None:
     needed = " and flash attention needs cu_seq_lens_q (dsrecipes.data.collate.segments)" if is_flash else ""
     raise UserError(
         "DSR180",
-        f"packing leaks in a {type(model).__name__}: behind another one, an example has {leak}. Give --packing "
+        f"packing leaks in a {type(model).__name__}: after another example, an example has {leak}. Give --packing "
         f"false{other_attention}, or fix the recipe's collator if it has one: position_ids begin at 0 in each example{needed}",
     )
 
@@ -134,12 +140,12 @@ def check_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTr
 
 
 def _first_rows(data: Sequences) -> list[Features]:
-    """The first rows of each source."""
+    """Return the first rows of each source; reading all would take minutes for large data."""
     return [row for part in data.parts.values() for row in part.examples(range(min(_ROWS, len(part.row_lengths()))))]
 
 
 def _ends_of_generation(model: PreTrainedModel) -> list[int]:
-    """Ids at which the model's generation stops."""
+    """List the ids at which the model's generation stops."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         return []
@@ -147,14 +153,14 @@ def _ends_of_generation(model: PreTrainedModel) -> list[int]:
 
 
 def _special_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """eos, <|im_end|>, <|eot_id|>, <end_of_turn>: tokens that are special, and of no other use."""
+    """List the special tokens of no other use: eos, <|im_end|>, <|eot_id|>, <end_of_turn>."""
     named = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in named}
     return ends | ({tokenizer.eos_token_id} - {None})
 
 
 def stop_at_ends(data: Sequences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
-    """Let generation stop at the special tokens that answers are trained to end with; returns a note where it did not.
+    """Let generation stop at the special tokens that end the trained answers; returns a note where it did not.
 
     The end-of-turn token of a chat template is often not the eos of the base model's generation_config.json.
     """
@@ -180,6 +186,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
         batch: what the collator made of them.
         rows: the numbers of the rows in each of its sequences.
     """
+    # a batch may have gone through a recipe's own collator, so nothing is assumed but the keys that a model reads
     labels = batch.get("shift_labels", batch["labels"])
     if "position_ids" not in batch or "shift_labels" not in batch:
         learned = labelled(labels).reshape(len(labels), -1).any(1).tolist()
@@ -204,7 +211,7 @@ def unlabelled(batch: Batch, rows: list[list[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class RankRows:
-    """What a rank is about to train on."""
+    """What a rank is about to train on, gathered from all ranks to be compared."""
 
     steps: int
     """Micro batches of an epoch."""
@@ -221,8 +228,9 @@ def check_ranks(ranks: list[RankRows]) -> None:
     if len({rank.steps for rank in ranks}) > 1:
         counts = ", ".join(f"rank {number} {rank.steps}" for number, rank in enumerate(ranks))
         raise UserError(
-            "DSR183", f"the ranks have different numbers of micro batches ({counts}): the others would wait forever"
+            "DSR183", f"the ranks have different numbers of micro batches ({counts}): some would wait for the others forever"
         )
+    # the same rows on two ranks would train without an error, on half of the data
     owner: dict[int, int] = {}
     for number, rank in enumerate(ranks):
         for index in set(rank.sequences) - {PADDING_ROW}:

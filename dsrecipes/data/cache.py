@@ -1,4 +1,7 @@
-"""When are prepared rows taken from the cache? What the cache key covers, and who writes an entry."""
+"""When are prepared rows taken from the cache? What the cache key covers, and who writes an entry.
+
+Entries are found by content and not by time stamps: a stale entry would train on other rows than the user's.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Truncation and padding are left out: they are a leftover of the last call, and each call sets them again.
     """
+    # the content and not the name or path: a tokenizer at the same path may have been changed
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
@@ -55,7 +59,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _own_modules(recipe: type) -> list[str]:
-    """The recipe's modules and what they import besides installed packages: the user's code that may change tokens.
+    """List the recipe's modules and what they import besides installed packages: the user's code that may change tokens.
 
     A shipped recipe counts as the user's code, because users edit recipes/ in a checkout.
     """
@@ -69,7 +73,7 @@ def _own_modules(recipe: type) -> list[str]:
 
 
 def _is_own(module: str | None) -> bool:
-    """Whether a module is neither a part of dsrecipes nor of an installed package."""
+    """Return whether a module belongs neither to dsrecipes nor to an installed package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
     installed = file.startswith((sys.prefix, sys.base_prefix)) or "site-packages" in file
     return file.endswith(".py") and not installed and not str(module).startswith("dsrecipes.")
@@ -88,13 +92,14 @@ def writing(folder: Path) -> Iterator[bool]:
 
 
 def is_written(folder: Path) -> bool:
-    """Whether a cache entry is complete."""
+    """Return whether a cache entry is complete: its stats.json is written last."""
     return (folder / "stats.json").is_file()
 
 
 def _let_first_rank_begin(folder: Path) -> None:
     """Let the first rank of a host take the lock, because it is the one that shows the progress bar."""
     deadline = time.monotonic() + _PATIENCE
+    # bounded, because the first rank may be gone, or hold the lock of another data set
     while int(os.environ.get("LOCAL_RANK", 0)) and time.monotonic() < deadline:
         if folder.is_dir() or Path(f"{folder}.lock").exists():
             return

@@ -1,11 +1,11 @@
 """How does a chat become token ids and labels?
 
-It is rendered with the tokenizer's chat template (chat_template.py), the answers are found in the text (chat_answers.py), and here the
-text is tokenized once and the answers are mapped to tokens by their character offsets.
+The chat is rendered with the tokenizer's chat template (chat_template.py) and the answers are located in the text
+(chat_answers.py). Here the text is tokenized once, and the answers are mapped to tokens by their character offsets.
 
-Where the tokenizer joins the end of a prompt with the beginning of the answer in one token, the prompt is tokenized by itself,
-because a server sends it so; then each answer is a sequence of its own. A template that ends an answer with no token at all gets eos
-at the very end of each sequence, where a server would stop, and each answer is a sequence then too: eos does not occur inside a chat.
+Where the tokenizer merges the end of a prompt and the beginning of the answer into one token, the prompt is tokenized
+separately, as a server would do it, and each answer becomes a sequence of its own. The same holds for a template that ends
+answers with no token: eos is appended to each sequence, where a server would stop, because eos does not occur inside a chat.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dsrecipes.data.turns import Turn
 from dsrecipes.errors import UserError
 
 Answer = tuple[int, int, float]
-"""First token, token behind the last, weight."""
+"""First token, token after the last, weight."""
 Encoded = tuple[list[int], list[Answer]]
 """The ids of a sequence, and its answers."""
 
@@ -68,6 +68,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     question: Turn = {"role": "user", "content": "1"}
     call: Turn = {"role": "assistant", "content": "", "tool_calls": [SAMPLE_CALL]}
     options = EncodeOptions(max_length=0, prompt_style="chat")
+    # tool calls may end with a token of their own, such as <|eom_id|> of Llama 3.1
     ends: list[int] = []
     for answer in ({"role": "assistant", "content": "2"}, call):
         try:
@@ -75,21 +76,23 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         except ValueError:
             continue  # the template does not take tool calls
         ids, answers = next(_encoded(texts, tokenizer))[-1]
-        behind = answers[-1][1]
-        ends += [token for token in ids[behind - 1 : behind] if token not in ends]
+        end = answers[-1][1]
+        # a slice, because an answer may have no token at all
+        ends += [token for token in ids[end - 1 : end] if token not in ends]
     return ends
 
 
 def _append(batch: dict[str, list], ids: list[int], answers: list[Answer]) -> None:
     """Add a sequence to the columns."""
     labels = [IGNORE] * len(ids)
-    for first, behind, _ in answers:
-        labels[first:behind] = ids[first:behind]
+    for first, end, _ in answers:
+        labels[first:end] = ids[first:end]
+    # an empty list stands for weights of 1: most chats have no others, and then the column costs nothing
     weights = []
     if any(weight != 1 for *_, weight in answers):
         weights = [1.0] * len(ids)
-        for first, behind, weight in answers:
-            weights[first:behind] = [weight] * (behind - first)
+        for first, end, weight in answers:
+            weights[first:end] = [weight] * (end - first)
     batch["input_ids"].append(ids)
     batch["labels"].append(labels)
     batch["weights"].append(weights)
@@ -97,14 +100,18 @@ def _append(batch: dict[str, list], ids: list[int], answers: list[Answer]) -> No
 
 @dataclass
 class _Boundary:
-    """Where an answer begins in the tokens of the whole text, and the part of the prompt that decides whether that is exact."""
+    """Where an answer begins in the tokens of the text, and the end of its prompt, which shows whether that is exact.
+
+    Exact means that a server, which tokenizes the prompt without the answer, gets the same ids. Only the text after the last
+    added token needs to be compared, because tokenizers split a text at added tokens before anything else.
+    """
 
     first: int
     """First token of the answer."""
     begin: int
-    """The last added token before it: tokens before that one do not depend on what follows."""
+    """The last added token before it."""
     tail: str
-    """The text from there to the answer; a server tokenizes it without the answer behind it."""
+    """The text from there to the answer."""
 
 
 def _encoded(texts: list[RenderedChat], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Encoded]]:
@@ -112,6 +119,7 @@ def _encoded(texts: list[RenderedChat], tokenizer: PreTrainedTokenizerBase) -> I
     if not tokenizer.is_fast:
         yield from ([_encode_without_offsets(text, tokenizer)] for text in texts)
         return
+    # the backend itself, because a call of the tokenizer would convert every result to Python lists
     backend = _backend(tokenizer, len(tokenizer))
     added = set(tokenizer.added_tokens_decoder)
     encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=False)
@@ -126,7 +134,7 @@ def _encoded(texts: list[RenderedChat], tokenizer: PreTrainedTokenizerBase) -> I
         ids = encoding.ids
         if all(ids[boundary.begin : boundary.first] == ids_of_tail[boundary.tail] for boundary in of_text):
             answers = [
-                (boundary.first, _token_behind(encoding, piece.end, len(ids)), piece.weight)
+                (boundary.first, _token_after(encoding, piece.end, len(ids)), piece.weight)
                 for piece, boundary in zip(text.pieces, of_text, strict=True)
             ]
             yield [_ended(ids, answers, text.pieces[-1:], tokenizer)]
@@ -146,18 +154,19 @@ def _boundaries(text: RenderedChat, encoding: Any, added: set[int]) -> list[_Bou
 
 
 def _ended(ids: list[int], answers: list[Answer], last: list[Piece], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Cut behind the last answer, or add eos behind it where the template ends it with no token."""
+    """Cut the sequence after the last answer, or append eos where the template ends the answer with no token."""
     if not last:
         return ids, answers
-    first, behind, weight = answers[-1]
+    first, end, weight = answers[-1]
     if last[0].end is not None:
-        return ids[:behind], answers
+        # what the template writes after the end token, such as a line break, has no label and would only cost time
+        return ids[:end], answers
     return [*ids, eos_of(tokenizer)], [*answers[:-1], (first, len(ids) + 1, weight)]
 
 
 @functools.lru_cache(maxsize=2)
 def _backend(tokenizer: PreTrainedTokenizerBase, size: int) -> Tokenizer:
-    """A copy with complete offsets: post-processors of byte-level tokenizers cut blanks off them.
+    """Copy the tokenizer's backend so that offsets are complete: byte-level post-processors trim blanks from them.
 
     `size` is part of the cache key, because tokens can be added to a tokenizer.
     """
@@ -169,18 +178,19 @@ def _backend(tokenizer: PreTrainedTokenizerBase, size: int) -> Tokenizer:
 
 
 def _token_at(encoding: Any, start: int, size: int) -> int:
-    """The first token with a part of the text from character `start` on; `size` is the length of the text."""
+    """Find the first token that covers text from character `start` on; `size` is the length of the text."""
     token = encoding.char_to_token(start) if start < size else None
     if token is None:  # a character that the tokenizer drops
         offsets = encoding.offsets
         token = next((index for index, (_, end) in enumerate(offsets) if end > start), len(offsets))
+    # a token of no characters at the same place, such as a word-begin mark, belongs to the answer
     while token and encoding.token_to_chars(token - 1) == (start, start):
         token -= 1
     return token
 
 
-def _token_behind(encoding: Any, end: int | None, size: int) -> int:
-    """The token behind the one that ends at character `end`; `size` is the number of tokens."""
+def _token_after(encoding: Any, end: int | None, size: int) -> int:
+    """Find the token after the one that ends at character `end`; `size` is the number of tokens."""
     if end is None:
         return size
     token = encoding.char_to_token(end - 1)
@@ -188,39 +198,39 @@ def _token_behind(encoding: Any, end: int | None, size: int) -> int:
 
 
 def _encode_with_separate_prompt(piece: Piece, backend: Tokenizer, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode the prompt by itself, and put the tokens of the answer behind it; a token with parts of both is cut."""
+    """Encode the prompt separately and append the tokens of the answer; a token with parts of both is cut."""
     encoding = backend.encode(piece.text, add_special_tokens=False)
     ids = encoding.ids
     first = _token_at(encoding, piece.start, len(piece.text))
-    behind = _token_behind(encoding, piece.end, len(ids))
+    end = _token_after(encoding, piece.end, len(ids))
     prompt = backend.encode(piece.text[: piece.start], add_special_tokens=False).ids
     if piece.opened and backend.encode(piece.opened, add_special_tokens=False).ids[: len(prompt)] != prompt:
         # the block begins inside a token: the prompt ends before it, as that of the server does
-        return _ended(ids, [(first, behind, piece.weight)], [piece], tokenizer)
+        return _ended(ids, [(first, end, piece.weight)], [piece], tokenizer)
     rest: list[int] = []
     begin, stop = encoding.token_to_chars(first) or (piece.start, piece.start)
     if begin < piece.start:
         rest = _cut_token(encoding.tokens[first], piece.text[piece.start : stop], backend)
         first += 1
-    answer = (len(prompt), len(prompt) + len(rest) + behind - first, piece.weight)
+    answer = (len(prompt), len(prompt) + len(rest) + end - first, piece.weight)
     return _ended([*prompt, *rest, *ids[first:]], [answer], [piece], tokenizer)
 
 
 def _cut_token(token: str, tail: str, backend: Tokenizer) -> list[int]:
     """Encode the end of a token that holds the text `tail`.
 
-    Counted from the end, because a token may begin with a mark that is in no text (the "▁" of SentencePiece). Its length is in
-    characters, or in bytes for byte-level tokenizers.
+    The cut is counted from the end, because a token may begin with a mark that is in no text (the "▁" of SentencePiece). It is
+    counted in characters, or in bytes for byte-level tokenizers.
     """
     size = len(tail) if token.endswith(tail.replace(" ", "▁")) else len(tail.encode())
     return [part.id for part in backend.model.tokenize(token[len(token) - size :])]
 
 
 def _encode_without_offsets(text: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode for a slow tokenizer: an answer begins where the ids of the text before it and of the whole text part.
+    """Encode with a slow tokenizer: an answer begins where the ids of its prompt and of the whole text diverge.
 
     Raises:
-        UserError: the ids of the text up to the end of an answer are not the beginning of the whole text's ids.
+        UserError: the ids of the text up to the end of an answer are not a prefix of the whole text's ids.
     """
 
     def ids_of(part: str) -> list[int]:

@@ -5,9 +5,9 @@ begins where the generation prompt ends, and ends with the end token that the te
 block that the answer does not have (`<think>`), the prompt is the common beginning of both renderings. Where it ignores
 add_generation_prompt, the header of the answer belongs to the prompt.
 
-A chat is one sequence where the rendering of the whole chat begins with the rendering of each of its parts. Otherwise (reasoning of
-earlier turns left out, an end token behind the last turn alone) each answer is a sequence of its own, whose prompt is what inference
-would render at that point.
+A chat is one sequence where the rendering of each of its beginnings is a prefix of the rendering of the whole chat. Otherwise
+(reasoning of earlier turns left out, an end token after the last turn only) each answer is a sequence of its own, whose prompt
+is what inference would render at that point.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Piece:
 
     text: str
     start: int
-    """Of the answer in the text, in characters."""
+    """Where the answer begins in the text, in characters."""
     end: int | None
-    """Of its end token; None where the template writes none."""
+    """Where its end token ends; None where the template writes none."""
     weight: float = 1.0
     own_prompt: bool = False
     """The prompt is not the beginning of the rendering of the answered chat."""
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass
 class RenderedChat:
-    """A text that becomes one sequence, and the answers in it; the last answer ends the text."""
+    """A text that becomes one sequence, and its answers; the last answer ends the text."""
 
     text: str
     pieces: list[Piece] = field(default_factory=list)
@@ -81,19 +81,21 @@ def render_chat(template: ChatTemplate, chat: dict, options: EncodeOptions) -> t
         turns = numbered
     weights = [weight_of(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
     turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    # weights are taken off before rendering, because a template may print every key of a turn
     row_weight = weight_of(chat, "the row")
     answers = answers_of(turns)
     learned = [index for index in answers if weights[index] * row_weight > 0]
+    # without an answer to learn the chat is still rendered, so that the row is dropped and counted for that reason
     if not learned:
         return [RenderedChat(template.render(turns[: answers[-1] + 1], False, tools))], notes
-    # each answer is located in the rendering up to it, as a server would render it, and not in that of the whole chat
+    # each answer is located in the rendering up to it, as a server would render it, not in that of the whole chat
     pieces = [replace(_piece(template, turns, index, tools), weight=weights[index] * row_weight) for index in learned]
     notes = [*notes, *_notes(template, [turns[index] for index in learned], pieces)]
     return _joined(pieces), notes
 
 
 def _notes(template: ChatTemplate, answers: list[Turn], pieces: list[Piece]) -> Iterator[str]:
-    """Notes on the answers of a chat."""
+    """Yield notes on the answers of a chat."""
     reasons = [(piece, reasoning_of(turn).strip()) for turn, piece in zip(answers, pieces, strict=True)]
     reasons = [(piece, reason) for piece, reason in reasons if reason]
     if reasons:
@@ -110,49 +112,51 @@ def _piece(template: ChatTemplate, messages: list[Turn], index: int, tools: list
     Raises:
         ValueError: the template writes another prompt once there is an answer, and the answer cannot be found.
     """
-    asked = template.prompt(messages[:index], tools)
+    prompt = template.prompt(messages[:index], tools)
     text = template.render(messages[: index + 1], False, tools).removesuffix(template.next_header)
-    if text.startswith(asked) and not template.ignores:
-        return _piece_at(template, text, len(asked))
+    if text.startswith(prompt) and not template.ignores:
+        return _piece_at(template, text, len(prompt))
     turn = {key: MARK for key in ("content", "reasoning_content") if key == "content" or messages[index].get(key)}
     marked = template.render([*messages[:index], {"role": "assistant", **turn}], False, tools)
+    # the mark shows where the header ends, which add_generation_prompt cannot show for such a template
     if template.ignores:
         return _piece_at(template, text, common_length(text, marked))
     # the answer's own text may begin as the opened block does, but the mark does not
-    start = min(common_length(asked, text), common_length(asked, marked))
-    opening = len(asked) - common_length(asked, template.render(messages[:index], False, tools))
-    if len(asked) - start <= opening:
-        return replace(_piece_at(template, text, start), opened=asked)
-    header = asked[len(asked) - opening :]
-    begins = _end_of_prompt(asked, text[: common_length(text, marked)], messages[index - 1], header)
+    start = min(common_length(prompt, text), common_length(prompt, marked))
+    opening = len(prompt) - common_length(prompt, template.render(messages[:index], False, tools))
+    if len(prompt) - start <= opening:
+        return replace(_piece_at(template, text, start), opened=prompt)
+    header = prompt[len(prompt) - opening :]
+    begins = _end_of_prompt(prompt, text[: common_length(text, marked)], messages[index - 1], header)
     if begins is None:
         raise ValueError(f"turn {index + 1}: the chat template rewrites the prompt of an answer; use --prompt_style alpaca")
-    return replace(_piece_at(template, asked + text[begins:], len(asked)), own_prompt=True)
+    return replace(_piece_at(template, prompt + text[begins:], len(prompt)), own_prompt=True)
 
 
 def _piece_at(template: ChatTemplate, text: str, start: int) -> Piece:
     return Piece(text, start, template.end_of_answer(text, start))
 
 
-def _end_of_prompt(asked: str, text: str, last: Turn, header: str) -> int | None:
-    """Where in `text` a prompt ends whose beginning the template rewrote: behind the longest common ending.
+def _end_of_prompt(prompt: str, text: str, last: Turn, header: str) -> int | None:
+    """Find where in `text` a prompt ends whose beginning the template rewrote: after the longest common ending.
 
     Where the template rewrites the last turn itself (Hermes' tool results), that is the header that the prompt ends with.
     """
     # compared from the end, because it is the beginning of the prompt that templates rewrite
     best, end = 0, None
     for position in range(len(text), -1, -1):
-        size = common_length(asked[::-1], text[:position][::-1])
+        size = common_length(prompt[::-1], text[:position][::-1])
         if size > best:
             best, end = size, position
-    if last["content"].strip() in asked[len(asked) - best :]:
+    if last["content"].strip() in prompt[len(prompt) - best :]:
         return end
-    position = text.rfind(header, common_length(asked, text)) if header.strip() else -1
+    position = text.rfind(header, common_length(prompt, text)) if header.strip() else -1
     return position + len(header) if position >= 0 else None
 
 
 def _joined(pieces: list[Piece]) -> list[RenderedChat]:
     """One text where the last rendering has all answers as they were rendered alone; else one text for each answer."""
+    # one sequence where possible, because separate ones repeat all turns before each answer
     last = pieces[-1]
 
     def differs(piece: Piece) -> bool:

@@ -1,7 +1,7 @@
-"""What is changed in a chat so that a template takes it? Each template refuses or leaves out other things.
+"""What is changed in a chat so that a template accepts it? Each template refuses or leaves out other things.
 
-Some refuse system turns, two turns of one role, or tool calls whose arguments are objects. ChatTemplate tries the candidates on a sample
-chat (chat_sample.py) and takes the first one that loses nothing.
+Some refuse system turns, two turns of one role, or tool calls whose arguments are objects. ChatTemplate tries the candidates on
+a sample chat (chat_sample.py) and uses the first one that loses nothing.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def candidates(shape: Shape) -> list[Fit]:
         systems.append("later")
     if "system" in roles:
         systems.append("all")
+    # only changes that can matter are tried, because each candidate costs several renderings
     has_repeats = any(a == b != "tool" for a, b in itertools.pairwise(spoken)) or "system" in roles[1:]
     fits = (
         Fit(system, lead, join, json_arguments)
@@ -101,7 +102,7 @@ def _with_inline_reasoning(turn: Turn) -> Turn:
 def _without_system(messages: list[Turn], later_only: bool) -> list[Turn]:
     """Put system texts before the text of the next user turn.
 
-    Where an answer comes first, they go behind the last user turn, or into a user turn of their own.
+    Where an answer comes first, they are appended to the last user turn, or become a user turn of their own.
     """
     turns: list[Turn] = []
     waiting: list[str] = []
@@ -133,6 +134,7 @@ def joined_roles(messages: list[Turn]) -> list[Turn]:
     turns: list[Turn] = []
     for number, turn in enumerate(messages, 1):
         before = turns[-1] if turns else {"role": None}
+        # results of several calls stay separate turns: each has the id of its call
         if turn["role"] != before["role"] or turn["role"] == "tool":
             turns.append(turn)
             continue
@@ -152,6 +154,7 @@ def _joined_turn(before: Turn, turn: Turn) -> Turn:
             joined[name] = "\n\n".join(texts)
     calls = [*(before.get("tool_calls") or []), *(turn.get("tool_calls") or [])]
     if calls:
+        # a list is only added where there is a call, because templates test for the key
         joined["tool_calls"] = calls
     return joined
 
@@ -172,6 +175,7 @@ def with_short_ids(messages: list[Turn]) -> list[Turn]:
         if calls:
             turn = turn | {"tool_calls": calls}
         elif turn["role"] == "tool" and waiting:
+            # results without a known id are taken to be in the order of the calls, as in data without ids
             matches = [pair for pair in waiting if pair[0] is not None and pair[0] == turn.get("tool_call_id")]
             pair = matches[0] if matches else waiting[0]
             waiting.remove(pair)
@@ -181,7 +185,7 @@ def with_short_ids(messages: list[Turn]) -> list[Turn]:
 
 
 def _with_arguments(turn: Turn, as_text: bool) -> Turn:
-    """The turn with the arguments of its tool calls in the form that the template takes: JSON text, or objects."""
+    """Give a turn's tool calls their arguments in the form that the template accepts: JSON text, or objects."""
     calls = []
     for call in turn["tool_calls"]:
         function = call.get("function", call)
@@ -200,6 +204,7 @@ def _with_arguments(turn: Turn, as_text: bool) -> Turn:
 
 def trainable_part(messages: list[Turn], reasoning: str) -> list[Turn]:
     """Return the turns up to the last answer, each with a text; --reasoning drop removes reasoning."""
+    # turns after the last answer have no label, and would only make the sequence longer
     last = max((index for index, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
     turns = [turn | {"content": turn.get("content") or ""} for turn in messages[: last + 1]]
     if reasoning == "drop":
@@ -220,6 +225,7 @@ def text_of(turn: Turn) -> str:
 
 def reasoning_of(turn: Turn) -> str:
     """Return the reasoning before an answer, from a field of its own or from between <think> and </think>, or ''."""
+    # data sets made with R1 and Qwen hold reasoning in the text, others in a field
     inline = _THINK.match(turn["content"])
     return turn.get("reasoning_content") or (inline[1] if inline else "")
 
@@ -251,5 +257,5 @@ def answers_of(messages: list[Turn]) -> list[int]:
 
 
 def as_parts(messages: list[Turn]) -> list[Turn]:
-    """Give contents as lists of parts, as templates of models that see pictures expect them."""
+    """Give contents as lists of parts, as the templates of vision models expect them."""
     return [turn | {"content": [{"type": "text", "text": turn["content"]}] if turn["content"] else []} for turn in messages]

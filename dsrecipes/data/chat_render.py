@@ -1,7 +1,7 @@
 """How is a chat template rendered safely? Within a time limit, and with faults as messages.
 
-A template is a program that came with a tokenizer. transformers renders it in jinja2's sandbox, which keeps it away from Python and
-the disk, but does not stop an endless loop.
+A template is a program that came with a tokenizer. transformers renders it in jinja2's sandbox, which denies it Python's
+objects and the disk, but does not stop an endless loop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FAULTS = (
 
 
 class _TimeLimit(BaseException):
-    """Raised inside the rendering. It is no Exception, so that no handler on the way catches it."""
+    """Interrupts the rendering. Not an Exception, so that no handler in jinja2 or transformers catches it."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], generation: bool, **options: Any) -> Any:
@@ -53,6 +53,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], gene
         UserError: the template does not end.
     """
     try:
+        # first, because the time limit cannot interrupt a single operation
         _refuse_powers(str(tokenizer.chat_template))
         with _time_limit(_SECONDS):
             return tokenizer.apply_chat_template(turns, add_generation_prompt=generation, **{"tokenize": False} | options)
@@ -88,6 +89,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise _TimeLimit
 
+    # the handler and the timer of the caller are restored, because a user's program may use SIGALRM too
     before = signal.signal(signal.SIGALRM, stop)
     left = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

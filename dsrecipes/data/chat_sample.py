@@ -11,6 +11,7 @@ from dsrecipes.data.turns import Turn
 
 Shape = tuple[tuple[str, bool, bool, int], ...]
 """For each turn: its role, whether it has text, whether it has reasoning, and its number of tool calls."""
+# the id has nine letters and digits, because Mistral's templates refuse any other
 SAMPLE_CALL: dict[str, Any] = {
     "type": "function",
     "id": "a1b2c3d4e",
@@ -55,11 +56,11 @@ def sample_chat(shape: Shape) -> list[Turn]:
 
 
 def sample_reasoning(number: int) -> str:
-    """The reasoning of a sample's turn."""
+    """Return the reasoning of a sample's turn."""
     return f"zq{number}rqz"
 
 
 def call_parts(call: dict[str, Any]) -> list[str]:
-    """What a rendering must show of a sample's tool call."""
+    """Return what a rendering must show of a sample's tool call."""
     name = call["function"]["name"]
     return [f"{name}k", f"{name}v"]

@@ -37,7 +37,10 @@ def _no_indices() -> np.ndarray:
 
 @dataclass
 class Chunk:
-    """What became of a group of rows: their tokens as `sequences`, and one entry for each sequence or record."""
+    """The result of a group of rows: their tokens as `sequences`, and one entry for each sequence or record.
+
+    Arrow and numpy arrays instead of lists of ints, because a chunk is pickled from a worker to the main process.
+    """
 
     bad: int = 0
     """Rows that format_row refused."""
@@ -61,14 +64,15 @@ class Chunk:
     """Formats and columns of the rows; after a division the training part has those of all rows."""
 
     def subset(self, chosen: np.ndarray) -> Chunk:
-        """Return the part of the chosen records (a mask); bad rows are no records and stay behind."""
-        kept = chosen[self.record]
-        part = Chunk(records=int(chosen.sum()), record=self.record[kept], supervised=self.supervised[kept])
+        """Return the part of the chosen records (a mask); bad rows are no records and are not in it."""
+        mask = chosen[self.record]
+        # indices of records stay those of the group, so `record` and `dropped` need not be renumbered
+        part = Chunk(records=int(chosen.sum()), record=self.record[mask], supervised=self.supervised[mask])
         part.dropped = {reason: [index for index in indices if chosen[index]] for reason, indices in self.dropped.items()}
         part.notes = {note: [index for index in indices if chosen[index]] for note, indices in self.notes.items()}
-        if self.sequences is not None and self.row_sources is not None and kept.any():
-            mask = pa.array(kept)
-            part.sequences, part.row_sources = self.sequences.filter(mask), self.row_sources.filter(mask)
+        if self.sequences is not None and self.row_sources is not None and mask.any():
+            arrow_mask = pa.array(mask)
+            part.sequences, part.row_sources = self.sequences.filter(arrow_mask), self.row_sources.filter(arrow_mask)
         return part
 
 
@@ -85,6 +89,7 @@ def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
                 yield group
                 group, size = [], 0
     except Exception:
+        # a faulty row in this group comes before the error in the file, so its message must come first
         if group:
             yield group
         raise
@@ -93,7 +98,7 @@ def groups(rows: Iterable[tuple[str, Row]]) -> Iterator[Group]:
 
 
 def _characters(row: Row) -> int:
-    """Characters in the texts of a row, including the texts of its turns."""
+    """Count the characters in the texts of a row, including the texts of its turns."""
     values = list(row.values())
     turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
     texts = chain(values, *(turn.values() for turn in turns))
@@ -139,6 +144,7 @@ class Encoding:
         """
         normalize_weights(columns)
         self._refuse_weighted_blocks(columns)
+        # from here on an index is that of a record of the group, also where encode saw only the good ones
         record = [good[index] for index in columns.pop("record", range(len(good)))]
         for index, notes in zip(good, columns.pop("notes", ()), strict=False):
             for note in notes:
@@ -168,6 +174,7 @@ class Encoding:
             if weights and weights[index] == 0:
                 learned = 0
             length = _length(ids)
+            # dropped and not cut: a cut answer would teach the model to stop in the middle of a sentence
             if self.recipe.cut_into_blocks or (learned and length <= self.options.max_length):
                 keep.append(index)
                 supervised.append(learned)
@@ -189,13 +196,13 @@ class Encoding:
 
 def _count_faults(chunk: Chunk, faults: dict[int, str]) -> None:
     """Add the reasons why records were dropped; a record of several sequences may have lost only a part."""
-    kept = set(chunk.record.tolist())
+    remaining = set(chunk.record.tolist())
     for index, reason in sorted(faults.items()):
-        chunk.dropped.setdefault(f"in part {reason}" if index in kept else reason, []).append(index)
+        chunk.dropped.setdefault(f"in part {reason}" if index in remaining else reason, []).append(index)
 
 
 def _supervised(labels: list[int]) -> int:
-    """Labels that are learned: the first token is predicted from nothing, so its label does not count."""
+    """Count the labels that are learned: the first token is predicted from nothing, so its label does not count."""
     if not labels:
         return 0
     ignored = labels.count(IGNORE) - (labels[0] == IGNORE)
@@ -203,10 +210,10 @@ def _supervised(labels: list[int]) -> int:
 
 
 def _length(ids: list[Any]) -> int:
-    """Tokens of a sequence; of several texts those of the longest."""
+    """Count the tokens of a sequence; of several texts those of the longest."""
     return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)
 
 
 def _total(ids: list[Any]) -> int:
-    """Tokens of a sequence; of several texts those of all."""
+    """Count the tokens of a sequence; of several texts those of all."""
     return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)

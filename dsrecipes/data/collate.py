@@ -1,4 +1,7 @@
-"""How do sequences become the tensors of a batch?"""
+"""How do sequences become the tensors of a batch?
+
+Shifting, masking and selection of logits happen here and not in the model, so that any transformers model trains unpatched.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ TOKEN_COUNTS = "counts"
 
 
 class CausalCollator:
-    """Sequences to the batch of a causal language model, with logits computed only where there is a label.
+    """Collates sequences for a causal language model, with logits computed only where there is a label.
 
     There is no attention_mask: padding comes after the text, where no text position attends to it, and position ids that
     restart keep packed examples apart in every attention backend but flash attention, which reads them only in a batch of
@@ -51,6 +54,7 @@ class CausalCollator:
                 targets[line, start : end - 1] = row["labels"][1:]
                 if weights is not None and len(row[WEIGHTS]):
                     weights[line, start : end - 1] = row[WEIGHTS][1:]
+                # padding rows are not counted, so that tokens per second are useful tokens
                 if (row["labels"] != IGNORE).any():
                     tokens, rows = tokens + end - start, rows + 1
                 start = end
@@ -95,6 +99,7 @@ def segments(position_ids: torch.Tensor) -> dict[str, Any]:
     Args:
         position_ids: (batch, length); 0 begins an example.
     """
+    # flattened, because varlen kernels see a micro batch as one line of tokens
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
     longest = int(ends.diff().max())
@@ -109,7 +114,7 @@ def labelled(labels: torch.Tensor) -> torch.Tensor:
 
 
 class PaddingCollator:
-    """Rows with one label each (classification, multiple choice) to a batch padded to its longest text.
+    """Collates rows with one label each (classification, multiple choice), padded to the longest text.
 
     input_ids, attention_mask and other token fields: (batch, length) or (batch, choices, length). labels: (batch,) class
     numbers or, in float32, numbers; (batch, classes) of 0 and 1 in float32 for rows with several labels. weights, where
@@ -130,6 +135,7 @@ class PaddingCollator:
             batch[name] = _padded([row[name] for row in rows], nested, width, fill)
         ones = [[[1] * len(text) for text in _texts(row["input_ids"], nested)] for row in rows]
         batch["attention_mask"] = _padded(ones if nested else [texts[0] for texts in ones], nested, width, 0)
+        # by type, not by the recipe: a float label is a target of regression or of several classes, an integer a class
         labels = np.array([row["labels"] for row in rows])
         is_number = np.issubdtype(labels.dtype, np.floating)
         batch["labels"] = torch.from_numpy(labels.astype(np.float32 if is_number else np.int64))
@@ -141,7 +147,7 @@ class PaddingCollator:
 
 
 def _texts(values: Any, nested: bool) -> list[Any]:
-    """The texts of a field: several, or one."""
+    """Return the texts of a field as a list: several, or one."""
     return list(values) if nested else [values]
 
 

@@ -36,6 +36,7 @@ class ColumnWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # after an error the file is thrown away, and flushing could fail again and hide the first error
         if self._waiting and error[0] is None:
             self._flush()
         if self._writer is not None:
@@ -48,9 +49,9 @@ class ColumnWriter:
             self._writer = pa.ipc.new_stream(self._sink, batch.schema)
             self._schema = batch.schema
         batch = batch if batch.schema == self._schema else batch.cast(self._schema)
+        # hashed before batches are joined, and each column by itself, so that the fingerprint does not depend on the batches
         self._hash(batch)
         self.rows += len(batch)
-        # hashed before batches are joined, and each column by itself, so that the fingerprint does not depend on the batches
         self._waiting.append(batch)
         self._size += batch.nbytes
         if self._size >= self._piece:
@@ -105,6 +106,7 @@ def first_beyond(path: Path, name: str, limit: int) -> tuple[int, int] | None:
     start = 0
     for chunk in read_columns(path).column(name).chunks:
         column = _Chunk(chunk)
+        # one maximum over the chunk first: rows are searched one by one only where the fault is
         if column.numbers().max(initial=0) >= limit:
             for row in range(len(chunk)):
                 lists = column[row]
@@ -130,6 +132,7 @@ def _array(name: str, values: list) -> pa.Array:
         small = pa.float32()
     else:
         return array
+    # only the innermost type changes; Arrow casts nested lists only to the complete type
     for _ in range(depth):
         small = pa.list_(small)
     return array.cast(small)
@@ -154,11 +157,11 @@ class Column:
         return self.chunks[chunk][row - self.starts[chunk]]
 
     def numbers(self) -> list[np.ndarray]:
-        """All numbers chunk by chunk, flattened over every level of lists."""
+        """Return all numbers chunk by chunk, flattened over every level of lists."""
         return [chunk.numbers() for chunk in self.chunks]
 
     def lengths(self) -> np.ndarray:
-        """Numbers in each row; in a list of lists those of the longest."""
+        """Count the numbers in each row; in a list of lists those of the longest."""
         return np.concatenate([chunk.lengths() for chunk in self.chunks])
 
 
@@ -194,11 +197,11 @@ class _Chunk:
         return lists
 
     def numbers(self) -> np.ndarray:
-        """All numbers, flattened over every level of lists."""
+        """Return all numbers, flattened over every level of lists."""
         return self._numbers
 
     def lengths(self) -> np.ndarray:
-        """Numbers in each row; in a list of lists those of the longest."""
+        """Count the numbers in each row; in a list of lists those of the longest."""
         offsets, inner = self._offsets, self._inner
         assert offsets is not None and inner is not None, "a column of single numbers has no lengths"
         if inner._offsets is None:

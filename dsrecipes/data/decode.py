@@ -35,7 +35,7 @@ def suffix(path: Path) -> str:
 
 
 class _BoundedGzip(io.RawIOBase):
-    """The bytes of a gzip file, up to more than any data packs to: otherwise a bomb of a megabyte would fill the memory."""
+    """Reads a gzip file up to a bound that no real data reaches: otherwise a bomb of a megabyte would fill the memory."""
 
     def __init__(self, path: Path) -> None:
         self._file = gzip.open(path, "rb")  # noqa: SIM115 (closed by close)
@@ -68,7 +68,9 @@ def open_text(path: Path) -> TextIO:
     Raises:
         UserError: it holds zero bytes.
     """
+    # utf-8-sig, because Excel and Windows editors write a byte order mark that would become part of the first column's name
     file = open_bytes(path)
+    # peek, so that nothing has to be read again: a gzip stream would have to be unpacked from its beginning
     start = file.peek(PIECE)[:PIECE]
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in start:
@@ -98,6 +100,7 @@ def _describe_bad_byte(path: Path, error: UnicodeError) -> str:
     """Say which byte is not UTF-8, where it is, and how to convert the file."""
     if isinstance(error, UnicodeDecodeError) and error.encoding != "utf-8":
         return f"damaged {error.encoding} text ({error.reason}); save it as UTF-8"
+    # the file is read again, because the error of a text stream counts bytes from the beginning of its buffer
     line = 0
     with open_bytes(path) as file:
         for block in file:

@@ -10,13 +10,13 @@ from itertools import islice
 from dsrecipes.data.rows import Row, fingerprint
 
 _PIECE = 4096
-"""Characters of a piece, about: a row that is short enough to be named in a message and encoded at once."""
+"""Approximate characters of a piece: a row that is short enough to be named in a message and encoded at once."""
 _TITLE = re.compile(r" = [^=].*[^=] = \n?")
 """A level-1 title in WikiText's form."""
 
 
 def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> Iterator[tuple[int, Row]]:
-    """Join lines to pieces of about 4 kB: (number of the first line, {"text", "end"}); `end` marks the end of a document.
+    """Join lines into pieces of about 4 kB: (number of the first line, {"text", "end"}); `end` marks the end of a document.
 
     All lines are one document, but a level-1 title in WikiText's form (` = Title = `) starts another one.
 
@@ -28,7 +28,9 @@ def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> It
     piece: list[str] = []
     size = 0
     for number, line in enumerate(lines, first):
+        # a model would learn \r as a token of its own in texts from Windows
         line = line.replace("\r\n", "\n")
+        # cut at blank lines, which a token seldom spans; a text without any is cut at four times the size
         is_title = _TITLE.fullmatch(line) is not None
         if piece and (is_title or (size >= _PIECE and not line.strip()) or size >= 4 * _PIECE):
             if unfinished or "".join(piece).strip():
@@ -43,7 +45,10 @@ def pieces(lines: Iterable[str], first: int = 1, unfinished: bool = False) -> It
 
 @dataclass(frozen=True)
 class LineRows:
-    """Rows that are the lines of WikiText, as its data set on the hub has them, joined to documents again."""
+    """WikiText's lines, which its hub data set has as rows, joined into documents again.
+
+    Otherwise each line would end with eos, and the model would learn that documents are one line long.
+    """
 
     rows: Iterable[Row]
 
@@ -56,7 +61,7 @@ class LineRows:
         return (row for _, row in self.located())
 
     def located(self) -> Iterator[tuple[str, Row]]:
-        """Pieces of documents with the row that each begins at."""
+        """Yield pieces of documents with the row that each begins at."""
         texts = (str(row["text"]) for row in self.rows)
         lines = (text if text.endswith("\n") else text + "\n" for text in texts)
         return ((f"row {number}", row) for number, row in pieces(lines))

@@ -21,7 +21,7 @@ Segments = list[tuple[str, bool]]
 
 
 class RowHooks(Protocol):
-    """What the data layer uses of a recipe, so that it need not import RecipeBase.
+    """The part of a recipe that the data layer uses, so that it need not import RecipeBase.
 
     All hooks are static: their arguments are all that may change the tokens, and make up the cache key.
     """
@@ -30,11 +30,11 @@ class RowHooks(Protocol):
 
     @staticmethod
     def format_row(row: dict[str, Any]) -> dict[str, Any]:
-        """A row as a record of plain Python objects."""
+        """Convert a row to a record of plain Python objects."""
 
     @staticmethod
     def encode(records: list[dict], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> dict[str, list]:
-        """Records as columns: input_ids, labels and optional others."""
+        """Convert records to columns: input_ids, labels and optional others."""
 
     @staticmethod
     def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
@@ -54,6 +54,7 @@ def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Encode texts without special tokens."""
+    # slow tokenizers have no backend; without warnings about long texts, which are dropped and counted later
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
@@ -108,6 +109,7 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
             tokens = next(encoded)
             if index == 0 and tokens[: len(prefix)] != prefix:
                 tokens = prefix + tokens
+            # eos is always trained on, so that the model learns to stop; once, where the text already ends with it
             if trained and tokens[-1:] != [eos]:
                 tokens = [*tokens, eos]
             ids += tokens
@@ -118,7 +120,8 @@ def encode_segments(records: list[Segments], tokenizer: PreTrainedTokenizerBase)
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The bos token, where the tokenizer puts one before a text."""
+    """Return the bos token, where the tokenizer puts one before a text."""
+    # asked of the tokenizer and not of its attributes: many have a bos_token that they never write
     special = tokenizer("")["input_ids"]
     return [token for token in special[:1] if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
 
@@ -144,7 +147,7 @@ def weigh(batch: dict[str, list], weights: list[list[float]]) -> dict[str, list]
 
 
 def _spread(labels: list[int], answer_weights: list[float]) -> list[float]:
-    """The weight of each label: a new answer begins at each label that follows an IGNORE."""
+    """Return the weight of each label: a new answer begins at each label that follows an IGNORE."""
     values, answer = [1.0] * len(labels), -1
     for position, label in enumerate(labels):
         if label == IGNORE:

@@ -9,7 +9,7 @@ from typing import Any
 from dsrecipes.data.rows import Row
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""What a field holds that says nothing."""
+"""Values of a field without content; 0 and false are content."""
 
 
 def as_text(value: Any, name: str) -> str:
@@ -28,6 +28,7 @@ def as_text(value: Any, name: str) -> str:
         if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             return str(value)
         raise ValueError(f"{name} must be text, found {value if isinstance(value, float) else type(value).__name__}")
+    # isascii is nearly free, and most texts need no further check
     if not value.isascii():
         try:
             value.encode()

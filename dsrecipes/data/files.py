@@ -18,7 +18,7 @@ from dsrecipes.data.table import table_rows
 
 @dataclass(frozen=True)
 class FileRows:
-    """The rows of some files, read again at each pass.
+    """The rows of some files, read again at each pass, so that no file needs to fit into memory.
 
     Iterating yields rows (dicts); `located` yields (place, row), where the place is "FILE, line N" or "FILE, row N".
     """
@@ -38,6 +38,7 @@ class FileRows:
     @property
     def fingerprint(self) -> str:
         """Hash of the split, and of the files' names and bytes."""
+        # names without folders, so that a moved or copied data set is found in the cache
         digest = hashlib.sha256(self.split.encode())
         for path in self.files:
             digest.update(os.fsencode(path.name))

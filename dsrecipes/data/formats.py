@@ -1,7 +1,7 @@
 """Which formats of rows are known, and what are their columns called? One table.
 
-Adding a format is adding an entry to FORMATS. Everything else is derived from the table: what a row is taken for, the `rows` line of
-the header, the names that --columns may map to, messages about unknown rows, prompts without an answer, and the table of the
+A new format is one more entry in FORMATS. Everything else is derived from the table: which format a row has, the `rows` line of
+the header, the names that --columns may map to, messages about unknown rows, prompts without an answer, and the table in the
 documentation (`documented`).
 """
 
@@ -34,7 +34,7 @@ _NO_TEXT = re.compile(r"\s*|\W*no ?input\W*|<?NA>?|N/A|nan|null|none", flags=re.
 
 @dataclass(frozen=True)
 class Match:
-    """A format that fits the columns of a row, with the names of these columns in the row."""
+    """A format that fits the columns of a row, and the names that these columns have in the row."""
 
     format: RowFormat
     prompt: str
@@ -46,16 +46,19 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """A format of rows with a prompt and an answer."""
+    """A format of rows with a prompt and an answer: names of columns, and a parser.
+
+    Names are tried in order and in any letter case, because public data sets agree on the shapes but not on the names.
+    """
 
     name: str
     """In the header, in the plural: `120 Alpaca rows (instruction, output)`."""
     prompt: tuple[str, ...]
     """Names that the column of the prompt may have, in lower case, the preferred one first."""
     answer: tuple[str, ...] = ()
-    """The same for the answer; empty where the prompt column holds a whole chat."""
+    """The same for the answer; empty where the prompt column holds a complete chat."""
     parse: Callable[[Row, Match], dict[str, Any]]
-    """Returns {"instruction", "input", "output"} or {"messages": turns}; ValueError says what is wrong with the row."""
+    """Returns {"instruction", "input", "output"} or {"messages": turns}; raises ValueError for a faulty row."""
     fallback: bool = False
     """Only used where no other format fits."""
 
@@ -103,15 +106,15 @@ def _holds_turns(value: Any) -> bool:
 
 def _pair_turns(prompt: Any, answer: Any, prompt_column: str, answer_column: str) -> list[Turn]:
     if _holds_turns(prompt):
-        asked = chat_turns(prompt, prompt_column)
-        for turn in asked:  # TRL trains on the completion alone
+        turns = chat_turns(prompt, prompt_column)
+        for turn in turns:  # TRL trains on the completion alone
             if turn["role"] == "assistant":
                 turn["weight"] = 0.0
     else:
-        asked = [{"role": "user", "content": as_text(prompt, f"field {prompt_column!r}")}]
+        turns = [{"role": "user", "content": as_text(prompt, f"field {prompt_column!r}")}]
     if _holds_turns(answer):
-        return asked + check_answers(chat_turns(answer, answer_column), answer_column)
-    return [*asked, {"role": "assistant", "content": as_text(answer, f"field {answer_column!r}")}]
+        return turns + check_answers(chat_turns(answer, answer_column), answer_column)
+    return [*turns, {"role": "assistant", "content": as_text(answer, f"field {answer_column!r}")}]
 
 
 def optional_text(row: Row, column: Any) -> str:
@@ -202,6 +205,7 @@ def match_row(row: Row) -> Match | None:
         return matches[0] if matches else None
     # dict.get, because row.get would count the column as used (usage.ReadRow)
     with_prompt = [match for match in matches if dict.get(row, match.prompt) not in EMPTY]
+    # a prompt without an answer loses against a format that has one, such as a chat in another column
     answered = [match for match in with_prompt if match.answer is None or dict.get(row, match.answer) not in EMPTY]
     return (answered or with_prompt or list(matches))[0]
 
@@ -225,18 +229,19 @@ def matches(columns: tuple[Any, ...], mapped: tuple[str, ...]) -> tuple[Match, .
         present = [by_name[alias] for alias in aliases if alias in by_name]
         return next((column for column in present if column in mapped), present[0] if present else None)
 
+    # extra columns are looked up for every format: a system prompt or tools may accompany any of them
     extra = {part: find(aliases) for part, aliases in EXTRA_COLUMNS.items()}
     extra = {part: column for part, column in extra.items() if column is not None}
-    found = [
+    candidates = [
         Match(format, by_name[name], find(format.answer), extra)
         for format in FORMATS
         for name in format.prompt
         if name in by_name
     ]
-    found = [match for match in found if not match.format.fallback] or found
-    # the columns that the user maps are those to train on, whatever else the row has
-    most = max((_count_mapped(match, mapped) for match in found), default=0)
-    return tuple(match for match in found if _count_mapped(match, mapped) == most)
+    candidates = [match for match in candidates if not match.format.fallback] or candidates
+    # columns that the user maps are the ones to train on, whatever else the row has
+    most = max((_count_mapped(match, mapped) for match in candidates), default=0)
+    return tuple(match for match in candidates if _count_mapped(match, mapped) == most)
 
 
 def _count_mapped(match: Match, mapped: tuple[str, ...]) -> int:
@@ -266,6 +271,7 @@ def unknown_format(row: Row) -> str:
         )
     if {"role", "from"} & by_name.keys() and {"content", "value"} & by_name.keys():
         return 'a single turn, where a row must be a whole chat: [{"role": "user", ...}, {"role": "assistant", ...}]'
+    # the cheap explanations come first; the complete list of formats only helps where none of them applies
     known = "; ".join(format.columns for format in FORMATS if not format.fallback)
     text = next((by_name[name] for name in TEXT_COLUMNS if name in by_name), None)
     plain = f". For plain text (field {text!r}) use the recipe gpt2_clm" if text is not None else ""

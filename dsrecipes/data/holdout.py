@@ -46,18 +46,20 @@ def hold_out(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     random.Random(seed).shuffle(order)
     shuffled = np.frombuffer(order, np.int32)[:-1]  # one record always stays
     copies = np.diff(firsts, append=np.int32(len(keys)))[shuffled]
+    # whole groups of equal records are taken until the share is reached
     enough = int(np.searchsorted(np.cumsum(copies), max(1, round(share * len(keys))))) + 1
     chosen = np.sort(ordered[firsts[shuffled[:enough]]])
     return chosen[np.searchsorted(chosen, keys).clip(max=len(chosen) - 1)] == keys
 
 
 def hold_out_alone(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Like hold_out, but decide for each record by itself, so that equal records of several data sets are on the same side.
+    """Choose as hold_out does, but decide for each record alone: equal records of several data sets are on the same side.
 
     The share is met on average. Where there are two different records, at least one is held out and one stays.
     """
     if not len(keys) or keys.min() == keys.max():
         return np.zeros(len(keys), bool)
+    # a hash xor a random number is uniform, so a threshold chooses a share without knowing the other data sets
     drawn = keys ^ np.uint64(random.Random(seed).getrandbits(64))
     limit = np.clip(np.uint64(share * 2.0**64), drawn.min(), drawn.max() - np.uint64(1))
     return drawn <= limit

@@ -1,7 +1,7 @@
 """How do JSON and JSON Lines files become rows?
 
-Small files are parsed at once. Files that would fill the memory are read value by value (io/json_stream.py), with the same rows and the
-same messages.
+Small files are parsed at once, which is faster. Files that would fill the memory are read value by value (io/json_stream.py),
+with the same rows and the same messages.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _located(values: Any, path: Path, split: str | None) -> Iterator[tuple[str, Row]]:
-    """Values with their places, as rows."""
+    """Yield values as rows, with their places."""
     name = "row" if split is None else f"{split} row"
     for number, value in enumerate(values, 1):
         place = f"{path}, {name} {number}"
@@ -66,7 +66,7 @@ def _is_big(path: Path) -> bool:
 
 
 def _json_value(path: Path) -> Any:
-    """What a JSON file holds; None for JSON Lines under this name."""
+    """Parse a JSON file; None for JSON Lines under this name."""
     with open_text(path) as file:
         text = file.read()
     if not text.strip():
@@ -74,6 +74,7 @@ def _json_value(path: Path) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        # a complete first line with more after it is JSON Lines: many tools write it under the name .json
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
             return None
         value = parse_json(text, str(path))  # raises, with the line and the column
@@ -98,6 +99,7 @@ def json_splits(path: Path) -> list[str]:
         with open_text(path) as file:
             if file.read(PIECE).lstrip()[:1] != "{":
                 return []  # a list, which need not be read twice
+        # the splits must be known before the rows, because each split becomes a data set of its own
         if not _is_big(path):
             return list(splits_in(_json_value(path)))
         if _holds_lines(path):
@@ -109,7 +111,7 @@ def json_splits(path: Path) -> list[str]:
 
 
 def _big_splits(stream: JsonStream) -> list[str]:
-    """The splits of a JSON object whose lists all have the name of a split."""
+    """List the splits of a JSON object whose lists all have the name of a split."""
     names: list[str] = []
     others = False
     for key in stream.keys():  # noqa: SIM118 (no mapping)
@@ -132,7 +134,7 @@ def _skip(stream: JsonStream) -> None:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a file named .json holds one object a line."""
+    """Return whether a file named .json holds one object a line."""
     with open_text(path) as file:
         first = next((line for line in iter(lambda: file.readline(_LONG), "") if line.strip()), "")
         return len(first) < _LONG and _is_json(first) and bool(file.read(PIECE).strip())
@@ -151,11 +153,12 @@ def _read_big_json(path: Path, split: str) -> Iterator[tuple[str, Row]]:
     if _holds_lines(path):
         yield from read_json_lines(path)
         return
-    wanted = split if json_splits(path) else None
+    chosen_split = split if json_splits(path) else None
     with open_text(path) as file:
         stream = JsonStream(file, str(path))
-        for values in _row_lists(stream, path, wanted):
-            yield from _located(values, path, wanted)
+        for values in _row_lists(stream, path, chosen_split):
+            yield from _located(values, path, chosen_split)
+        # a text after the end would be silently ignored otherwise, such as a second list
         stream.end()
 
 
@@ -169,22 +172,22 @@ def _row_lists(stream: JsonStream, path: Path, split: str | None) -> Iterator[It
         return
     if first != "{":
         raise _not_rows(path, stream.value())
-    found = is_pandas = False
+    has_rows = is_pandas = False
     for key in stream.keys():  # noqa: SIM118 (no mapping)
         is_list = stream.peek() == "["
         is_pandas = is_pandas or key in ("columns", "schema")  # then these say how `data` is to be read
         if split is not None:
-            wanted = SPLITS.get(key.strip().lower()) == split
+            is_rows = SPLITS.get(key.strip().lower()) == split
         else:
-            wanted = is_list and key == "data" and not is_pandas
-        if wanted and found:
+            is_rows = is_list and key == "data" and not is_pandas
+        if is_rows and has_rows:
             raise UserError("DSR120", f"{path}: key {key!r} is written twice")
-        found = found or wanted
-        if wanted:
+        has_rows = has_rows or is_rows
+        if is_rows:
             yield stream.items() if is_list else iter(rows_in(stream.value(), path))
         elif is_list:
             _skip(stream)
         else:
             stream.value()
-    if not found:
-        yield iter(rows_in(_json_value(path), path))  # columns: the first row is known when all is read
+    if not has_rows:
+        yield iter(rows_in(_json_value(path), path))  # columns: even the first row is complete only when all is read

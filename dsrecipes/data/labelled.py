@@ -1,7 +1,7 @@
 """Which columns of a row hold the text and the label of a classifier?
 
-Column names are matched in any letter case; --columns comes first. Hub data sets give classes as numbers, which become
-their names here.
+Column names are matched in any letter case; --columns comes first. Hub data sets give classes as numbers, which are replaced
+by their names here, so that a saved model shows names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NO_LABEL = ("", "None", "nan", "-1", "-1.0")
 
 
 def labelled_record(row: Row) -> dict[str, Any]:
-    """A row as {"text", "label"}, perhaps with "text_pair" and "weight"; label None where the row has none.
+    """Read a row as {"text", "label"}, perhaps with "text_pair" and "weight"; label None where the row has none.
 
     Raises:
         ValueError: no column of text or none of labels, or a value that is neither; names the field.
@@ -56,7 +56,8 @@ def labelled_record(row: Row) -> dict[str, Any]:
 
 
 def _texts(fields: Mapping[str, Any], mapped: Iterable[str]) -> dict[str, str]:
-    """The first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
+    """Read the first pair of columns, or the first column of text, that the row has; `text` alone where --columns names it."""
+    # --columns text=... may leave a column such as `question` in the row, which must not become half of a pair
     pairs = PAIRS[:1] if "text" in mapped else PAIRS
     pair = next((pair for pair in pairs if all(name in fields for name in pair)), None)
     names = pair or sorted((name for name in TEXTS if name in fields), key=lambda name: name not in mapped)[:1]
@@ -76,7 +77,7 @@ def _label_column(fields: Mapping[str, Any], mapped: Iterable[str]) -> str | Non
 
 
 def _label(value: Any, name: str) -> Any:
-    """A label as JSON knows it: text, a number or a list of these; None where the row has no label."""
+    """Convert a label to what JSON knows: text, a number or a list of these; None where the row has no label."""
     if isinstance(value, str):
         value = value.strip()
         if value.startswith("[") and value.endswith("]"):  # a list in a cell of a table
@@ -84,6 +85,7 @@ def _label(value: Any, name: str) -> Any:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 return value
+    # a list is a set of classes or a vector of 0 and 1; labels.py decides when all labels are known
     if isinstance(value, (list, tuple)):
         return [_scalar(entry, name) for entry in value]
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
@@ -92,6 +94,7 @@ def _label(value: Any, name: str) -> Any:
 
 
 def _scalar(value: Any, name: str) -> Any:
+    # as JSON writes it, so that true and the text "true" are one class
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):
@@ -104,7 +107,7 @@ def _scalar(value: Any, name: str) -> Any:
 
 
 def has_labels(rows: Iterable[Row]) -> bool:
-    """Whether any row has a label."""
+    """Return whether any row has a label."""
     for row in rows:
         fields = LowerNames(row)
         name = _label_column(fields, getattr(row, "mapped", ()))
@@ -114,7 +117,7 @@ def has_labels(rows: Iterable[Row]) -> bool:
 
 
 def with_class_names(rows: Iterable[Row], renames: Mapping[str, str] | None = None) -> Iterable[Row]:
-    """Rows of a hub data set with the names of its classes in place of their numbers.
+    """Replace the class numbers in the rows of a hub data set by the names of the classes.
 
     Args:
         rows: of any kind; those without `features` are returned as they are.
@@ -127,11 +130,12 @@ def with_class_names(rows: Iterable[Row], renames: Mapping[str, str] | None = No
         inner = getattr(feature, "feature", feature)  # of a list of classes
         if (renames or {}).get(column, column).strip().lower() in LABELS and hasattr(inner, "names"):
             names[column] = inner.names
+    # with_transform renames when a row is read; map would write the data set to the disk again
     return rows.with_transform(partial(_name_classes, names)) if names else rows  # type: ignore[attr-defined]
 
 
 def _name_classes(names: dict[str, list[str]], batch: dict[str, list]) -> dict[str, list]:
-    """A batch of columns with class names for class numbers; -1 is no label."""
+    """Replace class numbers by class names in a batch of columns; -1 is no label."""
 
     def name(classes: list[str], value: Any) -> Any:
         if isinstance(value, list):

@@ -25,16 +25,16 @@ _SEPARATORS = re.compile(r"[|;,]")
 _UNNAMED = "LABEL_{}"
 """Name of a label that is a position in a vector of 0 and 1; transformers' own default."""
 _LISTED = 12
-"""Class names that a message lists."""
+"""Class names that a message lists; there may be hundreds."""
 
 
 def list_names(names: list[str]) -> str:
-    """The names of classes for a message, the first twelve of many."""
+    """Join the names of classes for a message, the first twelve of many."""
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
 def kind_and_names(values: list[Any], problem_type: str = "auto") -> tuple[str, list[str]]:
-    """What the training labels are, and the names of the classes in the order of their numbers.
+    """Decide what the training labels are; returns the kind, and the names of the classes in the order of their numbers.
 
     Args:
         values: the distinct labels.
@@ -57,6 +57,7 @@ def kind_and_names(values: list[Any], problem_type: str = "auto") -> tuple[str, 
         names = {_class_name(value) for value in values}
     if len(names) < 2:
         raise ValueError(f"all training labels are {', '.join(names) or 'empty'}: a classifier needs two classes or more")
+    # numbers in numeric order, so that class 10 does not come before class 2
     try:
         return kind, sorted(names, key=int)
     except ValueError:
@@ -64,10 +65,10 @@ def kind_and_names(values: list[Any], problem_type: str = "auto") -> tuple[str, 
 
 
 def _kind(values: list[Any]) -> str:
-    """The kind that the labels show.
+    """Derive the kind from the labels.
 
     Fractions are numbers and texts are classes. Whole numbers written with a point, or fractions written as text, could be
-    either, and the user is asked.
+    either, so the user must say which.
     """
     if any(isinstance(value, list) for value in values):
         return SEVERAL
@@ -95,19 +96,19 @@ def _number(value: Any) -> float | None:
 
 
 def _class_name(value: Any) -> str:
-    """A label as the name of a class; 1.0 and 1 are one class."""
+    """Return a label as the name of a class; 1.0 and 1 are one class."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _split_labels(value: Any) -> list[Any]:
-    """The labels of one row: a list as it is, a cell of a table at its separators."""
+    """Return the labels of one row: a list as it is, a cell of a table split at its separators."""
     if isinstance(value, str):
         return [part.strip() for part in _SEPARATORS.split(value) if part.strip()]
     return value if isinstance(value, list) else [value]
 
 
 def _are_vectors(values: list[Any]) -> bool:
-    """Whether all are lists of 0 and 1 of one length, such as [0, 1, 1]."""
+    """Return whether all are lists of 0 and 1 of one length, such as [0, 1, 1]."""
     lists = [value for value in values if isinstance(value, list)]
     lengths = {len(value) for value in lists}
     if len(lists) != len(values) or len(lengths) != 1 or min(lengths) < 2:
@@ -116,7 +117,7 @@ def _are_vectors(values: list[Any]) -> bool:
 
 
 def target(value: Any, kind: str, names: list[str]) -> Any:
-    """A label as the loss takes it: the number of its class, a 0 or 1 for each class, or a number.
+    """Convert a label to what the loss takes: the number of its class, a 0 or 1 for each class, or a number.
 
     Raises:
         ValueError: it is none of the training labels, or not a number.
@@ -128,6 +129,7 @@ def target(value: Any, kind: str, names: list[str]) -> Any:
         return number
     if kind == ONE:
         return _class_index(value, names)
+    # vectors have positions instead of names
     if names[0] == _UNNAMED.format(0):
         if not isinstance(value, list) or len(value) != len(names) or any(entry not in (0, 1) for entry in value):
             raise ValueError(f"label {value!r} is not a list of {len(names)} numbers 0 or 1, as the training labels are")
@@ -158,6 +160,7 @@ def number_labels(paths: dict[str, Path], decisive: list[str], problem_type: str
     Raises:
         ValueError: labels that leave their kind open, or one that training does not have; names the row.
     """
+    # each distinct text is parsed once: millions of rows have a handful of labels
     texts = {name: pc.unique(read_columns(path).column("labels")).to_pylist() for name, path in paths.items()}
     values = [json.loads(text) for text in dict.fromkeys(text for name in decisive for text in texts.get(name, []))]
     kind, names = kind_and_names(values, problem_type)
@@ -176,7 +179,7 @@ def _rewrite(path: Path, texts: list[str], kind: str, names: list[str]) -> str:
             raise ValueError(f"{RowSources(path).describe([row])}: {error}. Fix or remove the row") from None
     types = {ONE: pa.int32(), SEVERAL: pa.list_(pa.float32()), NUMBER: pa.float32()}
     numbers = pa.array(targets, types[kind])
-    # written beside the file and renamed: another process may be reading it
+    # written under another name and renamed: another process may be reading the file
     known, scratch = pa.array(texts, column.type), path.with_suffix(".labelled")
     with ColumnWriter(scratch, piece=0) as writer:
         for batch in read_batches(path):

@@ -1,4 +1,4 @@
-"""Which files and splits does a data set have? It is a file, a folder or a name of the hub."""
+"""Which files and splits does a data set have? A data set is a file, a folder or a name on the hub."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def split_of(path: Path) -> str | None:
 
 def data_files(folder: Path) -> list[Path]:
     """Return the data files below a folder, sorted, without hidden ones and other kinds."""
-    files = [p for p in folder.rglob("*") if p.is_file() and suffix(p) in SUFFIXES and not p.name.startswith(".")]
-    files = [p for p in files if p.name not in _NOT_DATA]
-    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+    files = [path for path in folder.rglob("*") if path.is_file() and suffix(path) in SUFFIXES]
+    files = [path for path in files if path.name not in _NOT_DATA and not path.name.startswith(".")]
+    # sorted, because the order of a directory differs between file systems, and the cache key covers the order of files
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Iterable[Row]]:
@@ -41,6 +42,7 @@ def load_splits(dataset: str, config_name: str | None = None) -> dict[str, Itera
     Raises:
         UserError: there is nothing, the kind of file is unknown, no network, a gated or unknown hub name.
     """
+    # a local file or folder comes first: a hub name that is also a folder here means the folder
     path = user_path(starter_path(dataset))
     if path.is_file():
         if suffix(path) not in SUFFIXES:
@@ -66,7 +68,7 @@ def _load_from_hub(dataset: str, config_name: str | None, path: Path) -> dict[st
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or suffix(path) in SUFFIXES
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         raise UserError("DSR112", f"--dataset {dataset}: no such file or folder")
-    import datasets
+    import datasets  # takes a second, and only hub data sets need it
 
     try:
         loaded = datasets.load_dataset(dataset, config_name)
@@ -97,6 +99,7 @@ def _explained(error: Exception, dataset: str) -> Exception:
 
     from dsrecipes.io.hub import hub_error
 
+    # load_dataset raises ValueError for an unknown configuration as well as for a file that it cannot parse
     message = hub_error(error, dataset, "data set", "--dataset FILE (.json .jsonl .csv .tsv .parquet .txt) or FOLDER")
     if message is None and isinstance(error, (ValueError, DatasetGenerationError)):
         message = (

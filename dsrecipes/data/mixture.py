@@ -97,7 +97,7 @@ class JoinedSequences(Sequences):
         self.lengths = np.concatenate([part.lengths for part in parts.values()])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything: the parts pickle themselves without their memory maps."""
+        """Return all attributes: the parts pickle themselves without their memory maps."""
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class JoinedSequences(Sequences):
 
     @property
     def parts(self) -> dict[str, Sequences]:
-        """The sequences of each source."""
+        """The sequences by the name of the source."""
         return self._parts
 
     def row_lengths(self) -> np.ndarray:
@@ -121,7 +121,7 @@ class JoinedSequences(Sequences):
         return list(files.items())
 
     def _located(self, number: int, firsts: np.ndarray) -> tuple[Sequences, int]:
-        """The source of a row or sequence, and its number there; `firsts` are the first numbers of the sources."""
+        """Find the source of a row or sequence, and its number there; `firsts` are the first numbers of the sources."""
         part = int(np.searchsorted(firsts, number, side="right")) - 1
         return list(self._parts.values())[part], int(number - firsts[part])
 
@@ -146,8 +146,8 @@ class JoinedSequences(Sequences):
 class Mixture(JoinedSequences):
     """Rows drawn from several sources, different ones in each epoch; a function of seed and epoch alone.
 
-    The numbering of sequences continues across epochs: index = epoch x sequences of an epoch + position in it. So a data worker
-    that outlives an epoch need not be notified of the next one.
+    The numbering of sequences continues across epochs: index = epoch x sequences of an epoch + position in it. So a persistent
+    data worker need not be notified of a new epoch.
     """
 
     def __init__(self, parts: dict[str, Sequences], counts: dict[str, int], capacity: int | None, seed: int) -> None:
@@ -177,10 +177,10 @@ class Mixture(JoinedSequences):
         return self._counts
 
     def fix_length(self, batch: int, epochs: float, max_steps: int) -> None:
-        """Give every epoch of the run the same number of sequences, because Trainer counts the steps of one epoch only.
+        """Give every epoch of the run the same number of sequences, because Trainer counts the steps of the first one only.
 
-        It is the number of the epoch that packs worst, in whole steps where there are enough rows; in the other epochs the
-        sequences with the most rows are cut in two.
+        That is the number of the epoch that packs worst, rounded up to full steps where there are enough rows; in the other
+        epochs the sequences with the most rows are cut in two.
 
         Args:
             batch: sequences of a step.
@@ -197,7 +197,8 @@ class Mixture(JoinedSequences):
         self.lengths = self.lengths_of(0)
 
     def _most_sequences(self, batch: int, epochs: float, max_steps: int) -> int:
-        """Sequences of the epoch that packs worst."""
+        """Count the sequences of the epoch that packs worst."""
+        # with --max_steps the number of epochs depends on the result: more sequences to an epoch, fewer epochs to look at
         most = epoch = 0
         while True:
             last = math.ceil(epochs)
@@ -226,7 +227,7 @@ class Mixture(JoinedSequences):
         return rows[start : ends[position]].tolist()
 
     def drawn(self, epoch: int) -> list[np.ndarray]:
-        """The rows that an epoch has of each source, by their numbers there."""
+        """Return the rows that an epoch has of each source, by their numbers there."""
         # an epoch depends on all draws before it, so an earlier epoch than the last one starts again from the first
         following, iterators = self._drawn
         if following > epoch or not iterators:
@@ -243,14 +244,14 @@ class Mixture(JoinedSequences):
         return rows
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of an epoch in the order of its sequences, and where each sequence ends."""
+        """Return the rows of an epoch in the order of its sequences, and where each sequence ends."""
         if self._epoch is None or self._epoch[0] != epoch:
             rows, ends = self._packed(epoch)
             self._epoch = (epoch, rows, cut_to(ends, self._per_epoch))
         return self._epoch[1:]
 
     def _packed(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The layout of an epoch before its number of sequences is fixed."""
+        """Return the layout of an epoch before its number of sequences is fixed."""
         drawn = np.concatenate([first + rows for first, rows in zip(self._first_row, self.drawn(epoch), strict=False)])
         rows = np.random.default_rng((self._seed, epoch)).permutation(drawn)
         if self._capacity is None:
@@ -266,6 +267,7 @@ def cut_to(ends: np.ndarray, count: int) -> np.ndarray:
         ends: where each sequence ends in the order of rows.
         count: at most the number of rows.
     """
+    # several rounds, because a sequence can only be cut in two in each
     while len(ends) < count:
         sizes = np.diff(ends, prepend=0)
         longest = np.argsort(-sizes, kind="stable")[: count - len(ends)]

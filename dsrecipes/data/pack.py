@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bins:
-    """Rows by bin, in two flat arrays: millions of small arrays would take gigabytes."""
+    """Row numbers by bin, in two flat arrays: millions of small arrays would take gigabytes."""
 
     rows: np.ndarray
     """Row numbers (int32), ascending in each bin."""
@@ -36,7 +36,7 @@ class Bins:
 
 @dataclass
 class _Bunch:
-    """Bins with rows of the same lengths, so that they can be treated together."""
+    """Bins filled with the same lengths, which are handled as one."""
 
     count: int
     pattern: tuple[tuple[int, int], ...] = ()
@@ -47,7 +47,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
     """Pack rows into as few bins as best-fit decreasing finds; a function of the lengths alone.
 
     Best-fit decreasing (Johnson 1973) takes the longest row first, and puts each into the fullest bin that still holds it. As
-    lengths are whole numbers up to `capacity`, the rows of a length go to all bins with the same free space at once: millions
+    lengths are integers up to `capacity`, the rows of a length are put into all bins with the same free space at once: millions
     of rows take about as many operations as there are pairs of length and space.
 
     Args:
@@ -61,6 +61,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
     by_space: dict[int, list[_Bunch]] = {}
     # bit s is set where a bin with s free tokens exists: the lowest bit from `length` on is the fullest bin that fits
     filled = 0
+    # longest first: short rows fill the gaps that long ones leave
     counts = np.bincount(lengths)
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
@@ -86,7 +87,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Bins:
 
 
 def _rows_of(bunches: list[_Bunch], lengths: np.ndarray) -> Bins:
-    """Give each bin its rows: the rows of a length in their order, bunch by bunch."""
+    """Assign row numbers to the bins: the rows of a length in their order, bunch by bunch."""
     by_length = np.argsort(lengths, kind="stable").astype(np.int32)
     next_of = np.concatenate(([0], np.cumsum(np.bincount(lengths)))) if len(lengths) else np.zeros(1, np.int64)
     widths = [sum(per_bin for _, per_bin in bunch.pattern) for bunch in bunches]
@@ -140,6 +141,7 @@ class BlockCutter:
     def cut(self, tokens: np.ndarray) -> np.ndarray:
         """Return the blocks that `tokens` complete, of shape (blocks, size); `rest` is what is left."""
         tokens = np.concatenate((self.rest, tokens))
-        whole = len(tokens) - len(tokens) % self.size
-        self.rest = tokens[whole:].copy()
-        return tokens[:whole].reshape(-1, self.size)
+        end = len(tokens) - len(tokens) % self.size
+        # a copy, because a view would keep all tokens of the call in memory
+        self.rest = tokens[end:].copy()
+        return tokens[:end].reshape(-1, self.size)

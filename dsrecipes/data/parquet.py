@@ -22,7 +22,9 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     with parquet_readable(path):
         number = 0
+        # Parquet is read from its end, and gzip cannot seek, so a .gz is unpacked into memory
         source: Any = io.BytesIO(open_bytes(path).read()) if path.name.endswith(".gz") else path
+        # in batches, because a row group takes many times its size as Python objects
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(_ROWS):
             for row in batch.to_pylist():
                 number += 1

@@ -30,8 +30,10 @@ def instruction_record(row: Row) -> dict[str, Any]:
     system = optional_text(row, extra["system"]) if "system" in extra else ""
     history = _history(row, extra["history"]) if "history" in extra else []
     tools = tool_schemas(row.get(extra["tools"]), extra["tools"]) if "tools" in extra else []
+    # a chat only where it must be one: --prompt_style alpaca has a prompt for plain instructions
     if system or history or tools or "messages" in record:
         turns = record["messages"] if "messages" in record else as_turns(record)
+        # some data sets have the system prompt both as a column and as the first turn
         is_repeated = turns[0] == {"role": "system", "content": system}
         opening: list[Turn] = [{"role": "system", "content": system}] if system and not is_repeated else []
         record = {"messages": check_answers([*opening, *history, *turns], match.prompt)}
@@ -41,7 +43,7 @@ def instruction_record(row: Row) -> dict[str, Any]:
 
 
 def _weighted(row: Row, match: Match, record: dict[str, Any]) -> dict[str, Any]:
-    """Add the weight of a row, and tell the header its format."""
+    """Add the weight of a row, and record its format for the header."""
     column = match.extra.get("weight")
     given = row.get(column) if column is not None else None
     if given not in EMPTY:
@@ -59,7 +61,7 @@ def as_turns(record: dict[str, Any]) -> list[Turn]:
 
 
 def _history(row: Row, column: Any) -> list[Turn]:
-    """Earlier turns: [question, answer] pairs, or turns."""
+    """Read earlier turns: [question, answer] pairs, or turns."""
     value = row.get(column)
     if value in EMPTY:
         return []
@@ -103,6 +105,7 @@ def prompt_record(row: Row) -> tuple[dict[str, Any], str | None]:
     Raises:
         ValueError: as instruction_record.
     """
+    # with a stand-in answer the row takes the same path as in training, so prompts cannot differ from those trained on
     complete, answered = with_answer(row, "-")
     record = instruction_record(complete)
     if "messages" in record:
@@ -148,6 +151,7 @@ def _with_last_turn(row: Row, column: str, answer: str, reasoning: str) -> tuple
 
 
 def _changed(row: Row, column: str, value: Any) -> Row:
+    # copy and not {**row}: a MappedRow must stay one, or --columns would lose its effect
     changed = copy(row)
     changed[column] = value
     return changed

@@ -1,6 +1,6 @@
 """How are rows prepared? Format, encode, hold out and write each split, once for each content.
 
-The result is cached (cache.py says under which key): one rank writes, and the others wait for its lock. Rows pass through as a
+The result is cached (see cache.py for the key): one rank writes, and the others wait for its lock. Rows pass through as a
 stream of chunks, so that memory does not grow with the data.
 """
 
@@ -68,8 +68,10 @@ def prepare(
         UserError: a row has a fault (with its place), or a split has no rows, or none with a token to train on.
     """
     names = [name for name in ("train", "validation", "test") if name in splits]
+    # an iterator can be read once, but rows are read for the cache key and again to be encoded
     splits = {name: list(splits[name]) if isinstance(splits[name], Iterator) else splits[name] for name in names}
     share = validation_split if "validation" not in splits else 0.0
+    # without a choice the seed is left out, so that another seed finds the same entry
     key = cache_key(recipe, splits, tokenizer, options, share, seed if share else 0, skip_bad_rows, hold_out.__name__)
     folder = cache_root() / "data" / key
     if not is_written(folder):
@@ -103,6 +105,7 @@ def _write_splits(
                 stats |= _write(((name, chunk) for chunk in chunks), scratch, encoding, [name])
             else:
                 stats |= _write(_divided(chunks, scratch, divide), scratch, encoding, [name, "validation"])
+    # before the folder is renamed, so that an empty result is never taken from the cache
     refuse_empty(stats, splits)
     # what a recipe can only decide with all rows known, such as the numbers of class names
     paths = {name: scratch / f"{name}.arrow" for name, split in stats.items() if split.kept}
@@ -124,7 +127,7 @@ def _counted(chunks: Iterable[Chunk], progress: Callable[[int], Any]) -> Iterato
 def _divided(chunks: Iterable[Chunk], scratch: Path, choose: _Choose) -> Iterator[tuple[str, Chunk]]:
     """Divide chunks into train and validation.
 
-    The choice needs the keys of all rows. Until they are known, the tokens wait in a file instead of in memory.
+    The choice needs the keys of all rows. Until they are known, the tokens are stored in a file instead of in memory.
     """
     keys, waiting = [], []
     path = scratch / "undivided.arrow"
@@ -216,6 +219,7 @@ class _SplitWriter:
                 self._write_blocks(rest[None])
             stats.supervised = stats.tokens - stats.tail
             stats.kept = stats.kept if self.columns.rows else 0
+        # taken before `finish` may rewrite the file; _write_splits then replaces it
         stats.fingerprint = self.columns.fingerprint if stats.kept else ""
         stats.largest_id = self.columns.largest
         return stats

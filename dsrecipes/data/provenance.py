@@ -22,16 +22,17 @@ _SCHEMA = pa.schema({"source": pa.dictionary(pa.int32(), pa.string()), "number":
 
 
 class RowSources:
-    """Where the rows of one prepared split came from: a file of (source, number, tokens), one entry for each sequence."""
+    """The origin of the rows of one prepared split: a file of (source, number, tokens), one entry for each sequence."""
 
     def __init__(self, rows: Path) -> None:
-        """Of the split whose tokens are in the file `rows`."""
+        """Name the file that belongs to the split whose tokens are in `rows`."""
         self.path = rows.with_suffix(".rows")
 
     @staticmethod
     def batch(places: Iterable[str], tokens: Iterable[int]) -> pa.RecordBatch:
         """Build the entries of some sequences from their places (`FILE, line 7`) and their numbers of tokens."""
         sources, indices, numbers = dict[str, int](), array("i"), array("q")
+        # split into file and number, so that a batch stores the name of a file once
         for place in places:
             source, _, number = place.rpartition(" ")
             if not number.isdecimal():
@@ -59,7 +60,7 @@ class RowSources:
 
 
 def _rows_of_blocks(tokens: np.ndarray, blocks: list[int], size: int) -> list[int]:
-    """The first and the last row of each block of `size` tokens, of rows that have `tokens` each."""
+    """Find the first and the last row in each block of `size` tokens; `tokens` are the lengths of the rows."""
     ends = np.cumsum(tokens)
     firsts = [int(np.searchsorted(ends, block * size, "right")) for block in blocks]
     lasts = [min(int(np.searchsorted(ends, (block + 1) * size)), len(ends) - 1) for block in blocks]

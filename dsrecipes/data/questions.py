@@ -45,7 +45,9 @@ UNGROUPED = "ungrouped"
 
 
 def question_record(row: Row) -> dict:
-    """Read a row as {"question", "options" (four), "answer" (0 to 3), "subject", "weight" if given}; columns in any letter case.
+    """Read a row as {"question", "options" (four), "answer" (0 to 3), "subject", "weight" if given}.
+
+    Columns are matched in any letter case.
 
     Raises:
         ValueError: a field is missing or empty, the answer is not one of the letters, or the weight is no number.
@@ -112,19 +114,20 @@ def sources(
     """
     folder = user_path(starter_path(dataset))
     if not folder.exists():
+        # a misspelled subject is refused before the download
         wanted_subjects(subjects, SUBJECTS)
         folder = fetch_csv(dataset)
     files = [folder] if folder.is_file() else data_files(folder)
     if not files:
-        load_splits(str(folder))  # raises, and says what is missing
+        load_splits(str(folder))  # raises the message for an empty folder
     by_subject = [(subject_of(path), path) for path in files]
-    wanted = wanted_subjects(subjects, {subject for subject, _ in by_subject})
+    chosen = wanted_subjects(subjects, {subject for subject, _ in by_subject})
     splits = {path: split_of(path.relative_to(folder) if folder.is_dir() else path) for path in files}
     if "train" not in splits.values():
         # TMMLU+ has no train split: it calls the few example questions of a subject `dev`, and its validation questions `val`
         splits = {path: "train" if _is_dev(path) else split for path, split in splits.items()}
     for subject, path in by_subject:
-        if wanted is None or subject in wanted:
+        if chosen is None or subject in chosen:
             for split, rows in load_splits(str(path)).items():  # a JSON file may hold several
                 named = [(place, _with_subject(with_names(row, columns or {}), subject)) for place, row in located(rows)]
                 yield (splits[path] or "train") if split == "train" else split, named
@@ -143,6 +146,7 @@ def _is_dev(path: Path) -> bool:
 def subject_of(path: Path) -> str:
     """Return the subject in a file's name: physics_test.csv and test/physics.csv are physics."""
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    # only a name of a split is removed, because subjects have underscores too
     head, _, last = stem.rpartition("_")
     return head if head and last.lower() in SPLITS else stem
 
@@ -155,7 +159,7 @@ def plain(text: str) -> str:
 def pool(rows: list[tuple[str, Row]], seed: int) -> dict[str, list[tuple[str, Row]]]:
     """Divide questions 70/25/5 inside each subject, with a seed; questions that are equal after `plain` stay together.
 
-    Each question goes to the split that is furthest behind its share, so that the shares hold over all subjects, however
+    Each question is assigned to the split that is furthest below its share, so that the shares hold over all subjects, however
     small.
     """
     repeats: dict[str, list[tuple[str, Row]]] = {}
@@ -167,10 +171,11 @@ def pool(rows: list[tuple[str, Row]], seed: int) -> dict[str, list[tuple[str, Ro
         subjects.setdefault(str(same[0][1].get("subject", "")), []).append(same)
     splits: dict[str, list[tuple[str, Row]]] = {name: [] for name in SHARES}
     draw, seen = random.Random(seed), 0
+    # in the order of names, so that the order of the files does not change the division
     for subject in sorted(subjects):
         draw.shuffle(subjects[subject])
         for same in subjects[subject]:
             seen += len(same)
-            behind = {name: share * seen - len(splits[name]) for name, share in SHARES.items()}
-            splits[max(SHARES, key=behind.__getitem__)] += same
+            missing = {name: share * seen - len(splits[name]) for name, share in SHARES.items()}
+            splits[max(SHARES, key=missing.__getitem__)] += same
     return splits

@@ -19,7 +19,7 @@ BAD_ROW = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class Records:
-    """(place, record) of rows through format_row, in order; a bad row raises, or is dropped and counted."""
+    """The records of rows, in order, with their places; a bad row raises, or is dropped and counted."""
 
     def __init__(self, format_row: Callable[[Row], dict], rows: Iterable[Row], skip_bad_rows: bool) -> None:
         self.format_row, self.rows, self.skip_bad_rows = format_row, rows, skip_bad_rows
@@ -28,6 +28,7 @@ class Records:
         """Formats and columns of the rows; complete after an iteration."""
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
+        # counted in local variables, so that a second iteration does not add to the counts of the first
         bad, seen = 0, ColumnUsage()
         for place, row in located(self.rows):
             try:
@@ -62,7 +63,10 @@ def record_hash(record: dict) -> int:
 
 
 def _without_weights(record: dict) -> dict:
-    """The record without `weight`, which each turn of a chat may have too."""
+    """Return the record without `weight`, which each turn of a chat may have too.
+
+    Two rows that differ only in weight have the same text, so they must not be on both sides of a split.
+    """
     content = {name: value for name, value in record.items() if name != "weight"}
     if isinstance(content.get("messages"), list):
         content["messages"] = [
@@ -97,7 +101,7 @@ def encode_group(
     try:
         return recipe.encode([record for _, record in group], tokenizer, options), list(range(len(group)))
     except (ValueError, TypeError) as failure:
-        # a tokenizer says which text it refuses, but not of which row, so the records are tried one by one
+        # the error of a tokenizer does not name the row, so the records are tried one by one
         good = []
         for index, (place, record) in enumerate(group):
             try:
@@ -107,6 +111,7 @@ def encode_group(
                     raise bad_row(place, error) from error
             else:
                 good.append(index)
+        # no single record fails, so the recipe's encode does: its own traceback helps more than a message about rows
         if len(good) == len(group):
             raise failure
         if not good:

@@ -15,7 +15,10 @@ _LOOKED_AT = 1000
 
 
 class MappedRow(dict):
-    """A row with columns that the user renamed; `mapped` are the new names."""
+    """A row with columns that the user renamed; `mapped` are the new names.
+
+    A subclass of dict, so that format_row gets an ordinary row and need not know of --columns.
+    """
 
     mapped: tuple[str, ...] = ()
 
@@ -39,7 +42,7 @@ def renamed(splits: dict[str, Iterable[Row]], columns: Mapping[str, str]) -> dic
 
 
 def _is_renamed(rows: Any) -> bool:
-    """Whether a recipe's load_rows has renamed the columns, perhaps below rows of its own."""
+    """Return whether a recipe's load_rows has renamed the columns, perhaps below rows of its own."""
     while rows is not None and not isinstance(rows, RenamedRows):
         rows = getattr(rows, "rows", None)
     return rows is not None
@@ -52,7 +55,7 @@ def with_names(row: Row, columns: Mapping[str, str]) -> Row:
 
 @dataclass(frozen=True)
 class RenamedRows:
-    """Rows with renamed columns."""
+    """Rows with renamed columns; renamed when they are read, so that files need not be rewritten."""
 
     rows: Iterable[Row]
     columns: tuple[tuple[str, str], ...]
@@ -98,9 +101,8 @@ class RenamedRows:
         result = MappedRow(row)
         values = {name: _take(result, row, column) for name, column in self.columns if _has(row, column)}
         for name in values.keys() & result.keys():
-            result[f"{name} (replaced by --columns)"] = result.pop(
-                name
-            )  # under a name that no recipe reads, so that it counts as unused
+            # under a name that no recipe reads, so that the header counts the column as unused
+            result[f"{name} (replaced by --columns)"] = result.pop(name)
         if not values:
             return row
         result.update(values)
@@ -109,7 +111,8 @@ class RenamedRows:
 
 
 def _has(row: Row, column: str) -> bool:
-    """Whether a row has a column, or `column.key` inside one."""
+    """Return whether a row has a column, or `column.key` inside one."""
+    # the full name first, because a column of a file may contain a dot
     if column in row:
         return True
     head, _, rest = column.partition(".")

@@ -1,4 +1,7 @@
-"""What is a row, and where does it come from? Rows with their places, whatever holds them."""
+"""What is a row, and where does it come from? Rows with their places, whatever holds them.
+
+A place (`FILE, line 7`) is carried from the file to the message, so that a fault found late can still be fixed in the file.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class LocatedRows:
         return (row for _, row in self.rows)
 
     def located(self) -> Iterator[tuple[str, Row]]:
-        """Rows with their places."""
+        """Return rows with their places."""
         return iter(self.rows)
 
 
@@ -53,6 +56,7 @@ def _pruned(value: Any) -> Any:
 
 def fingerprint(rows: Iterable[Row]) -> str:
     """Hash the content of rows; costs little where the source already has a hash (files, a datasets.Dataset)."""
+    # the hash of a datasets.Dataset covers its files and transforms, so its rows need not be read
     own = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
     if own:
         return own

@@ -11,18 +11,20 @@ from torch.utils.data import DataLoader
 from dsrecipes.data.sequences import PADDING_ROW, Sequences
 
 _BUCKET_STEPS = 16
-"""Steps whose rows are sorted by length together."""
+"""Steps whose rows are sorted by length together: enough for even lengths, few enough to stay close to a random order."""
 
 
 class StepSampler:
     """Yields index batches of one rank; the rows of a step depend on seed, epoch and step alone.
 
     The `micro x accumulation x world` rows of a step are laid out as (accumulation, rank, micro), so that the same rows are
-    in a step whatever the number of ranks. To give the rows of a micro batch, and of all ranks at a time, about the same
-    length, the shuffled rows of 16 steps are sorted by length and cut into quarters of a step: each step gets one quarter
-    drawn from the longest, one from the next, and so on. So a row is equally likely in each step, and every step has long and
-    short rows. Inside a step rows are sorted by length. Without shuffling all rows are sorted by length. The last step of an
-    epoch is filled with PADDING_ROW.
+    in a step whatever the number of ranks.
+
+    Length bucketing: the rows of a micro batch, and those that all ranks work on at a time, should have about the same length.
+    So the shuffled rows of 16 steps are sorted by length and cut into quarters of a step, and each step gets one quarter drawn
+    from the longest, one from the next, and so on. A row is then equally likely in each step, and every step has long and short
+    rows. Inside a step rows are sorted by length. Without shuffling all rows are sorted by length. The last step of an epoch is
+    filled with PADDING_ROW.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class StepSampler:
         order = np.full(self.steps * int(np.prod(self.shape)), PADDING_ROW)
         if self.shuffle:
             generator = np.random.default_rng((self.seed, self.epoch))
+            # seeded by epoch and not drawn on: a resumed run gets the order of its epoch without replaying earlier ones
             order[:rows] = generator.permutation(rows)
             per_step = len(order) // self.steps
+            # the last step of an epoch is left out, because its padding rows have no length to sort by
             self._bucket_by_length(order[: rows - rows % per_step], per_step, generator)
         else:
             order[:rows] = self._longest_first(np.arange(rows))
@@ -85,6 +89,7 @@ class StepSampler:
 
     def _bucket_by_length(self, order: np.ndarray, per_step: int, generator: np.random.Generator) -> None:
         """Give each step an equal part of the long and of the short rows; changes `order`, which holds whole steps."""
+        # quarters where they divide a step evenly, else halves; otherwise each row is a part
         parts = next((parts for parts in (4, 2) if per_step % parts == 0), per_step)
         for start in range(0, len(order), _BUCKET_STEPS * per_step):
             rows = self._longest_first(order[start : start + _BUCKET_STEPS * per_step])

@@ -1,4 +1,7 @@
-"""What is a training sequence? One prepared row, or several packed into one."""
+"""What is a training sequence? One prepared row, or several packed into one.
+
+Rows are read from the memory-mapped file when they are needed, and packed by number: packing copies no token.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from dsrecipes.data.pack import Bins, pack, packed
 from dsrecipes.data.weights import WEIGHTS
 
 PADDING_ROW = -1
-"""Index of a row whose labels are all ignored. It fills a short step, where a repeated row would count twice."""
+"""Index of a row whose labels are all ignored. It fills up a short step, where a repeated row would count twice."""
 Features = dict[str, Any]
 """A row as numpy arrays and numbers, by column."""
 
 
 class Sequences(TorchDataset):
-    """The sequences of a prepared split: single rows, or several whole rows packed into each.
+    """The sequences of a prepared split: single rows, or several complete rows packed into each.
 
     An item is [row, ...], where a row is a dict of input_ids, labels and the other numbers that encode returned. The item of
     index PADDING_ROW has one row that nothing is learned from.
@@ -44,6 +47,7 @@ class Sequences(TorchDataset):
         self.lengths: np.ndarray = self.columns["input_ids"].lengths()
         """Tokens of each sequence; of a row of several texts those of its longest."""
         if capacity is not None:
+            # the bins of a file are stored next to it, because packing millions of rows takes seconds at each start
             in_memory = self.table is not None
             self.bins = pack(self.lengths, capacity) if in_memory else packed(self.path, self.lengths, capacity)
             self.lengths = np.add.reduceat(self.lengths[self.bins.rows], self.bins.starts[:-1])
@@ -66,7 +70,7 @@ class Sequences(TorchDataset):
             self.columns[WEIGHTS] = weights
 
     def __getstate__(self) -> dict[str, Any]:
-        """For data workers: leave out the columns, because a worker maps the file itself."""
+        """Leave out the columns: a data worker maps the file itself, instead of getting a copy of all tokens."""
         return {key: value for key, value in vars(self).items() if key != "columns"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,7 +118,7 @@ class Sequences(TorchDataset):
 
     @property
     def sample(self) -> Sequences:
-        """Sequences that checks may look at: here all."""
+        """Sequences that checks may look at: all of them here."""
         return self
 
     def __len__(self) -> int:
@@ -124,11 +128,12 @@ class Sequences(TorchDataset):
         return [self._padding_row()] if index == PADDING_ROW else self.examples(self.rows(index))
 
     def _padding_row(self) -> Features:
-        """A row like the first one, without a label to learn."""
+        """Build a row like the first one, without a label to learn."""
         row = self._row(0)
         if np.issubdtype(np.asarray(row["labels"]).dtype, np.floating):
             return {**row, "labels": np.full_like(row["labels"], np.nan)}  # -100 could be a number that is meant
         if np.ndim(row["labels"]) == 0:
             return {**row, "labels": np.array(IGNORE)}
         weights = {WEIGHTS: np.empty(0, np.float32)} if self.weighted else {}
+        # one token is enough: the batch is padded to its longest row anyway
         return {"input_ids": row["input_ids"][:1], "labels": np.array([IGNORE]), **weights}

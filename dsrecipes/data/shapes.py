@@ -54,9 +54,9 @@ def row_of(value: Any, place: str) -> Row:
                 "a file that is one list of rows has a name that ends in .json",
             )
         return {"messages": value}
-    found = f"a list of {kind(value[0])}" if isinstance(value, list) and value else kind(value)
+    description = f"a list of {kind(value[0])}" if isinstance(value, list) and value else kind(value)
     raise UserError(
-        "DSR123", f"{place}: expected an object with named fields, a list of turns (a chat), or text, found {found}"
+        "DSR123", f"{place}: expected an object with named fields, a list of turns (a chat), or text, found {description}"
     )
 
 
@@ -92,11 +92,14 @@ def rows_in(value: Any, path: object) -> Iterable[Any]:
     if isinstance(value.get("schema"), dict) and isinstance(value.get("data"), list):
         index = value["schema"].get("primaryKey")
         return [_without_row_number(row) if index == ["index"] else row for row in value["data"]]
+    # a wrapper before columns: in {"data": [...], "info": [...]} the lists have different meanings
     wrapped = next((value[key] for key in _WRAPPERS if _holds_rows(value.get(key))), None)
     if wrapped is not None:
         return rows_in(wrapped, path)
+    # a file that is one chat has lists too, so it is recognized before columns of lists
     if any(_is_chat(value.get(key)) for key in _CHATS):
         return [value]
+    # before lists are taken for columns: lists of rows in a wrong split would become one nonsense row
     _refuse_splits(value, path)
     if value and all(isinstance(column, list) for column in value.values()):
         return _columns_of_lists(value, path)
@@ -140,10 +143,10 @@ def _split_orient(value: dict[str, Any], path: object) -> list[Row]:
     columns, data, index = value["columns"], value["data"], value.get("index")
     for number, values in enumerate(data, 1):
         if not isinstance(values, list) or len(values) != len(columns):
-            found = f"{len(values)} values" if isinstance(values, list) else kind(values)
+            description = f"{len(values)} values" if isinstance(values, list) else kind(values)
             raise UserError(
                 "DSR125",
-                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {found}",
+                f"{path}, row {number}: expected {len(columns)} values ({', '.join(map(str, columns))}), found {description}",
             )
     rows = [dict(zip(map(str, columns), values, strict=True)) for values in data]
     if not isinstance(index, list) or len(index) != len(rows) or all(isinstance(label, int) for label in index):
@@ -162,7 +165,11 @@ def _columns_of_lists(value: dict[str, list[Any]], path: object) -> list[Row]:
 
 
 def _columns_of_objects(value: dict[str, dict[str, Any]], path: object) -> list[Row]:
-    """Read pandas' default, {column: {row: value}}, or orient=index, {row: {column: value}}: the level of numbers is the rows."""
+    """Read pandas' default, {column: {row: value}}, or orient=index, {row: {column: value}}.
+
+    Only the keys tell them apart: the level whose keys are numbers is that of the rows.
+    """
+    # numbers on both levels, or on none, would be a guess, and half of the guesses would swap rows and columns
     outer, inner = _are_numbers(value), _are_numbers(key for column in value.values() for key in column)
     if outer and not inner:
         return list(value.values())

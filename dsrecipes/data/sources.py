@@ -44,7 +44,7 @@ class SourceRows:
     holds_out: bool
     """Whether --validation_split applies, where the source has no validation rows of its own."""
     hold_out: HoldOut = hold_out_alone
-    """Chooses the rows that are held out."""
+    """Chooses the held-out rows; by each row alone where there are several sources, which may share rows."""
 
     @property
     def held_out(self) -> float:
@@ -58,6 +58,7 @@ def named(source: Source) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # most messages begin with the file already
         if source.path in str(error):
             raise
         raise error.at(source.path) from error
@@ -84,7 +85,7 @@ def source_rows(data: DataConfig, load: LoadRows) -> list[SourceRows]:
 
 
 def _loaded(source: Source, data: DataConfig, load: LoadRows) -> dict[str, Iterable[Row]]:
-    """The rows of a source, under the names that --columns gives their columns."""
+    """Load the rows of a source, under the names that --columns gives their columns."""
     return renamed(dict(load(source)), data.columns)
 
 
@@ -94,6 +95,7 @@ def _training_rows(source: Source, data: DataConfig, load: LoadRows) -> SourceRo
     training = source.split or "train"
     require_split(source, training, splits)
     splits = {"train": splits.pop(training)} | {name: rows for name, rows in splits.items() if name != "train"}
+    # --eval_dataset replaces the validation rows of the training sources
     if data.eval_sources:
         splits.pop("validation", None)
     return SourceRows(source, own, splits, holds_out=not data.eval_sources)
@@ -140,7 +142,7 @@ class MixedSplit:
 
     @cached_property
     def stats(self) -> SplitStats:
-        """The sums over all sources; the fingerprint covers names and order too."""
+        """Sums over all sources; the fingerprint covers names and order too."""
         total = SplitStats()
         for part in self.parts.values():
             stats = part.stats

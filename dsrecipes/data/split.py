@@ -33,7 +33,7 @@ class SplitStats:
     rows: int = 0
     """Rows that format_row accepted."""
     kept: int = 0
-    """Rows that are trained or evaluated on."""
+    """Rows that are trained or evaluated on: what is left of `rows` after `dropped`."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""
     tokens: int = 0
@@ -69,6 +69,7 @@ class SplitStats:
         for note, rows in chunk.notes.items():
             if rows:
                 self.notes[note] = self.notes.get(note, 0) + len(rows)
+        # distinct records, because a record may have become several sequences
         if chunk.row_sources is not None:
             self.kept += len(np.unique(chunk.record))
             self.tokens += int(view(chunk.row_sources.column("tokens")).sum())
@@ -126,13 +127,14 @@ def refuse_empty(stats: dict[str, SplitStats], splits: Mapping[str, Iterable[Row
 
 
 def _only_file(rows: object) -> str:
-    """`FILE: ` where the rows are those of one file."""
+    """Return `FILE: ` where the rows are those of one file, else an empty text."""
     files: tuple[Path, ...] = getattr(getattr(rows, "rows", rows), "files", ())
     return f"{files[0]}: " if len(files) == 1 else ""
 
 
 def describe_dropped(dropped: dict[str, int]) -> str:
-    """Reasons with counts: `2 bad rows, 1 longer than 512 tokens`."""
+    """Join reasons with counts: `2 bad rows, 1 longer than 512 tokens`."""
+    # "bad row" takes a plural, "longer than 512 tokens" does not
     counts = (
         plural(count, reason) if reason.endswith("row") else f"{count:,} {reason}" for reason, count in dropped.items()
     )

@@ -26,8 +26,8 @@ from dsrecipes.errors import UserError, plural
 class Stream(TorchDataset):
     """Training sequences by ordinal (step x sequences of a step + position in the step), which only grows.
 
-    Every rank reads the same windows and takes its share of each step, so that no rank has to tell another what it read. A
-    thread reads the next window while the current one is trained on.
+    Every rank reads the same windows and takes its share of each step, so that ranks need not communicate about data. A thread
+    reads the next window while the current one is trained on.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Stream(TorchDataset):
         self.fingerprint = self.reader.fingerprint()
         self.window: Window
         self._thread = ThreadPoolExecutor(1, "stream")
+        # a thread and not a process: tokenizers release the GIL, and a process would have to send the tokens back;
         # one window ahead: the thread reads while the model computes, and no more than two windows are in memory
         self._next: Future[Window] | None = None
 
@@ -100,6 +101,7 @@ class Stream(TorchDataset):
     # ---- for the trainer ----
 
     def __getitem__(self, ordinal: int) -> list[Features]:
+        # ordinals grow without end, so an index names a sequence without knowing the windows before it
         step, position = divmod(ordinal, self.per_step)
         while step >= self.window.end.step:
             try:
@@ -127,11 +129,15 @@ class Stream(TorchDataset):
         return describe_places([(source, int(number)) for source, _, number in places], len(rows))
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint of a step stores: the beginning of the window that the next step is in."""
+        """Return what a checkpoint of a step stores: the beginning of the window that the next step is in.
+
+        That window is read again on resuming: a position inside it would need its rows, shuffled and packed, in the checkpoint.
+        """
         return asdict(self.window.end if step >= self.window.end.step else self.window.begin)
 
     def epoch(self, step: int) -> float:
         """Epochs that are used after a step, by bytes of the files."""
+        # linear inside a window, whose steps have about equally many bytes
         begin, end = self.window.begin, self.window.end
         return begin.share + (end.share - begin.share) * min((step - begin.step) / len(self.window.order), 1.0)
 
@@ -149,7 +155,7 @@ class Stream(TorchDataset):
     # ---- for the header and the run folder ----
 
     def about(self) -> str:
-        """The header's line: what is streamed, and what is not known in advance."""
+        """Return the header's line: what is streamed, and what is not known in advance."""
         units, read = self.reader.units, self.window.end.read
         dropped = f", dropped {describe_dropped(read.dropped)}" if read.dropped else ""
         return (
@@ -158,7 +164,7 @@ class Stream(TorchDataset):
         )
 
     def notes(self) -> list[str]:
-        """Lines for the header: how a streamed run differs from one on prepared rows."""
+        """Return lines for the header: how a streamed run differs from one on prepared rows."""
         kinds, shuffle = set(self.reader.units.kinds), self.reader.shuffle
         ordered = "pieces of 128 kB in an order drawn for each epoch" if shuffle else "the order of the files"
         notes = [
@@ -178,7 +184,7 @@ class Stream(TorchDataset):
         return notes
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What became of the rows up to a step, for data.json and the end of a run."""
+        """Return what became of the rows up to a step, for data.json and the end of a run."""
         rows, tokens = self.window.used(step)
         read = asdict(self.window.end.read)
         return read | {"streamed": True, "used_rows": rows, "used_tokens": tokens, "epochs": self.epoch(step)}

@@ -1,4 +1,8 @@
-"""Which settings and data can be streamed?"""
+"""Which settings and data can be streamed?
+
+All others are refused before a file is read. A stream knows neither the number of rows nor what comes
+later in the file, so whatever needs either cannot work with it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_streaming(config: Config, auto_class: str) -> list[str]:
-    """Refuse settings that the user gave and a stream cannot honour, and turn off those that are defaults of a recipe.
+    """Refuse settings of the user's that a stream cannot honour, and turn off those that are only defaults of a recipe.
 
     Args:
         config: of the run; validation_split may be changed.
@@ -43,6 +47,7 @@ def check_streaming(config: Config, auto_class: str) -> list[str]:
                 "--eval_dataset FILE, or --streaming false",
             )
         data.validation_split = 0.0
+    # for Trainer a streamed run is one epoch, so such a run would save and evaluate only at its end
     for name in ("eval", "save", "logging"):
         if train[f"{name}_strategy"] == "epoch":
             raise UserError(

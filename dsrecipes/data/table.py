@@ -17,6 +17,7 @@ _SAMPLE = 50
 _SEP = re.compile(r'"?sep=([^"\r\n])\1*"?\1*\s*', flags=re.IGNORECASE)
 """Excel's own first line, which names the delimiter; Excel pads it with delimiters when it saves the file again."""
 
+# the default of 128 kB is less than a long document in a cell
 csv.field_size_limit(1 << 30)
 
 
@@ -37,9 +38,11 @@ def table_rows(
     Raises:
         UserError: not CSV, a column name occurs twice, or a row has more or fewer fields than the header has columns.
     """
+    # a record may have many lines, so more lines than records are read for the sample
     lines = list(islice(head or file, 20 * _SAMPLE))
     delimiter, skipped = _delimiter(lines, "\t" if tabs else ",")
     header: list[str] | None = None
+    # resumed in the middle of a file: the header is parsed again from the file's first lines
     if start > 1:
         first = _records(iter(lines[skipped:]), path, skipped, delimiter, [])
         header = next(_header(fields, path) for _, fields in first if _has_content(fields))
@@ -77,16 +80,19 @@ def _records(
 
 
 def _tab_records(lines: Iterator[str], path: object, skipped: int, header: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Like _records, for tabs, where a quote may be a plain character.
+    """Yield records as _records does, for tabs, where a quote may be a plain character.
 
     Many programs write TSV without quoting. Quotes are taken as plain characters where they are not balanced, and where they
-    would merge lines that each have the header's columns.
+    would merge lines that have the header's columns by themselves.
     """
     waiting: deque[str] = deque()
     record: list[str] = []
 
     def source() -> Iterator[str]:
-        while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        while True:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
             record.append(line)
             yield line
 
@@ -95,6 +101,7 @@ def _tab_records(lines: Iterator[str], path: object, skipped: int, header: list[
         record.clear()
         problem: csv.Error | None = None
         try:
+            # a reader for each record, because lines that are given back must be parsed again from their beginning
             fields = next(csv.reader(source(), strict=True, delimiter="\t"), None)
         except csv.Error as error:
             fields, problem = [], error
@@ -133,7 +140,7 @@ def _count_named(header: list[str]) -> int:
 
 
 def _fits(header: list[str], fields: list[str]) -> bool:
-    """Whether a row has the header's columns; spreadsheets pad rows and headers with empty cells."""
+    """Return whether a row has the header's columns; spreadsheets pad rows and headers with empty cells."""
     return len(fields) >= _count_named(header) and not _has_content(fields[len(header) :])
 
 
@@ -153,9 +160,11 @@ def _delimiter(lines: list[str], default: str) -> tuple[str, int]:
     sep_line = _SEP.fullmatch(lines[0]) if lines else None
     if sep_line:
         return sep_line[1], 1
+    # the delimiter is guessed from agreement with the header and not by csv.Sniffer, which takes letters of a text for delimiters
     samples = {delimiter: _sample(lines, delimiter) for delimiter in (default, *_DELIMITERS)}
     # only a character that splits the header is a candidate: cells of later rows may contain any of them
     shares = {delimiter: _agreement(sample) for delimiter, sample in samples.items() if sample and len(sample[0]) > 1}
+    # the default needs no majority: a file with many faulty rows still gets messages about them
     likely = [delimiter for delimiter, share in shares.items() if delimiter == default or share >= 0.5]
 
     def quality(delimiter: str) -> tuple[float, bool]:

@@ -21,19 +21,21 @@ def tool_calls(value: Any) -> list[dict[str, Any]]:
             raise ValueError(
                 f'has a tool call without a name (call {number}): expected {{"function": {{"name", "arguments"}}}}'
             )
+        # Llama 3 calls them `parameters`
         arguments = function.get("arguments", function.get("parameters"))
         arguments = as_json(arguments, f"has a tool call (call {number}) whose field 'arguments'") if arguments != "" else {}
         if not isinstance(arguments, dict | None):
             raise ValueError(
                 f"has a tool call (call {number}) whose arguments are {type(arguments).__name__}; expected an object"
             )
+        # an empty id is left out, because a template may print it
         identity = {"id": call["id"]} if call.get("id") not in EMPTY else {}
         result.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
     return result
 
 
 def tool_schemas(value: Any, name: str) -> list[dict[str, Any]]:
-    """Return the tools that a row offers, as the JSON schemas that templates take; JSON text and bare functions are accepted too.
+    """Return the tools that a row offers, as the JSON schemas that templates expect; also from JSON text and bare functions.
 
     Args:
         value: of the column.

@@ -1,7 +1,7 @@
 """How is a chat of a file read? Turns in one form, whatever the file calls roles, texts, tool calls, reasoning and weights.
 
-Public chat data use about a dozen dialects (OpenAI, ShareGPT, Alpaca histories, Arrow structs of lists). They differ turn by turn, and one
-file may mix them, so names are looked up for each turn.
+Public chat data use about a dozen dialects (OpenAI, ShareGPT, Alpaca histories, Arrow structs of lists). They differ turn by
+turn, and one file may mix them, so names are looked up for each turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _KNOWN_KEYS = {
 
 
 def raw_turns(value: Any, name: str) -> list[Any]:
-    """Return a chat as a list of items; also from JSON text, Arrow's struct of lists {"role": [...], ...}, and [role, text] pairs.
+    """Return a chat as a list of items.
+
+    JSON text, Arrow's struct of lists {"role": [...], ...} and [role, text] pairs are accepted too.
 
     Raises:
         ValueError: none of these; names the column.
@@ -53,8 +55,8 @@ def raw_turns(value: Any, name: str) -> list[Any]:
             raise ValueError(f"{name}: lists of different lengths ({', '.join(f'{k} {len(v)}' for k, v in value.items())})")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
-        raise ValueError(f"field {name!r} must be a list of turns (objects with role and content), found {found}")
+        description = "an empty list" if value == [] else type(value).__name__
+        raise ValueError(f"field {name!r} must be a list of turns (objects with role and content), found {description}")
     if isinstance(value[0], (list, tuple)) and all(map(_is_role_and_text, value)):
         return [{"role": role, "content": text} for role, text in value]
     return value
@@ -77,7 +79,8 @@ def chat_turns(value: Any, name: str, unused: set[str] | None = None) -> list[Tu
     result: list[Turn] = []
     for number, item in enumerate(raw_turns(value, name), 1):
         try:
-            if type(item) is dict and len(item) == 2 and (turn := _plain_turn(item)):
+            turn = _plain_turn(item) if type(item) is dict and len(item) == 2 else None
+            if turn:
                 result.append(turn)
                 continue
             for raw in _split(item):
@@ -103,7 +106,7 @@ def check_answers(turns: list[Turn], name: str) -> list[Turn]:
 
 def _plain_turn(item: dict[str, Any]) -> Turn | None:
     """Read a turn of the two keys that nearly all files use, four times as fast as _turn; None for any other turn."""
-    # this runs for nearly every turn of nearly every chat; whatever is unusual goes to _turn, which has the messages
+    # this runs for nearly every turn of nearly every chat; whatever is unusual is left to _turn, which has the messages
     content = item.get("content")
     role, text = (item.get("role"), content) if content is not None else (item.get("from"), item.get("value"))
     if type(role) is not str or type(text) is not str or role in _CALL_ROLES or not text.strip():
@@ -127,6 +130,7 @@ def _split(item: Any) -> Iterator[dict[str, Any]]:
         return
     if not isinstance(item, dict):
         raise ValueError(f"must be an object with role and content, found {type(item).__name__}")
+    # Arrow fills the keys that an object does not have with null
     filled = {key: text for key, text in item.items() if text is not None}
     if any(key in filled for key in _ROLE_KEYS) or not filled or any(str(key).lower() not in ROLES for key in filled):
         yield item
@@ -139,7 +143,7 @@ def _is_role_and_text(item: Any) -> bool:
 
 
 def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
-    """The first of the keys that has a value, and the value; the first key where none has."""
+    """Return the first of the keys that has a value, and the value; the first key where none has."""
     return next(((key, turn[key]) for key in keys if turn.get(key) is not None), (keys[0], None))
 
 
@@ -158,13 +162,13 @@ def _turn(raw: dict[str, Any]) -> Turn:
         content = ""
     if len(raw) > (1 if content is None else 2):
         _add_extras(turn, raw)
-    says_more = "tool_calls" in turn or "reasoning_content" in turn
+    has_other_content = "tool_calls" in turn or "reasoning_content" in turn
     if content is None:
-        if not says_more:
+        if not has_other_content:
             raise ValueError(f"({alias}): field {key!r} is missing (the turn has: {', '.join(map(str, raw))})")
         content = ""
     turn["content"] = _content(content, key, turn["role"])
-    if turn["role"] == "assistant" and not (turn["content"].strip() or says_more):
+    if turn["role"] == "assistant" and not (turn["content"].strip() or has_other_content):
         raise ValueError("(assistant) is empty: expected text or tool_calls")
     return turn
 
@@ -210,6 +214,7 @@ def _add_extras(turn: Turn, raw: dict[str, Any]) -> None:
         key, reasoning = _first(raw, _REASONING_KEYS)
         if reasoning not in EMPTY:
             turn["reasoning_content"] = as_text(reasoning, f"({role}): field {key!r}")
+        # weights of other turns are ignored, because they are never trained on
         key, given = _first(raw, _WEIGHT_KEYS)
         weight = as_weight(given, f"({role}): field {key!r}") if given is not None else 1.0
         if weight != 1:

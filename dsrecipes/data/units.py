@@ -1,4 +1,4 @@
-"""Which rows are in a piece of a file? Reads a piece without what comes before it, as far as the kind of file allows.
+"""Which rows are in a piece of a file? Reads a piece without reading what precedes it, as far as the kind of file allows.
 
 A streamed run needs this to shuffle pieces, and to resume at a position instead of reading everything again.
 """
@@ -27,7 +27,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.io.text import parse_json
 
 UNIT = 1 << 17
-"""Bytes of a piece."""
+"""Bytes of a piece: some hundred rows, so that shuffled pieces mix well, and one seek to a piece costs little."""
 _ROWS = 256
 """Rows of a piece, where positions are counted in rows."""
 _HEAD = 1 << 16
@@ -43,18 +43,18 @@ Piece = tuple[Rows, Position | None]
 
 
 class BytePlace(str):
-    """The place of a row that was found by its byte, `FILE, byte 100`; str() of it is `FILE, line 7`.
+    """The place of a row that was located by its byte, `FILE, byte 100`; str() of it is `FILE, line 7`.
 
-    Counting the line takes reading all that comes before, so it is done only when a message needs it.
+    Counting lines means reading the file up to there, so it is done only when a message needs it.
     """
 
     def __str__(self) -> str:
-        """`FILE, line 7`."""
+        """Return `FILE, line 7`."""
         path, _, offset = self.rpartition(_BYTE)
         return f"{path}, line {_line_at(path, int(offset))}"
 
     def __format__(self, spec: str) -> str:
-        """`FILE, line 7`."""
+        """Return `FILE, line 7`."""
         return str(self)
 
 
@@ -72,7 +72,11 @@ def readable_place(place: str) -> str:
 
 
 def _access(path: Path) -> str:
-    """How a file can be read: "jsonl" at any line, "parquet" at any row group, "lines" at saved offsets, "whole" from its start."""
+    """Decide how a file can be read.
+
+    Returns:
+        "jsonl" at any line, "parquet" at any row group, "lines" at saved offsets, "whole" only from its start.
+    """
     kind = suffix(path)
     if path.name.endswith(".gz"):
         return "whole"
@@ -80,6 +84,7 @@ def _access(path: Path) -> str:
         return "parquet"
     with readable(path), path.open("rb") as file:
         head = file.read(_HEAD)
+    # offsets are counted in UTF-8 lines that end with a line feed; any other text has to be decoded from its start
     has_only_cr = b"\r" in head[:-1] and b"\n" not in head
     if head.startswith(tuple(BYTE_ORDER_MARKS)) or b"\0" in head or has_only_cr:
         return "whole"
@@ -93,7 +98,7 @@ def _access(path: Path) -> str:
 
 
 class Units:
-    """Numbers the units of files, each of which is read by itself: 128 kB of JSON Lines, a row group of Parquet, or another file."""
+    """Numbers the units of files, which are read independently: 128 kB of JSON Lines, a row group of Parquet, or another file."""
 
     def __init__(self, files: tuple[Path, ...], split: str = "train") -> None:
         """Look at the sizes and beginnings of the files; no row is read yet. `split` is that of FileRows."""
@@ -138,6 +143,7 @@ class Units:
         file = self._file(unit)
         path, kind, number = self.files[file], self.kinds[file], unit - int(self._starts[file])
         with readable(path):
+            # offsets in a file that changes would cut rows in two without an error
             if path.stat().st_size != self.bytes[file]:
                 raise UserError(
                     "DSR157",
@@ -154,7 +160,7 @@ class Units:
 
 
 def _jsonl(path: Path, start: int) -> Rows:
-    """Read the lines that begin in the unit at byte `start`; the last one may end behind the unit."""
+    """Read the lines that begin in the unit at byte `start`; the last one may end after the unit."""
     rows: Rows = []
     with path.open("rb", buffering=_HEAD) as file:
         if start:
@@ -195,6 +201,7 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
     before, skipped, number = sum(groups[:group]), position["rows"] if position else 0, 0
     batches = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20).iter_batches(_ROWS, row_groups=[group])
     while True:
+        # only the reading is guarded: an error that the consumer of a yielded piece raises is not one of the file
         with parquet_readable(path):
             batch = next(batches, None)
             if batch is None:
@@ -207,7 +214,7 @@ def _parquet(path: Path, group: int, groups: list[int], position: Position | Non
 
 
 def _counted(rows: Iterator[tuple[str, Row]], position: Position | None) -> Iterator[Piece]:
-    """Divide the rows of a file that can only be read from its start; those before the position are skipped."""
+    """Divide the rows of a file that can only be read from its start, skipping those before the position."""
     number = position["rows"] if position else 0
     rows = islice(rows, number, None)
     while piece := list(islice(rows, _ROWS)):
@@ -240,6 +247,7 @@ def _lines(path: Path, position: Position) -> Iterator[Piece]:
     is_text = suffix(path) == ".txt"
     with path.open("rb", buffering=_HEAD) as file:
         lines, located = _rows_from(file, path, position)
+        # a piece ends at the first record after UNIT bytes, because a CSV record may have line breaks inside
         rows: Rows = []
         begin = 0
         for place, row in located:
@@ -258,8 +266,9 @@ def _lines(path: Path, position: Position) -> Iterator[Piece]:
 
 
 def _rows_from(file: BinaryIO, path: Path, position: Position) -> tuple[_Lines, Iterator[tuple[str, Row]]]:
-    """The rows of an open file of lines from a position on, and the lines that they are read from."""
+    """Return the lines of an open file from a position on, and the rows that are read from them."""
     kind, first = suffix(path), position["line"]
+    # a table needs its header and delimiter again, wherever reading starts
     head = list(islice(_Lines(file, 0, 1), 1000)) if first > 1 and kind != ".txt" else []
     lines = _Lines(file, position["offset"], first)
     if kind == ".txt":
@@ -270,6 +279,7 @@ def _rows_from(file: BinaryIO, path: Path, position: Position) -> tuple[_Lines, 
 
 def digest_bytes(path: Path) -> bytes:
     """Return samples of a file's bytes: 4 kB of its beginning, of its end and of 62 places between them."""
+    # a hash of all bytes would read a file of a terabyte before the first step
     size = path.stat().st_size
     samples = []
     with path.open("rb") as file:

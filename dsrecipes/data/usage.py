@@ -1,7 +1,7 @@
 """Which formats do the rows of a split have, and which of their columns are used? For the header.
 
-It is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own needs no
-declaration of its columns, and the counts cannot differ from what is used.
+Usage is counted while rows are formatted: a row records which of its columns format_row reads. So a recipe of the user's own
+need not declare its columns, and the counts cannot differ from what is used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dsrecipes.errors import UserError, nearest, plural
 
 _SHOWN = 12
 """Columns that the header names; the rest are only counted."""
+# one set for all rows, because most rows have no unused keys and there are millions of rows
 _NONE: set[str] = set()
 _CAN_BE_EMPTY = (str, list, dict, type(None))
 
@@ -38,7 +39,7 @@ class ReadRow(dict):
         return super().__getitem__(name)
 
     def get(self, name: Any, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return a value as a dict does; its column counts as used."""
         self.read.add(name)
         return super().get(name, default)
 
@@ -50,15 +51,15 @@ class ReadRow(dict):
         return iter(self._all_read())
 
     def keys(self) -> Any:
-        """As of a dict; code that asks for all columns counts as using them all."""
+        """Return the keys of a dict; code that reads all columns counts as using all."""
         return self._all_read().keys()
 
     def values(self) -> Any:
-        """As of a dict."""
+        """Return the values of a dict; all columns count as used."""
         return self._all_read().values()
 
     def items(self) -> Any:
-        """As of a dict."""
+        """Return the items of a dict; all columns count as used."""
         return self._all_read().items()
 
     def copy(self) -> dict[str, Any]:
@@ -74,11 +75,12 @@ class ReadRow(dict):
 
 
 class LowerNames(Mapping):
-    """The columns of a row by their names in lower case; only those that are read count as used."""
+    """A view of a row by the names of its columns in lower case; only columns that are read count as used."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         """View a row."""
         self.row = row
+        # dict.keys, because row.keys() would count every column as used
         self.names = {str(key).strip().lower(): key for key in dict.keys(row)}
 
     def __getitem__(self, name: str) -> Any:
@@ -95,7 +97,7 @@ class LowerNames(Mapping):
 
 
 def _check_mapped(row: ReadRow) -> None:
-    """Refuse a column of --columns that holds something and that the recipe did not read: it does not know the name."""
+    """Refuse a column of --columns that has content and was not read: the recipe does not know the name."""
     for name in row.mapped:
         if name not in row.read and dict.get(row, name) not in (None, "", [], {}):
             used = [str(column) for column in dict.keys(row) if column in row.read]
@@ -127,6 +129,7 @@ class ColumnUsage:
         """Pass a row through format_row, and count it unless that raises."""
         observed = ReadRow(row)
         record = format_row(observed)
+        # a recipe may return the row itself, which must not continue to record
         if record is observed:
             record = observed.copy()
         _check_mapped(observed)

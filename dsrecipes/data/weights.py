@@ -1,6 +1,6 @@
 """How much does a row, a turn or a class count in the loss? The `weight` field, and --class_weights.
 
-A causal recipe has a weight for each label, a recipe with one label a row has a weight for each row.
+A causal recipe has a weight for each label; a recipe with one label a row has a weight for each row.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def normalize_weights(batch: dict[str, list]) -> None:
     """
     for index, weights in enumerate(batch.get(WEIGHTS, ())):
         labels = batch["labels"][index]
+        # a number is the weight of a row with one label, which needs no change
         if not isinstance(weights, list) or not weights:
             continue
         if len(weights) != len(labels):
@@ -96,6 +97,7 @@ def class_weights(words: list[str], labels: np.ndarray, names: list[str]) -> np.
         raise UserError(
             "DSR170", "--class_weights: these rows do not have one class each, so classes cannot be weighted; drop the flag"
         )
+    # a list in label order, a mapping by name or index, or `balanced`
     given = parse_class_weights(words)
     weights = np.ones(len(names), dtype=np.float64)
     if isinstance(given, list):

@@ -1,7 +1,7 @@
 """Which rows of a stream are trained on together? Reads files piece by piece into windows that are shuffled and packed.
 
-A window follows from the files, the settings and the state that it begins in, and from nothing else. So every rank makes the same
-windows, and a resumed run continues from a state that fits into a checkpoint.
+A window depends on the files, the settings and the state that it begins in, and on nothing else. So every rank makes the same
+windows, and a resumed run continues from a state that is small enough for a checkpoint.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class StreamState:
     position: Position | None = None
     """Where in that unit."""
     rows: dict[str, list] = field(default_factory=dict)
-    """Encoded rows of earlier windows that fill no whole step."""
+    """Encoded rows of earlier windows that do not fill a step."""
     places: list[str] = field(default_factory=list)
     """Where these rows came from."""
     rest: list[int] = field(default_factory=list)
-    """Tokens that fill no whole block."""
+    """Tokens that do not fill a block."""
     share: float = 0.0
     """Epochs before it, by bytes of the files."""
     used_rows: int = 0
@@ -66,7 +66,7 @@ class StreamState:
 
 @dataclass
 class Window:
-    """Sequences of some pieces of the files, laid out in whole steps; the last window of an epoch fills its last step."""
+    """Sequences of some pieces of the files, laid out in full steps; the last window of an epoch pads its last step."""
 
     begin: StreamState
     end: StreamState
@@ -77,7 +77,7 @@ class Window:
     """Of the rows."""
 
     def used(self, step: int) -> tuple[int, int]:
-        """Rows and tokens of the run before `step`, which is in the window or at its end."""
+        """Count the rows and tokens of the run before `step`, which is in the window or at its end."""
         order = self.order[: step - self.begin.step]
         sequences = order[order != PADDING_ROW]
         rows = sum(len(self.data.rows(int(sequence))) for sequence in sequences)
@@ -91,6 +91,7 @@ class _GrowingWindow:
         """Start with the rows that earlier windows left over; `block` is the number of tokens of a block."""
         self.batches = [record_batch(begin.rows)] if begin.rows else []
         self.places = list(begin.places)
+        # a copy, because the state may be in a checkpoint or be read from again
         self.stats = copy.deepcopy(begin.read)
         self.tokens = sum(map(len, begin.rows.get("input_ids", [])))
         self.cutter = BlockCutter(block) if block else None
@@ -188,6 +189,7 @@ class WindowReader:
         # rows left over from the window before come first, so that no row is skipped or used twice
         growing = _GrowingWindow(begin, self.block)
         unit, position, ended = self._fill(growing, begin)
+        # the rest of an epoch may have no usable row; its counts are carried over
         if not growing.places:
             return self._read_next_epoch(begin, growing)
         table = growing.table()
@@ -223,7 +225,7 @@ class WindowReader:
         return unit, position, False
 
     def _read_next_epoch(self, begin: StreamState, growing: _GrowingWindow) -> Window:
-        """Skip an epoch's end that has no rows (UserError: the whole epoch has none)."""
+        """Skip the end of an epoch that has no more rows (UserError: the epoch has none at all)."""
         if _begins_epoch(begin):
             growing.stats.kept = 0
             refuse_empty({"train": growing.stats}, {"train": FileRows(tuple(self.units.files))})
@@ -232,7 +234,7 @@ class WindowReader:
         return self.read(following)
 
     def _unit_order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch's units."""
+        """Return the order of an epoch's units."""
         if self._order[0] != epoch:
             count = len(self.units)
             order = np.random.default_rng((self.seed, epoch)).permutation(count) if self.shuffle else np.arange(count)
@@ -251,6 +253,7 @@ class WindowReader:
         """Refuse token ids that the model does not know (UserError, with the row's place)."""
         if chunk.sequences is not None and chunk.row_sources is not None:
             for row, ids in enumerate(chunk.sequences.column("input_ids")):
+                # only the largest id of a row is checked, which is enough and costs one pass
                 largest = int(view(ids.values).max(initial=0))
                 try:
                     self.check_ids([largest])
@@ -260,7 +263,7 @@ class WindowReader:
         return chunk
 
     def _share(self, epoch: int, unit: int, position: Position | None, ended: bool) -> float:
-        """Epochs that are read, by bytes."""
+        """Return the number of epochs that are read, by bytes."""
         order, weights = self._unit_order(epoch), self.units.weights
         read = weights[order[:unit]].sum()
         if position is not None:
@@ -268,11 +271,11 @@ class WindowReader:
         return epoch + (1.0 if ended else float(read / max(weights.sum(), 1)))
 
     def _lay_out(self, data: Sequences, step: int, ended: bool) -> tuple[np.ndarray, list[int]]:
-        """Divide sequences into steps as StepSampler does; returns the steps, and the rows that fill no whole step."""
+        """Divide sequences into steps as StepSampler does; returns the steps, and the rows that do not fill a step."""
         sampler = StepSampler(data.lengths, self.per_step, seed=self.seed, shuffle=self.shuffle)
         sampler.set_epoch(step)  # so that each window is shuffled differently
         order = sampler.order()
-        # rows of an unfinished step join the next window; only at the end of an epoch they are trained on with padding rows
+        # rows of an unfinished step join the next window; only at the end of an epoch are they trained on with padding rows
         if ended or PADDING_ROW not in order[-1]:
             return order, []
         left = [row for sequence in order[-1] if sequence != PADDING_ROW for row in data.rows(int(sequence))]
@@ -284,5 +287,5 @@ def _begins_epoch(state: StreamState) -> bool:
 
 
 def _place(row_source: dict[str, Any]) -> str:
-    """The place of a row as it was given to RowSources.batch."""
+    """Return the place of a row as it was passed to RowSources.batch."""
     return f"{row_source['source']} {row_source['number']}"

@@ -1,7 +1,7 @@
 """How are rows prepared on all cores? A pool of forked processes that returns results in order.
 
-Forked, because workers then have the recipe (of any module, a notebook's too) and the tokenizer without pickling them. A few groups are
-processed in this process, because starting workers would take longer.
+Forked, because workers then have the recipe (of any module, a notebook's too) and the tokenizer without pickling them. A small
+number of groups is processed in this process, because starting workers would take longer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 FEW = 8
 """Groups that are processed without workers."""
 _MOST = 32
-"""Most workers: with more, the process that reads is the bottleneck."""
+"""Upper limit of workers: with more, the process that reads is the bottleneck."""
 _AHEAD = 3
 """Groups for each worker that are read ahead; a bound on memory."""
 _PR_SET_PDEATHSIG = 1
@@ -68,6 +68,7 @@ def in_order(function: Callable[[Group], Result], groups: Iterable[Group], worke
             yield function(_checked(group))
         return
     pool = _forked(function, workers)
+    # a queue in the order of the groups, because pool.map would read all groups before the first result
     pending: deque[Future] = deque()
     try:
         for group in chain(first, _guarded(groups)):
@@ -87,7 +88,10 @@ def in_order(function: Callable[[Group], Result], groups: Iterable[Group], worke
 
 
 class _Failed:
-    """Stands for a group or a result, where there was an error instead."""
+    """Takes the place of a group or a result where there was an error.
+
+    Errors travel as values, so that they are raised after the results before them and not when a worker meets them.
+    """
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -102,7 +106,7 @@ def _guarded(groups: Iterator[Group]) -> Iterator[Group | _Failed]:
 
 
 def _checked(value: Any) -> Any:
-    """Return a value, or raise the error that it stands for."""
+    """Return a value, or raise the error that it represents."""
     if isinstance(value, _Failed):
         raise value.error
     return value
@@ -139,19 +143,19 @@ def _result(future: Future) -> Any:
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """Set up a worker: it leaves Ctrl-C to the parent, and ends with the parent, however that ends."""
+    """Set up a worker: it ignores Ctrl-C, which the parent handles, and dies with the parent, however that ends."""
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a run's own handler raises SystemExit, which the pool would send back as the result of a group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before prctl
     gc.freeze()  # garbage collection would write into the pages that are shared with the parent
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(
-            1
-        )  # a fork does not have the OpenMP threads of its parent, and would wait for them
+        # a fork does not have the OpenMP threads of its parent, and would wait for them
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _call(group: Any) -> Any:

@@ -10,14 +10,17 @@ from dsrecipes.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, without abbreviations."""
+    """argparse whose errors are UserErrors, without abbreviations.
+
+    An abbreviated flag would change its meaning as soon as another flag with the same beginning is added.
+    """
 
     def __init__(self, command: str, about: str) -> None:
         """Name the command as it is typed after `dsrecipes`, and say what it does."""
         super().__init__(prog=f"dsrecipes {command}", description=about, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as a UserError instead of exiting (UserError)."""
+        """Raise the message as a UserError instead of printing the usage and exiting (UserError)."""
         raise UserError("DSR006", f"{message}; `{self.prog} --help` lists the flags")
 
 

@@ -18,7 +18,7 @@ In a container the user may have no name and no home directory.
 
 
 def check_docstrings() -> None:
-    """Refuse Python without docstrings (UserError): transformers parses them when it loads a model, and blames the model."""
+    """Refuse Python without docstrings (UserError): transformers parses them while loading a model, and then blames the model."""
     if sys.flags.optimize > 1:
         raise UserError(
             "DSR009",
@@ -40,6 +40,7 @@ def redirect_caches(env: MutableMapping[str, str] = os.environ) -> str | None:
     if own and not _writable(Path(own)):
         raise UserError("DSR008", f"DSRECIPES_CACHE={own} cannot be written: set it to a writable folder")
     home = _home()
+    # set in the environment before any library is imported, because they read these variables at import
     usual = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else home and home / ".cache"
     note = None
     if usual is not None and _writable(usual):
@@ -72,9 +73,9 @@ def _writable(folder: Path) -> bool:
 
 
 def _temporary() -> Path:
-    """A folder of this user's in the temporary directory, the same for all ranks of the machine and for later runs.
+    """Create a folder for this user in the temporary directory, the same for all ranks of the machine and for later runs.
 
-    Its name is predictable, so it must be refused where another user created it: cached tokens are trusted.
+    Its name is predictable, so a folder that another user created is refused: cached tokens are trusted.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"dsrecipes-{os.getuid()}")

@@ -1,4 +1,4 @@
-"""What does a person see? Rank 0's header, bars and footer; the libraries' output goes to the run folder's log."""
+"""What does a person see? Rank 0's header, bars and footer; the libraries' output is written to the run folder's log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 
 class _LogStream(io.TextIOWrapper):
-    """A stream into the log that ignores write errors: a warning of a library on a full disk must not end a run."""
+    """A stream into the log that ignores write errors: a library's warning on a full disk must not end a run."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -31,10 +31,13 @@ class _LogStream(io.TextIOWrapper):
 
 
 class _PersistentStream:
-    """A stream that survives its reader: after `| head` has ended or the terminal is closed, output goes to the log."""
+    """A stream that survives its reader: after `| head` has ended or the terminal is closed, it writes to the log.
+
+    Otherwise the next line of output would end hours of training with BrokenPipeError.
+    """
 
     def __init__(self, stream: IO[str], log_fd: int | None) -> None:
-        """Wrap a stream; once its reader is gone, output goes to `log_fd`, or nowhere for None."""
+        """Wrap a stream; once its reader is gone, output is written to `log_fd`, or nowhere for None."""
         self._stream, self._log_fd = stream, log_fd
         self.lost = False
 
@@ -67,13 +70,14 @@ def _replace(fd: int, log_fd: int | None) -> None:
     if log_fd is not None:
         os.dup2(log_fd, fd)
         return
+    # replaced and not closed: a closed descriptor 1 would be given to the next file that is opened
     null_fd = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_fd, fd)
     os.close(null_fd)
 
 
 def leave_unread(*fds: int) -> None:
-    """Redirect descriptors that nobody reads any more to /dev/null; otherwise Python exits with code 120."""
+    """Redirect descriptors whose reader is gone to /dev/null; otherwise Python exits with code 120."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, 0)
@@ -83,10 +87,10 @@ def leave_unread(*fds: int) -> None:
 
 
 class Console:
-    """Prints on rank 0 only; with `capture` everything else that the process prints goes to a log file.
+    """Prints on rank 0 only; with `capture` everything else that the process prints is written to a log file.
 
     Descriptors 1 and 2 are redirected, not only sys.stdout, because compiled libraries write to them directly. Until the
-    run folder is known the output waits in a temporary file, which `log_to` moves. With `rank_logs`, a rank's number,
+    run folder is known the output is kept in a temporary file, which `log_to` moves. With `rank_logs`, a rank's number,
     nothing is hidden, and from `log_to` on everything is also written to logs/rank_N.log.
     """
 
@@ -102,6 +106,7 @@ class Console:
         if capture:
             sys.stdout.flush()
             sys.stderr.flush()
+            # copies, so that the person's terminal can still be written to, and restored by `release`
             self._saved = [os.dup(1), os.dup(2)]
             stream = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
             self._spool = tempfile.TemporaryFile()
@@ -119,7 +124,7 @@ class Console:
 
     @property
     def error_fd(self) -> int:
-        """The descriptor on which a person reads errors, captured or not."""
+        """The descriptor from which a person reads errors, captured or not."""
         return self._saved[1] if self.captured else 2
 
     def log_to(self, path: Path) -> None:
@@ -137,7 +142,7 @@ class Console:
     def _tee(self, path: Path) -> None:
         """Copy stdout and stderr to `path` through a separate process, which still writes when this one crashes."""
         path.parent.mkdir(exist_ok=True)
-        # tee inherits that SIGPIPE is ignored; otherwise it would end with the reader of stdout, and the log with it.
+        # tee inherits that SIGPIPE is ignored; otherwise it, and with it the log, would end with the reader of stdout
         tee = subprocess.Popen(
             ["tee", "-a", str(path)], stdin=subprocess.PIPE, start_new_session=True, restore_signals=False
         )
@@ -156,16 +161,18 @@ class Console:
                 os.dup2(saved, fd)
                 os.close(saved)
             self.captured = False
+        # at the very end, because Python flushes stdout once more at exit
         leave_unread(1, 2)
 
     def say(self, text: str = "") -> None:
         """Print a line on rank 0."""
         if self.main:
+            # tqdm.write puts the line above an open bar; a pipe would hold it back until a block is full
             tqdm.write(text, file=self.out)
-            self.out.flush()  # a pipe would hold it back until a block is full
+            self.out.flush()
 
     def progress(self, label: str, *, total: int | None = None, initial: int = 0, unit: str = "it", **options: Any) -> tqdm:
-        """A progress bar on rank 0; in a file or pipe it is updated every ten seconds instead of ten times a second."""
+        """Open a progress bar on rank 0; in a file or pipe it is updated every ten seconds, not ten times a second."""
         live = self.out.isatty()
         self._open = tqdm(
             desc=label,

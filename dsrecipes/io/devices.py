@@ -1,6 +1,6 @@
 """How many GPUs does this machine offer a run?
 
-Importing torch to count them would take seconds, so the drivers are asked where torch is not loaded yet.
+Importing torch to count them would take seconds, so the drivers are queried where torch is not loaded yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def accelerators() -> int:
-    """Number of visible accelerators: torch's count where torch is loaded, else the drivers' (NVIDIA, AMD)."""
+    """Count the visible accelerators: torch's number where torch is loaded, else the drivers' (NVIDIA, AMD)."""
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -21,7 +21,8 @@ def accelerators() -> int:
 
 
 def listed_accelerators() -> int:
-    """Number of GPUs that the drivers list, minus those that an environment variable hides; torch may find fewer."""
+    """Count the GPUs that the drivers list and no environment variable hides; torch may find fewer."""
+    # ROCm honours CUDA's variable too
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
@@ -30,6 +31,7 @@ def listed_accelerators() -> int:
 
 
 def _nvidia() -> int:
+    # a command and not NVML, which would be one more dependency; without it (some containers) the device files are counted
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -40,6 +42,7 @@ def _nvidia() -> int:
 
 
 def _amd() -> int:
+    # /dev/kfd is the compute driver; without it the render nodes are those of displays
     if not Path("/dev/kfd").exists() or os.environ.get("HIP_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return 0
     return len(list(Path("/dev/dri").glob("renderD*")))

@@ -13,7 +13,7 @@ SPARE_BYTES = 64 << 20
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk, also what another process wrote (OSError)."""
+    """Flush a file, or the names in a folder, to the disk, including what another process wrote (OSError)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -22,23 +22,28 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """A file's sha256 (OSError)."""
+    """Return a file's sha256 (OSError)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
     """Atomically write a text file: write to a temporary name, sync, rename (OSError)."""
+    # in the same folder, because a rename is atomic only inside one file system
     temporary = path.with_name(f"{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.rename(path)
+    # without this, a power failure can undo the rename although the content is on the disk
     sync(path.parent)
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Atomically replace the folder `target` with `staged`; the old one is deleted only afterwards (OSError)."""
+    """Replace the folder `target` with the complete folder `staged`; the old one is deleted only afterwards (OSError)."""
+    # a folder cannot be renamed onto another one that has content, so the old one is moved away first: a crash between the
+    # two renames leaves it as NAME.old
     old = target.with_name(f"{target.name}.old")
+    # left over from a crash during the last deletion
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -48,12 +53,12 @@ def put_in_place(staged: Path, target: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest folder above it that exists."""
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
 def no_room(folder: Path, need: int) -> str | None:
-    """Why `need` bytes cannot be written below the folder now; None where they can.
+    """Return why `need` bytes cannot be written below the folder now; None where they can.
 
     A file is written and synced, because quotas and network file systems report free space that they do not grant.
     """
@@ -74,7 +79,7 @@ def no_room(folder: Path, need: int) -> str | None:
 
 
 def is_disk_full(error: BaseException, path: Path) -> bool:
-    """Whether a write failed because the disk is full; torch's writer does not say, so then the free space decides."""
+    """Return whether a write failed because the disk is full; torch's writer does not say, so then the free space decides."""
     text = str(error).lower()
     if is_torch_writer(error):
         return shutil.disk_usage(existing_parent(path)).free < SPARE_BYTES
@@ -82,11 +87,11 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
 
 
 def is_torch_writer(error: BaseException) -> bool:
-    """Whether torch.save failed to write its file, which shows only in the text of the error."""
+    """Return whether torch.save failed to write its file, which shows only in the text of the error."""
     parts = ("pytorchstreamwriter", "inline_container", "iostream error", "unexpected pos")
     return any(part in str(error).lower() for part in parts)
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether a file could not be written: by Python, torch or safetensors."""
+    """Return whether a file could not be written: by Python, torch or safetensors."""
     return isinstance(error, OSError) or is_torch_writer(error) or "i/o error" in str(error).lower()

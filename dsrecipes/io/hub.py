@@ -12,7 +12,7 @@ _OFFLINE = {
     "MaxRetryError",
     "ProxyError",
 }
-"""Classes of errors that mean that the hub cannot be reached, by name: importing their libraries takes long."""
+"""Names of the errors that mean that the hub cannot be reached; importing their classes would import four libraries."""
 _UNKNOWN = {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}
 
 
@@ -21,7 +21,7 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
 
     Args:
         error: what from_pretrained or load_dataset raised.
-        name: the hub name that was asked for.
+        name: the hub name that was requested.
         kind: `model`, `data set` or the like, for the message.
         local: what can be used instead, such as `a local folder`.
     """
@@ -29,7 +29,7 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
     names = {type(link).__name__ for link in chain}
     text = " ".join(str(link) for link in chain).lower()
     site = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
-    # The hub answers 401 for private names, too, so a name that does not exist may also say "gated".
+    # the hub answers 401 for missing names too, so that private ones stay secret: such an error may also say "gated"
     if "repository not found" in text and "GatedRepoError" not in names:
         return f"{kind} {name}: there is no such name on the hub ({site}), or it is private and needs `hf auth login`; use {local}"
     if "GatedRepoError" in names or any(part in text for part in ("gated repo", "403 client error", "401 client error")):
@@ -47,7 +47,8 @@ def hub_error(error: BaseException, name: str, kind: str, local: str) -> str | N
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and its causes, outermost first."""
+    """List an error and its causes, outermost first."""
+    # libraries wrap each other's errors, and only an inner one says that the network is missing
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -57,7 +58,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def damaged() -> tuple[type[Exception], ...]:
-    """The classes of errors that transformers, peft and tokenizers raise for damaged files."""
+    """Return the classes of errors that transformers, peft and tokenizers raise for damaged files."""
     from pickle import UnpicklingError
 
     from huggingface_hub.errors import StrictDataclassError
@@ -77,7 +78,7 @@ def damaged() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, preceded by its class where the text alone says little."""
+    """Return the first line of an error's text, preceded by its class where the text alone says little."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     is_clear = isinstance(error, (OSError, ValueError, ImportError)) and line
     return line if is_clear else f"{type(error).__name__}: {line}"

@@ -1,7 +1,7 @@
 """How is a JSON text read that does not fit into memory? Value by value, with Python's own parser.
 
-So it accepts what json.loads accepts, with the same values. Other incremental parsers differ from it: ijson refuses NaN, which pandas writes, and numbers above 64 bits, and turns
-half of a surrogate pair into a question mark.
+So it accepts what json.loads accepts, with the same values. Other incremental parsers differ: ijson refuses NaN, which pandas
+writes, and numbers above 64 bits, and turns half of a surrogate pair into a question mark.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class JsonStream:
         self._line, self._column = 1, 1  # of the beginning of _text
 
     def _read(self) -> None:
-        """Drop what was used, and read at least as much as is left, so that a long value is not decoded too often."""
+        """Drop the text that was used, and read more."""
         used = self._text[: self._at]
         self._line, self._column = self._place(self._at)
-        # as much again as is left, because the decoder starts a value from its beginning each time: so a long value costs
-        # twice its length in all, and not its square
+        # at least as much as is left, because the decoder starts a value from its beginning each time: so a long value costs
+        # twice its length in total, and not its square
         piece = self._file.read(max(_PIECE, len(self._text) - len(used)))
         self._text, self._at, self._ended = self._text[self._at :] + piece, 0, not piece
 
@@ -75,7 +75,7 @@ class JsonStream:
                     raise self._fault(error.msg, error.pos) from None
             except RecursionError:
                 raise UserError("DSR005", f"{self._where}: nested too deeply") from None
-            except ValueError as error:  # a whole number of thousands of digits
+            except ValueError as error:  # an integer of thousands of digits
                 raise UserError("DSR005", f"{self._where}: not JSON that can be read ({error})") from None
             else:
                 if end < len(self._text) or self._ended:  # else a number may continue

@@ -1,4 +1,4 @@
-"""Which file does a path of the user's mean, and where are the starter files and the cache?"""
+"""Which file does a user's path mean, and where are the starter files and the cache?"""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ STARTER = "starter:"
 
 
 def user_path(name: str | Path) -> Path:
-    """A path as the user gave it, with `~` expanded; it need not exist.
+    """Return a path as the user gave it, with `~` expanded; it need not exist.
 
     Raises:
         UserError: no file can have this name, or permission is denied.
     """
+    # stat, because it raises for every name that no file can have, and Path.exists would only return False
     try:
         path = Path(name).expanduser()
         path.stat()
@@ -30,7 +31,7 @@ def user_path(name: str | Path) -> Path:
 
 
 def flag_path(flag: str, name: str) -> Path:
-    """The path that a flag gives; like user_path, with the flag in the message."""
+    """Return the path that a flag gives; like user_path, with the flag in the message."""
     try:
         return user_path(name)
     except UserError as error:
@@ -38,7 +39,7 @@ def flag_path(flag: str, name: str) -> Path:
 
 
 def starter_path(name: str) -> str:
-    """The path of the bundled file for `starter:data/prose.txt`; any other name unchanged (UserError: no such file)."""
+    """Return the path of the bundled file for `starter:data/prose.txt`; other names stay unchanged (UserError: no such file)."""
     if not name.startswith(STARTER):
         return name
     path = Path(__file__).parents[1] / "starter" / name.removeprefix(STARTER)
@@ -48,7 +49,8 @@ def starter_path(name: str) -> str:
 
 
 def cache_root() -> Path:
-    """DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
+    """Return DSRECIPES_CACHE, else dsrecipes/ below XDG_CACHE_HOME or ~/.cache."""
+    # read at each call, because redirect_caches may change the environment after this module is imported
     own = os.environ.get("DSRECIPES_CACHE")
     if own:
         return Path(own)

@@ -17,7 +17,7 @@ _MOST_NODES = 100_000
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """The number of nodes with every alias expanded; infinite where an alias contains itself.
+    """Count the nodes with every alias expanded; infinite where an alias contains itself.
 
     Args:
         sizes: id of a node -> its size, so that a node with many aliases is counted once.
@@ -25,7 +25,7 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
-        sizes[id(node)] = math.inf  # found again below itself
+        sizes[id(node)] = math.inf  # what an alias inside the node itself will read here
         children = node.value
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
@@ -36,7 +36,7 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 class _UniqueKeys(yaml.SafeLoader):
     """SafeLoader whose errors all have a line, and which refuses what PyYAML silently accepts.
 
-    These are a repeated key, where the last value would win, and aliases that expand to more than memory holds.
+    That is a repeated key, where the last value would win, and aliases that expand to more than memory holds.
     """
 
     def construct_document(self, node: yaml.Node) -> Any:
@@ -56,6 +56,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build the mapping (yaml.constructor.ConstructorError: a key is repeated)."""
+        # keys are compared as text, so that 1 and "1" count as a repetition
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
@@ -92,7 +93,7 @@ def _keep_text(node: yaml.Node) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The file's text, without a byte order mark (UserError: it cannot be read, or a byte is not UTF-8)."""
+    """Return the file's text, without a byte order mark (UserError: it cannot be read, or a byte is not UTF-8)."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -129,7 +130,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON (ValueError: a key is repeated)."""
+    """Build a JSON object (ValueError: a key is repeated)."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:

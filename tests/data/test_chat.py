@@ -76,15 +76,15 @@ TOOLS = [
 
 
 def templates() -> dict[str, str]:
-    """All available templates by name."""
+    """Return all available templates by name."""
     paths = [*SHARED.glob("chat_templates/*.jinja"), *SHARED.glob("cases/models/*/chat_template.jinja")]
-    found = {
+    by_name = {
         path.stem if path.parent.name == "chat_templates" else path.parent.name: path.read_text("utf-8") for path in paths
     }
     for path in SHARED.glob("cases/models/*/tokenizer_config.json"):
         template = json.loads(path.read_text("utf-8")).get("chat_template")
-        found |= {path.parent.name: template} if template else {}
-    return OWN | dict(sorted(found.items()))
+        by_name |= {path.parent.name: template} if template else {}
+    return OWN | dict(sorted(by_name.items()))
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def _base(kind: str):
 
 
 def tokenizer_of(kind: str, template: str, special: bool):
-    """A tokenizer with this template; the template's markers are special tokens, or plain text."""
+    """Return a tokenizer with this template; the template's markers are special tokens, or plain text."""
     tokenizer = copy.deepcopy(_base(kind))
     tokenizer.chat_template = template
     if special:
@@ -105,7 +105,7 @@ def tokenizer_of(kind: str, template: str, special: bool):
 
 
 def chat(count: int, system: bool = False, reasoning: bool = False) -> list[dict]:
-    """Turns with one answer or more."""
+    """Build turns with one answer or more."""
     turns = [{"role": "system", "content": "Be brief."}] if system else []
     for number in range(count):
         turns.append({"role": "user", "content": f"Question {number}?"})
@@ -115,8 +115,8 @@ def chat(count: int, system: bool = False, reasoning: bool = False) -> list[dict
 
 
 def answers_of(batch: dict) -> list[tuple[list[int], list[int]]]:
-    """(the ids before an answer, those of the answer) of all sequences, in order."""
-    found = []
+    """Return (the ids before an answer, those of the answer) of all sequences, in order."""
+    answers = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         assert [label for label in labels if label != IGNORE] == [
             token for token, label in zip(ids, labels, strict=True) if label != IGNORE
@@ -124,9 +124,9 @@ def answers_of(batch: dict) -> list[tuple[list[int], list[int]]]:
         start = 0
         for trained, run in groupby(labels, lambda label: label != IGNORE):
             size = len(list(run))
-            found += [(ids[:start], ids[start : start + size])] if trained else []
+            answers += [(ids[:start], ids[start : start + size])] if trained else []
             start += size
-    return found
+    return answers
 
 
 def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) -> list[str]:
@@ -137,18 +137,20 @@ def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) ->
     assert len(learned) == len(indices), "every answer once"
     texts = []
     for (prompt, answer), index in zip(learned, indices, strict=True):
-        before, how = turns[:index], {"tools": tools, "return_dict": False}
-        asked = tokenizer.apply_chat_template(before, add_generation_prompt=True, **how)
+        before = turns[:index]
+        server_ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, tools=tools, return_dict=False)
         text = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False, tools=tools)
         answered = tokenizer.apply_chat_template([*before, turns[index]], tokenize=False, tools=tools)
         decoded = tokenizer.decode(answer)
         ignores = text == tokenizer.apply_chat_template(before, tokenize=False, tools=tools)
         if answered.startswith(text) and not ignores:
-            assert prompt == asked
+            assert prompt == server_ids
         elif ignores:
-            assert prompt[: len(asked)] == asked or tokenizer.decode(prompt).startswith(tokenizer.decode(asked))
+            assert prompt[: len(server_ids)] == server_ids or tokenizer.decode(prompt).startswith(
+                tokenizer.decode(server_ids)
+            )
         else:
-            assert prompt == asked[: len(prompt)], "up to the block that the prompt opens"
+            assert prompt == server_ids[: len(prompt)], "up to the block that the prompt opens"
         content = turns[index]["content"]
         assert decoded.count(content) == 1 or not content
         assert not re.search(r"Question|Be brief|\bassistant\b(?!.*final)|\buser\b", decoded), decoded
@@ -157,12 +159,9 @@ def check_chat(tokenizer, turns: list[dict], tools: list[dict] | None = None) ->
         ]
         assert decoded.endswith(tuple(special)), "an end token"
         end = answered.rstrip()
-        written = end.endswith(tuple(special))
-        assert (
-            (answer[-1] == tokenizer(end, add_special_tokens=False)["input_ids"][-1])
-            if written
-            else (answer[-1] == tokenizer.eos_token_id)
-        )
+        # the end token that the template writes, or else eos, which encode_chats appends
+        last = tokenizer(end, add_special_tokens=False)["input_ids"][-1]
+        assert answer[-1] == (last if end.endswith(tuple(special)) else tokenizer.eos_token_id)
         texts.append(decoded)
     if len(batch["input_ids"]) == 1:
         whole = tokenizer.apply_chat_template(turns, tools=tools, return_dict=False)
@@ -187,8 +186,8 @@ def test_every_template_trains_on_what_a_server_sends(kind, special):
         for count, system, reasoning in product((1, 2, 5), (False, True), (False, True)):
             turns = chat(count, system, reasoning)
             try:
-                asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-                shown = turns[0]["content"] in asked
+                prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+                shown = turns[0]["content"] in prompt
             except Exception:
                 shown = False
             if not shown:  # a template that refuses system turns, or leaves them out: tested below
@@ -203,7 +202,7 @@ def test_every_template_trains_on_what_a_server_sends(kind, special):
 def encoded(
     template: str, turns: list[dict], options: EncodeOptions = KEEP, kind: str = "gpt2", **more
 ) -> tuple[str, str, list]:
-    """(all text, what is learned, notes) of a chat."""
+    """Return (all text, what is learned, notes) of a chat."""
     tokenizer = tokenizer_of(kind, template, True)
     batch = encode_chats([{"messages": turns, **more}], tokenizer, options)
     learned = "|".join(tokenizer.decode(answer) for _, answer in answers_of(batch))
@@ -240,9 +239,9 @@ def test_turns_that_a_template_refuses_are_moved_with_a_note():
         ),
     ]  # fmt: skip
     for turns, text, learned, note in cases:
-        found = encoded(GEMMA, turns)
-        assert found[0] == start + text and found[1] == learned and note in found[2][0], turns
-        assert encoded(CHATML, turns)[2] == [], "a template that takes them gets them"
+        whole, trained, notes = encoded(GEMMA, turns)
+        assert whole == start + text and trained == learned and note in notes[0], turns
+        assert encoded(CHATML, turns)[2] == [], "a template that accepts them gets them"
     whole, learned, _ = encoded(CHATML, [user, again, answer, answer])
     assert whole.count("<|im_start|>user") == 2 and learned == "Yes<|im_end|>|Yes<|im_end|>"
     with pytest.raises(ValueError, match="turn 3: .* another weight"):
@@ -250,7 +249,7 @@ def test_turns_that_a_template_refuses_are_moved_with_a_note():
 
 
 def test_unusual_templates():
-    """A header behind the last answer too; contents as parts alone; answers that end with a special token of their own."""
+    """A header after the last answer too; contents only as parts; answers that end with a special token of their own."""
     turns = chat(2)
     whole, learned, notes = encoded(CHATML, turns)
     always = CHATML[: CHATML.index("{% if add")] + "{{ '<|im_start|>assistant\n' }}"
@@ -262,11 +261,11 @@ def test_unusual_templates():
     own = [turns[0], {"role": "assistant", "content": "is <|user|>"}]
     assert encoded(template, own)[1] == "is <|user|><|endoftext|>", "the template writes no end token"
     own = [turns[0], {"role": "assistant", "content": "is <|endoftext|>"}]
-    assert encoded(template, own)[1] == "is <|endoftext|>", "but eos does not stand there twice"
+    assert encoded(template, own)[1] == "is <|endoftext|>", "but eos is not repeated"
 
 
 def test_a_tool_result_that_is_written_differently_at_the_end():
-    """Hermes: a line break behind a result that is not the last; the prompt of the answer is that of inference."""
+    """Hermes: a line break after a result that is not the last; the prompt of the answer is that of inference."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
         "{{ m['content'] }}{{ '\n' if m['role'] == 'tool' and not loop.last }}<|im_end|>\n{% endfor %}"
@@ -304,7 +303,7 @@ def test_a_template_that_reads_reasoning_in_the_text_gets_it_there():
 
 @needs_shared
 def test_tools_calls_and_results():
-    """Calls are learned whole, results never; a template without a form for calls refuses the row."""
+    """Calls are learned completely, results never; a template without a form for calls refuses the row."""
     turns = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -393,7 +392,7 @@ def test_templates_without_an_answer_to_find():
 
 
 def test_a_tokenizer_without_offsets():
-    """Where the ids of a beginning begin those of the whole: as with offsets."""
+    """Where the ids of a prefix of the text are a prefix of its ids, the result is the same as with offsets."""
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     tokenizer.chat_template = OWN["zephyr"]

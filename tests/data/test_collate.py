@@ -15,7 +15,7 @@ from dsrecipes.model import attention
 
 
 def rows_of_steps(rows, micro, accumulation, world, epoch=0, **kwargs):
-    """The rows of each optimizer step, over ranks and micro batches."""
+    """Return the rows of each optimizer step, over ranks and micro batches."""
     steps = []
     lengths = np.random.default_rng(0).integers(1, 99, size=rows)
     for rank in range(world):
@@ -52,7 +52,7 @@ def test_rows_of_a_micro_batch_are_about_as_long():
         [[8, 9], [3, 4]],
         [[6, 7], [1, 2]],
     ]
-    # an evaluation sorts all rows, and fillers come last
+    # an evaluation sorts all rows, and padding rows come last
     assert StepSampler(lengths[:7], 2, world=2, shuffle=False).order().tolist() == [[0, 2, 4, 6], [5, 3, 1, PADDING_ROW]]
 
 
@@ -70,7 +70,7 @@ def test_little_padding_and_no_step_for_the_long_ones():
 
 
 def dataset(lengths, masked=0):
-    """Random ids; the first `masked` of each row are no labels."""
+    """Write random ids; the first `masked` of each row are no labels."""
     draw = np.random.default_rng(0)
     ids = [draw.integers(3, 500, size=length).tolist() for length in lengths]
     labels = [[*[IGNORE] * min(masked, len(row) - 1), *row[min(masked, len(row) - 1) :]] for row in ids]
@@ -122,7 +122,7 @@ def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
     losses = {}
     for name, sequences, how in (("single", Sequences(data), "sdpa"), ("packed", Sequences(data, 128), implementation)):
         model = AutoModelForCausalLM.from_pretrained(tiny(), attn_implementation=how).eval()
-        found = {}
+        loss_of = {}
         for items in (
             [sequences[i] for i in range(start, min(start + 4, len(sequences)))] for start in range(0, len(sequences), 4)
         ):
@@ -130,24 +130,24 @@ def test_packed_loss_is_unpacked_loss_for_every_token(tiny, implementation):
             batch.pop(TOKEN_COUNTS)
             with torch.no_grad():
                 out = model(**batch, use_cache=False)
-            each = torch.nn.functional.cross_entropy(
+            token_losses = torch.nn.functional.cross_entropy(
                 out.logits.view(-1, out.logits.shape[-1]), batch["shift_labels"], reduction="none"
             )
-            assert torch.allclose(out.loss, each.mean(), atol=1e-6)
+            assert torch.allclose(out.loss, token_losses.mean(), atol=1e-6)
             counts = [
                 (tuple(row["input_ids"].tolist()), int((row["labels"][1:] != IGNORE).sum()))
                 for item in items
                 for row in item
             ]
-            for (key, _), part in zip(counts, each.split([count for _, count in counts]), strict=True):
-                found[key] = part
-        losses[name] = torch.cat([found[key] for key in sorted(found)])
+            for (key, _), row_losses in zip(counts, token_losses.split([count for _, count in counts]), strict=True):
+                loss_of[key] = row_losses
+        losses[name] = torch.cat([loss_of[key] for key in sorted(loss_of)])
     assert len(Sequences(data, 128)) == 4 and losses["single"].shape == losses["packed"].shape
     assert (losses["single"] - losses["packed"]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
-def test_a_step_of_fillers_alone_has_no_gradient(tiny):
+def test_a_step_of_only_padding_rows_has_no_gradient(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny())
     sequences = Sequences(dataset([5, 9]), 16)
     batch = CausalCollator(0, True)([sequences[PADDING_ROW], sequences[PADDING_ROW]])

@@ -19,7 +19,7 @@ ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]
 
 
 def write(path, rows):
-    """`rows` in the form of the file's suffix."""
+    """Write `rows` in the form of the file's suffix."""
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -42,15 +42,15 @@ def test_rows_of_each_kind_of_file(tmp_path, kind, packed):
     path = write(tmp_path / f"rows.{kind}{packed}", ROWS)
     rows = load_splits(str(path))["train"]
     assert list(rows) == ROWS == list(rows)  # twice: files are read again at each pass
-    places = [where for where, _ in located(rows)]
+    places = [place for place, _ in located(rows)]
     assert places[0].startswith(f"{path}, ") and places[0] != places[1]
 
 
 def test_the_place_of_a_row_is_its_line(tmp_path):
     jsonl = write(tmp_path / "a.jsonl", ROWS)
-    assert [where for where, _ in FileRows((jsonl,)).located()] == [f"{jsonl}, line 1", f"{jsonl}, line 3"]
+    assert [place for place, _ in FileRows((jsonl,)).located()] == [f"{jsonl}, line 1", f"{jsonl}, line 3"]
     table = write(tmp_path / "a.csv", [*ROWS, ROWS[0]])
-    assert [where.rsplit(" ", 1)[1] for where, _ in FileRows((table,)).located()] == ["2", "4", "5"]
+    assert [place.rsplit(" ", 1)[1] for place, _ in FileRows((table,)).located()] == ["2", "4", "5"]
 
 
 def test_variations_of_json(tmp_path):
@@ -82,26 +82,27 @@ def test_a_big_json_file_has_the_rows_and_errors_of_a_small_one(tmp_path, monkey
     path.write_bytes(gzip.compress(raw) if "gz" in encoding else raw)
 
     def read():
-        found = []
+        rows = []
         try:
-            found.extend(FileRows((path,)).located())
+            rows.extend(FileRows((path,)).located())
         except UserError as error:
-            return [] if "not JSON" in str(error) else found, str(error)
-        return found, None
+            return [] if "not JSON" in str(error) else rows, str(error)
+        return rows, None
 
-    (small, problem), found = read(), []
+    # small files are parsed by json.loads, which the reader of big files must match, wherever its pieces are cut
+    (small, problem), problems = read(), []
     for piece in (1, 7, 1 << 20):
         monkeypatch.setattr("dsrecipes.data.json_files._BIG", 0)
         monkeypatch.setattr("dsrecipes.io.json_stream._PIECE", piece)
         rows, big_problem = read()
         assert repr(rows) == repr(small)  # NaN is unequal to itself
         assert (big_problem is None) == (problem is None)
-        found.append(big_problem)
-    assert len(set(found)) == 1
+        problems.append(big_problem)
+    assert len(set(problems)) == 1
     if problem and "not JSON" in problem:
-        assert "not JSON" in found[0] and problem.rpartition("(")[2][:9] == found[0].rpartition("(")[2][:9]
+        assert "not JSON" in problems[0] and problem.rpartition("(")[2][:9] == problems[0].rpartition("(")[2][:9]
     elif problem:
-        assert found[0] == problem
+        assert problems[0] == problem
 
 
 def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
@@ -109,10 +110,10 @@ def test_the_place_of_an_error_in_a_big_json_file(tmp_path, monkeypatch):
     monkeypatch.setattr("dsrecipes.io.json_stream._PIECE", 5)
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n {"b": "some text"},\n\n  {"a": }]')
-    found = []
+    rows_read = []
     with pytest.raises(UserError, match=r"rows.json, line 4, column 9: .*\[DSR005\]"):
-        found.extend(FileRows((path,)).located())
-    assert [where.rsplit(", ")[1] for where, _ in found] == ["row 1", "row 2"]
+        rows_read.extend(FileRows((path,)).located())
+    assert [place.rsplit(", ")[1] for place, _ in rows_read] == ["row 1", "row 2"]
     path.write_bytes(b'[{"a": 1},\n{"a": "\xe9"}]')
     with pytest.raises(UserError, match=r"byte 0xe9 in line 2.*DSR116"):
         list(FileRows((path,)))
@@ -227,9 +228,9 @@ TABLES = {
 def test_tables_as_spreadsheets_of_all_countries_write_them(tmp_path, name):
     file, raw, rows, lines = TABLES[name]
     (tmp_path / file).write_bytes(raw)
-    found = list(located(load_splits(str(tmp_path / file))["train"]))
-    assert [row for _, row in found] == rows
-    assert [where for where, _ in found] == [f"{tmp_path / file}, line {line}" for line in lines]
+    located_rows = list(located(load_splits(str(tmp_path / file))["train"]))
+    assert [row for _, row in located_rows] == rows
+    assert [place for place, _ in located_rows] == [f"{tmp_path / file}, line {line}" for line in lines]
 
 
 @needs_shared
@@ -240,7 +241,7 @@ def test_the_tables_of_others_train(name):
     assert records and all(record["input"] == "" and record["output"] for record in records)
 
 
-@pytest.mark.parametrize(("name", "raw", "parts"), DAMAGED, ids=[f"{each[0]}-{i}" for i, each in enumerate(DAMAGED)])
+@pytest.mark.parametrize(("name", "raw", "parts"), DAMAGED, ids=[f"{case[0]}-{index}" for index, case in enumerate(DAMAGED)])
 def test_a_damaged_file_says_where(tmp_path, name, raw, parts):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError) as error:

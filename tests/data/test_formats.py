@@ -111,8 +111,8 @@ def test_a_new_format_is_one_entry_of_the_table(riddles: None, tmp_path: Path) -
     for name in ("input_ids", "labels", "weights"):
         assert split.data[name][:] == prepared(alpaca, tmp_path).data[name][:]
     assert split.stats.seen.describe() == ["riddles and keys (Riddle, keys, weight)", "unused columns: id"]
-    mapped = [{"riddle": "not this", "ask": row["Riddle"], "said": row["keys"], "weight": row["weight"]} for row in rows]
-    again = prepared(mapped, tmp_path, {"riddle": "ask", "answers": "said"})
+    mapped = [{"riddle": "not this", "ask": row["Riddle"], "reply": row["keys"], "weight": row["weight"]} for row in rows]
+    again = prepared(mapped, tmp_path, {"riddle": "ask", "answers": "reply"})
     assert again.data["input_ids"][:] == split.data["input_ids"][:]
     assert again.stats.seen.describe()[0] == "riddles and keys (weight, riddle, answers)"
 

@@ -13,8 +13,8 @@ def test_a_folder_is_split_by_names(tmp_path):
     for name in ("train.jsonl", "dev.jsonl", "more/extra.jsonl", "test/b.jsonl", "notes.md", ".hidden.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"from": name}))
-    found = {name: [row["from"] for row in rows] for name, rows in load_splits(str(tmp_path)).items()}
-    assert found == {"train": ["more/extra.jsonl", "train.jsonl"], "validation": ["dev.jsonl"], "test": ["test/b.jsonl"]}
+    splits = {name: [row["from"] for row in rows] for name, rows in load_splits(str(tmp_path)).items()}
+    assert splits == {"train": ["more/extra.jsonl", "train.jsonl"], "validation": ["dev.jsonl"], "test": ["test/b.jsonl"]}
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match=r"\.parquet.*DSR111"):

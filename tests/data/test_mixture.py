@@ -19,7 +19,7 @@ AVAILABLE = {"a": 100, "b": 50, "c": 7}
 
 
 def sources(**shares):
-    """Sources a, b, ... with a share such as {"weight": 2}."""
+    """Build sources a, b, ... with a share such as {"weight": 2}."""
     return read_sources("dataset", [{"path": name, **share} for name, share in shares.items()])[0]
 
 
@@ -64,7 +64,7 @@ def test_no_row_is_repeated_before_all_rows_have_occurred(rows, count):
 
 
 def parts(capacity=None):
-    """Two sources, the second with a column that the first lacks."""
+    """Write two sources, the second with a column that the first lacks."""
     draw = np.random.default_rng(3)
     files = {}
     for name, rows in (("a", 40), ("b", 12)):
@@ -81,7 +81,7 @@ def mixture(capacity=32, batch=4, **run):
 
 
 def rows_of(data, epoch):
-    """The rows of each sequence of an epoch."""
+    """Return the rows of each sequence of an epoch."""
     return [data.rows(data.first_of(epoch) + index) for index in range(len(data))]
 
 
@@ -91,10 +91,12 @@ def test_every_epoch_has_the_same_number_of_sequences(capacity):
     drawn = []
     for epoch in (0, 1, 2, 5, 1):  # back to an earlier one, as in a resumed run
         bins = rows_of(data, epoch)
-        rows = sorted(row for one in bins for row in one)
+        rows = sorted(row for sequence in bins for row in sequence)
         assert sum(row < 40 for row in rows) == 17 and len(set(rows[:17])) == 17 and len(rows) == 47
         assert {rows.count(row) for row in range(40, 52)} == {2, 3}
-        assert all(bins) and data.lengths_of(epoch).tolist() == [int(data.row_lengths()[one].sum()) for one in bins]
+        assert all(bins) and data.lengths_of(epoch).tolist() == [
+            int(data.row_lengths()[sequence].sum()) for sequence in bins
+        ]
         assert capacity is None or data.lengths_of(epoch).max() <= capacity
         drawn.append(rows)
     assert drawn[1] == drawn[4] and len({tuple(rows) for rows in drawn}) == 4
@@ -159,9 +161,5 @@ def test_equal_rows_of_several_sources_are_held_out_together():
     first, second = hold_out_alone(keys[:1500], 0.1, 3), hold_out_alone(keys[1000:], 0.1, 3)
     assert (first[1000:] == second[:500]).all() and 120 < first.sum() < 180
     assert (hold_out_alone(keys[:1500], 0.1, 4) != first).any()
-    assert [hold_out_alone(keys[:n], share, 3).sum() for n, share in ((0, 0.5), (1, 0.5), (2, 1e-9), (2, 0.999))] == [
-        0,
-        0,
-        1,
-        1,
-    ]
+    counts = [hold_out_alone(keys[:n], share, 3).sum() for n, share in ((0, 0.5), (1, 0.5), (2, 1e-9), (2, 0.999))]
+    assert counts == [0, 0, 1, 1]

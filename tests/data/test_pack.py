@@ -17,20 +17,20 @@ def test_every_row_once_and_no_bin_overfull(seed):
     lengths = draw.integers(1, capacity + 1, size=int(draw.integers(1, 2000)))
     bins = pack(lengths, capacity)
     assert sorted(np.concatenate(bins).tolist()) == list(range(len(lengths)))
-    assert all(lengths[each].sum() <= capacity and (np.diff(each) > 0).all() for each in bins)
-    assert [each[0] for each in bins] == sorted(each[0] for each in bins)
+    assert all(lengths[rows].sum() <= capacity and (np.diff(rows) > 0).all() for rows in bins)
+    assert [rows[0] for rows in bins] == sorted(rows[0] for rows in bins)
     # best-fit decreasing needs at most 11/9 of the best plus 1 (Johnson 1973); the best is at least the filled volume
     assert len(bins) <= 11 / 9 * max(np.ceil(lengths.sum() / capacity), (lengths > capacity / 2).sum()) + 1 or seed
     assert all((a == b).all() for a, b in zip(bins, pack(lengths.tolist(), capacity), strict=True))
 
 
 def test_best_fit_takes_the_fullest_bin_that_holds():
-    assert [each.tolist() for each in pack([6, 5, 4, 3, 2], 10)] == [[0, 2], [1, 3, 4]]
-    assert [each.tolist() for each in pack([5], 5)] == [[0]] and len(pack([], 5)) == 0
+    assert [rows.tolist() for rows in pack([6, 5, 4, 3, 2], 10)] == [[0, 2], [1, 3, 4]]
+    assert [rows.tolist() for rows in pack([5], 5)] == [[0]] and len(pack([], 5)) == 0
 
 
 def best_fit_decreasing(lengths, capacity):
-    """Example by example; of equally full bins the one that was filled last."""
+    """Pack row by row; of equally full bins, use the one that was filled last."""
     bins = []
     for length in sorted(lengths, reverse=True):
         fitting = [index for index, content in enumerate(bins) if sum(content) + length <= capacity]
@@ -40,14 +40,14 @@ def best_fit_decreasing(lengths, capacity):
 
 
 @pytest.mark.parametrize("capacity", [7, 40, 200])
-def test_bins_are_those_of_best_fit_decreasing_example_by_example(capacity):
+def test_bins_are_those_of_best_fit_decreasing_row_by_row(capacity):
     for largest in (capacity, max(2, capacity // 5)):
         lengths = np.random.default_rng(capacity).integers(1, largest + 1, size=300)
         bins = pack(lengths, capacity)
         assert sorted(sorted(lengths[rows].tolist()) for rows in bins) == best_fit_decreasing(lengths.tolist(), capacity)
 
 
-def test_bins_of_a_million_rows_take_seconds_and_are_kept(tmp_path, monkeypatch):
+def test_bins_of_a_million_rows_take_seconds_and_are_stored(tmp_path, monkeypatch):
     lengths = np.random.default_rng(0).lognormal(4.5, 0.7, 1_000_000).astype(int).clip(8, 512)
     began = time.perf_counter()
     bins = packed(tmp_path / "train.arrow", lengths, 512)
@@ -87,9 +87,9 @@ def test_alpaca_at_512_is_97_percent_full():
 
 
 @pytest.mark.parametrize(("sizes", "size"), [([3, 0, 5, 1], 4), ([8], 4), ([1, 1], 4), ([], 4), ([9, 9, 9], 2)])
-def test_blocks_carry_the_remainder_on(sizes, size):
+def test_blocks_carry_the_remainder_over(sizes, size):
     stream, cutter = np.arange(sum(sizes)), BlockCutter(size)
     parts = np.split(stream, np.cumsum(sizes)[:-1]) if sizes else []
     blocks = [cutter.cut(tokens) for tokens in parts]
-    assert all(each.shape[1] == size for each in blocks) and len(cutter.rest) < size
-    assert np.array_equal(np.concatenate([*(each.ravel() for each in blocks), cutter.rest]), stream)
+    assert all(part.shape[1] == size for part in blocks) and len(cutter.rest) < size
+    assert np.array_equal(np.concatenate([*(part.ravel() for part in blocks), cutter.rest]), stream)

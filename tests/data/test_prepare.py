@@ -74,9 +74,8 @@ def test_tokens_in_are_tokens_trained_and_one_counted_tail(tokenizer, length):
     everything = [token for ids in encode_texts(rows, tokenizer)["input_ids"] for token in ids]
     assert trained == everything[: len(trained)] and len(everything) - len(trained) == split.stats.tail < length
     assert split.stats.tokens == len(everything) and split.stats.supervised == len(trained)
-    assert {len(row["input_ids"]) for row in split.data} == {length} and split.data["labels"][:] == split.data["input_ids"][
-        :
-    ]
+    assert {len(row["input_ids"]) for row in split.data} == {length}
+    assert split.data["labels"][:] == split.data["input_ids"][:]
     assert Counter(everything)[tokenizer.eos_token_id] == sum(row["end"] for row in rows) >= 1
 
 
@@ -93,7 +92,7 @@ def test_a_short_validation_text_is_kept_to_its_last_token(tokenizer):
     assert train.stats.tail == train.stats.tokens % 4 and held.stats.tail <= 1
     assert sum(map(len, held.data["input_ids"])) == held.stats.tokens - held.stats.tail
     alone = prepared(Gpt2Clm, {"train": rows}, tokenizer, 500)["train"]
-    assert len(alone.data) == 1 and alone.stats.tail == 0  # a text below one block is all there is: it is kept
+    assert len(alone.data) == 1 and alone.stats.tail == 0  # a text below one block is all there is: it is used
 
 
 BAD = {
@@ -116,10 +115,10 @@ def test_a_bad_row_is_refused_with_its_place_or_dropped_and_counted(tokenizer, t
     bad, problem = BAD[name]
     good = {"instruction": "a", "input": "", "output": "b"}
     path = write_rows(tmp_path / f"rows.{kind}", [good, good, bad, good])
-    where = f"rows.{kind}, {'row' if kind == 'json' else 'line'} 3: {problem}"
+    message = f"rows.{kind}, {'row' if kind == 'json' else 'line'} 3: {problem}"
     with pytest.raises(UserError) as error:
         prepared(AlpacaLlamaSft, path, tokenizer, 128)
-    assert where in str(error.value) and "--skip_bad_rows" in str(error.value), error.value
+    assert message in str(error.value) and "--skip_bad_rows" in str(error.value), error.value
     stats = prepared(AlpacaLlamaSft, path, tokenizer, 128, skip_bad_rows=True)["train"].stats
     assert (stats.kept, stats.dropped) == (3, {"bad row": 1})
 
@@ -229,7 +228,7 @@ def test_the_learning_rate_is_not_part_of_the_cache_key(tmp_path):
         tokenizer = recipe.load_tokenizer()
         data = recipe.config.data
         prepared(recipe_class(recipe.config.layers.recipe), recipe.load_rows(), tokenizer, data.max_length)
-        return {each.name for each in (tmp_path / "cache" / "data").iterdir() if each.is_dir()}
+        return {entry.name for entry in (tmp_path / "cache" / "data").iterdir() if entry.is_dir()}
 
     first = key()
     assert len(first) == 1 and key(learning_rate=0.5, per_device_train_batch_size=2, weight_decay=0.3) == first
@@ -239,7 +238,7 @@ def test_the_learning_rate_is_not_part_of_the_cache_key(tmp_path):
 def test_an_incomplete_cache_entry_is_written_again(tokenizer, tmp_path):
     rows = {"train": [{"text": "one two"}]}
     prepared(Lines, rows, tokenizer)
-    (entry,) = [each for each in (tmp_path / "cache" / "data").iterdir() if each.is_dir()]
+    (entry,) = [path for path in (tmp_path / "cache" / "data").iterdir() if path.is_dir()]
     (entry / "stats.json").unlink()
     ENCODED.clear()
     split = prepared(Lines, rows, tokenizer)["train"]
@@ -267,8 +266,8 @@ def test_a_row_may_become_several_sequences(tokenizer):
     }  # fmt: skip
     assert RowSources(split.path).describe([1, 3, 4]) == "rows 1, 3, 5"
     splits = prepared(Turns, {"train": [{"text": text} for text in texts] * 4}, tokenizer, 8, validation_split=0.4)
-    found = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
-    assert not found["train"] & found["validation"] and sum(split.stats.rows for split in splits.values()) == 20
+    ids = {name: set(map(tuple, split.data["input_ids"])) for name, split in splits.items()}
+    assert not ids["train"] & ids["validation"] and sum(split.stats.rows for split in splits.values()) == 20
 
 
 def rows_of_all_kinds(count):
@@ -369,9 +368,8 @@ def test_a_killed_preparation_leaves_nothing_that_a_later_run_uses(tokenizer, tm
     wait_until(lambda: not any(Path("/proc", pid.name).exists() for pid in pids.iterdir()))  # the workers too
     assert len(list(pids.iterdir())) == 2 and {entry.suffix for entry in entries.iterdir()} == {".lock", ".partial"}
     splits = prepared(Slow, path, tokenizer, **settings)
-    assert {entry.suffix for entry in entries.iterdir()} == {".lock", ""} and sum(
-        s.stats.kept for s in splits.values()
-    ) > 700
+    assert {entry.suffix for entry in entries.iterdir()} == {".lock", ""}
+    assert sum(split.stats.kept for split in splits.values()) > 700
 
 
 def wait_until(condition):

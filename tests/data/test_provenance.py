@@ -6,10 +6,10 @@ from dsrecipes.data.columns import ColumnWriter
 from dsrecipes.data.provenance import RowSources
 
 
-def written(folder: Path, wheres: list[str], tokens: list[int]) -> Path:
+def written(folder: Path, places: list[str], tokens: list[int]) -> Path:
     with ColumnWriter(RowSources(folder / "train.arrow").path, piece=0) as writer:
-        for start in range(0, len(wheres), 4):
-            writer.write(RowSources.batch(wheres[start : start + 4], tokens[start : start + 4]))
+        for start in range(0, len(places), 4):
+            writer.write(RowSources.batch(places[start : start + 4], tokens[start : start + 4]))
     return folder / "train.arrow"
 
 

@@ -21,15 +21,15 @@ from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 
 
-def said(text):
-    """`S:..|U:..|A:..|T:..` as turns."""
+def turns_of(text):
+    """Parse `S:..|U:..|A:..|T:..` as turns."""
     roles = {"S": "system", "U": "user", "A": "assistant", "T": "tool"}
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in text.split("|")]
 
 
 def chat(text, **changes):
-    """The record of a chat; changes={"turn 2": {...}} adds to a turn, others to the record."""
-    turns = said(text)
+    """Build the record of a chat; turn2={...} adds to a turn, other changes to the record."""
+    turns = turns_of(text)
     for key in [key for key in changes if key.startswith("turn")]:
         turns[int(key[4:])] |= changes.pop(key)
     return {"messages": turns} | changes
@@ -40,7 +40,7 @@ def alpaca(instruction, output, context=""):
 
 
 def read(path, recipe=AlpacaLlamaSft, columns=None, skip=False):
-    """{split: records} of a file, and what was counted."""
+    """Return {split: records} of a file, and what was counted."""
     records, seen = {}, ColumnUsage()
     for name, rows in renamed(load_splits(str(path)), columns or {}).items():
         source = Records(recipe.format_row, rows, skip)
@@ -120,14 +120,14 @@ ROWS = {
     "problem": ({"problem": "q", "solution": "a", "source": "x"}, alpaca("q", "a")),
     "capitals": ({"Question": "q", "Answer": "a"}, alpaca("q", "a")),
     "inputs and targets": ({"inputs": "q", "targets": "a"}, alpaca("q", "a")),
-    "other forms' columns are empty": ({"messages": None, "prompt": "p", "completion": "c", "text": ""}, alpaca("p", "c")),
-    "chat beside its prompt": ({"prompt": "q", "messages": TURNS}, chat("U:q|A:a")),
+    "other formats' columns are empty": ({"messages": None, "prompt": "p", "completion": "c", "text": ""}, alpaca("p", "c")),
+    "chat next to its prompt": ({"prompt": "q", "messages": TURNS}, chat("U:q|A:a")),
     "TRL": ({"prompt": TURNS + TURNS[:1], "completion": TURNS[1:]}, chat("U:q|A:a|U:q|A:a", turn1={"weight": 0.0})),
     "turns and text": ({"prompt": [{"role": "user", "content": "q"}], "response": "a"}, chat("U:q|A:a")),
     "system and input": ({"system": "s", "instruction": "i", "input": "x", "output": "o"}, chat("S:s|U:i\n\nx|A:o")),
     "system_prompt": ({"system_prompt": "s", "question": "q", "response": "a"}, chat("S:s|U:q|A:a")),
     "no system": ({"system": "", "history": [], "tools": "null", "instruction": "i", "output": "o"}, alpaca("i", "o")),
-    "system said twice": ({"system": "s", "messages": said("S:s|U:q|A:a")}, chat("S:s|U:q|A:a")),
+    "system prompt twice": ({"system": "s", "messages": turns_of("S:s|U:q|A:a")}, chat("S:s|U:q|A:a")),
     "history of turns": ({"history": TURNS, "prompt": "p", "response": "r"}, chat("U:q|A:a|U:p|A:r")),
     "history in a table": ({"history": '[["q", "a"]]', "instruction": "i", "output": "o"}, chat("U:q|A:a|U:i|A:o")),
     "a row's weight": ({"instruction": "i", "output": "o", "weight": 2}, alpaca("i", "o") | {"weight": 2.0}),
@@ -143,7 +143,7 @@ ROWS = {
     "train": ({"messages": [TURNS[0], TURNS[1] | {"train": False}, *TURNS]}, chat("U:q|A:a|U:q|A:a", turn1={"weight": 0.0})),
     "numbers": ({"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": 2.5}]}, chat("U:1|A:2.5")),
     "thinking": ({"messages": [TURNS[0], TURNS[1] | {"thinking": "t"}]}, chat("U:q|A:a", turn1={"reasoning_content": "t"})),
-    "<think> stays": ({"messages": said("U:q|A:<think>t</think>a")}, chat("U:q|A:<think>t</think>a")),
+    "<think> stays": ({"messages": turns_of("U:q|A:<think>t</think>a")}, chat("U:q|A:<think>t</think>a")),
     "ShareGPT tools": (
         {
             "tools": json.dumps([TOOL["function"]]),
@@ -224,8 +224,8 @@ def test_an_answer_is_added_to_rows_without_one():
         ({"instruction": "i"}, "output"),
     ):
         assert with_answer(row, "x") == (row | {column: "x"}, False)
-    asked, answered = with_answer({"conversations": [{"from": "human", "value": "q"}]}, "x")
-    assert instruction_record(asked) == chat("U:q|A:x") and not answered
+    complete, answered = with_answer({"conversations": [{"from": "human", "value": "q"}]}, "x")
+    assert instruction_record(complete) == chat("U:q|A:x") and not answered
     assert instruction_record(with_answer({"messages": [["user", "q"]]}, "x")[0]) == chat("U:q|A:x")
     for row in ({"question": "q", "answer": 4}, {"messages": TURNS}, {"title": "t"}):
         assert with_answer(row, "x") == (row, True)
@@ -264,14 +264,14 @@ def test_a_json_file_of_each_shape(name, big, tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(FILES[name], indent=1))
     records, seen = read(path)
-    sizes = {split: len(found) for split, found in records.items()}
+    sizes = {split: len(values) for split, values in records.items()}
     expected = {
         "splits": {"train": 2, "validation": 1, "test": 1}, "splits in data": {"train": 2, "validation": 1},
         "splits of chats": {"train": 1, "validation": 1}, "one chat": {"train": 1},
     }  # fmt: skip
     assert sizes == expected.get(name, {"train": 2})
     assert records["train"][0] == (chat("U:q|A:a") if name in CHATS else alpaca("i", "o")) and not seen.unused
-    places = [where for rows in load_splits(str(path)).values() for where, _ in located(rows)]
+    places = [place for rows in load_splits(str(path)).values() for place, _ in located(rows)]
     assert len(set(places)) == sum(sizes.values())
 
 
@@ -307,7 +307,7 @@ def test_lines_that_are_lists_or_texts(tmp_path):
 def test_structs_of_lists_and_of_arrow(tmp_path):
     rows = [
         {"messages": TURNS, "tools": None},
-        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, *said("T:4|A:a")], "tools": [TOOL | {"type": "function"}]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, *turns_of("T:4|A:a")], "tools": [TOOL | {"type": "function"}]},
     ]  # fmt: skip
     rows[1]["tools"] = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")

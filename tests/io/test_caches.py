@@ -21,9 +21,9 @@ HOMELESS = ("DSRECIPES_CACHE", "HF_HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DI
 
 
 def environment(*without: str, **values: object) -> dict[str, str]:
-    """This process's, less some variables and with others."""
-    kept = {key: value for key, value in os.environ.items() if key not in without}
-    return kept | {key: str(value) for key, value in values.items()}
+    """Return the environment of this process, without some variables and with others."""
+    remaining = {key: value for key, value in os.environ.items() if key not in without}
+    return remaining | {key: str(value) for key, value in values.items()}
 
 
 def test_caches_go_where_they_can_be_written(tmp_path, monkeypatch):
@@ -73,8 +73,8 @@ def test_a_run_needs_no_home_directory_and_no_reader(small: Small, tmp_path: Pat
     process.stdout.close()
     log = run / "log.txt"
     assert process.wait(240) == 0, log.read_text() if log.is_file() else ""
-    said = log.read_text()
-    assert "2 ranks on cpu" in said and "step 3/3" in said and "done      step 3" in said and "Traceback" not in said
+    text = log.read_text()
+    assert "2 ranks on cpu" in text and "step 3/3" in text and "done      step 3" in text and "Traceback" not in text
     assert (run / "model" / "model.safetensors").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Rank 0 speaks, others are silent, and library noise goes to the log."""
+"""Only rank 0 prints, and the output of libraries is written to the log."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from dsrecipes.io.console import Console
 
 
-def test_noise_goes_to_the_log_and_words_to_the_person(tmp_path, capfd):
+def test_noise_is_logged_and_messages_are_shown(tmp_path, capfd):
     console = Console(capture=True)
     print("noise of Python")
     os.write(2, b"noise of C\n")
@@ -30,7 +30,7 @@ def test_noise_goes_to_the_log_and_words_to_the_person(tmp_path, capfd):
     assert "noise" not in err and "noise of C" not in out
 
 
-def test_other_ranks_say_nothing(tmp_path, capfd):
+def test_other_ranks_print_nothing(tmp_path, capfd):
     console = Console(main=False, capture=True)
     console.say("hello")
     with console.progress("counting", total=3) as bar:
@@ -41,7 +41,7 @@ def test_other_ranks_say_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_stands_below_an_open_bar(capfd):
+def test_an_error_is_printed_below_an_open_bar(capfd):
     console = Console(capture=True)
     console.progress("counting", total=3)
     console.release()
@@ -62,7 +62,7 @@ def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     log = tmp_path / "logs" / f"rank_{rank}.log"
-    for _ in range(100):  # tee is a process of its own
+    for _ in range(100):  # tee is a separate process
         if log.is_file() and "from Python" in log.read_text():
             break
         time.sleep(0.05)
@@ -72,7 +72,7 @@ def test_verbose_hides_nothing_and_keeps_a_log_per_rank(tmp_path, rank):
 
 @pytest.mark.parametrize("capture", [True, False])
 @pytest.mark.parametrize("early", [True, False])
-def test_a_run_goes_on_when_its_reader_ends(tmp_path, capture, early):
+def test_a_run_continues_when_its_reader_ends(tmp_path, capture, early):
     code = (
         "import os, sys, time; from pathlib import Path; from dsrecipes.io.console import Console\n"
         f"capture = {capture}; c = Console(capture=capture, rank_logs=None if capture else 0); log = Path(sys.argv[1]) / 'log.txt'\n"
@@ -88,12 +88,12 @@ def test_a_run_goes_on_when_its_reader_ends(tmp_path, capture, early):
     )  # fmt: skip
     assert process.stdout.readline() == "first\n"
     process.stdout.close()
-    process.stdin.write("go on\n")
+    process.stdin.write("continue\n")
     process.stdin.close()
     assert process.wait(30) == 0
     log = tmp_path / ("log.txt" if capture else "logs/rank_0.log")
     expected = ["counting", "last", "from C"] + ["nobody reads this", "noise"] * (capture or not early)
-    for _ in range(100):  # tee is a process of its own
+    for _ in range(100):  # tee is a separate process
         if log.is_file() and all(part in log.read_text() for part in expected):
             break
         time.sleep(0.05)
