@@ -20,7 +20,15 @@ WITHOUT_ID = 0
 """Calls of UserError that still lack an id. The number may only fall."""
 PACKAGE = Path(dsrecipes.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
-ROOT_MODULES = {"cli": "cli", "explain": "cli", "completion": "cli", "run": "run", "base": "run", "errors": None}
+ROOT_MODULES = {
+    "cli": "cli",
+    "explain": "cli",
+    "completion": "cli",
+    "run": "run",
+    "base": "run",
+    "recipe_class": "run",
+    "errors": None,
+}
 """Modules at the package's root -> the layer whose ids they use."""
 
 

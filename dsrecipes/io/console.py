@@ -57,7 +57,8 @@ class _PersistentStream:
         except OSError:
             self.lost = True
             self.follow_log()
-            self._stream.flush()  # what the stream has buffered
+            with contextlib.suppress(OSError):  # the log's disk may be full too, which must not end the run
+                self._stream.flush()  # what the stream has buffered
 
     def follow_log(self) -> None:
         """Write to the log if the reader is gone; called again when the log moves."""

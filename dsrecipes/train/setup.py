@@ -246,7 +246,7 @@ def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | No
     if config.train["require_deepspeed"] or launch.deepspeed:
         raise UserError(
             "DSR398",
-            f"DeepSpeed cannot start: {reason}. Install it (`pip install deepspeed`), or drop --require_deepspeed to run on "
+            f"DeepSpeed cannot start: {reason}. Install it (`pip install 'deepspeed<0.20'`), or drop --require_deepspeed to run on "
             "plain PyTorch",
         )
     blocks = [key for key in ("optimizer", "scheduler") if key in zero.json]
@@ -254,7 +254,7 @@ def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | No
         raise UserError(
             "DSR398",
             f"{path}: its {' and '.join(blocks)} need DeepSpeed, which cannot start: {reason}. Install it "
-            "(`pip install deepspeed`), or give --deepspeed none and the values as flags",
+            "(`pip install 'deepspeed<0.20'`), or give --deepspeed none and the values as flags",
         )
     return None, reason, []
 
