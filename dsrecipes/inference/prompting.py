@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _STAND_IN = "answer"
-"""Fills the place of an answer where a row has none: chat templates and forms of rows need one, and it is cut off again."""
+"""Stands for an answer where a row has none: chat templates and row formats require one, and it is cut off again."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prompt:
     reference: str | None
     """The row's own answer; None where it has none."""
     continues: bool = False
-    """The model continues this text, so the blanks at both ends of its answer belong to it."""
+    """The model continues this text, so the white space around its answer belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def _missing_field(run: FinishedRun, record: Json) -> str | None:
     Raises:
         UserError: the recipe has no `prompt`.
     """
+    # Hooks do not declare their fields: the KeyError of an incomplete record names the next one.
     try:
         prompt = run.recipe.prompt(record, run.options)
         if prompt is None:
@@ -115,8 +116,8 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
 
     _refuse_other_models(run)
     record, has_answer = _record_of(run, row)
-    asked = None if has_answer else run.recipe.prompt(record, run.options)
-    prompt = _cut(run, record, has_answer) if asked is None else _from_hook(run, asked)
+    segments = None if has_answer else run.recipe.prompt(record, run.options)
+    prompt = _cut(run, record, has_answer) if segments is None else _from_hook(run, segments)
     check_ids(prompt.ids, run.tokenizer, run.embedding_rows)
     return prompt
 
@@ -124,11 +125,12 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
 def _record_of(run: FinishedRun, row: Json) -> tuple[Json, bool]:
     """The row's record, and whether its answer is its own.
 
-    A known form of rows without an answer gets a stand-in. Where a user's own format_row refuses a row of another form, the
-    row is taken to lack its answer, if the recipe's `prompt` finds all that it reads.
+    A row of a known format without an answer gets a stand-in. Where a user's own format_row refuses a row of another format,
+    the row counts as lacking its answer if the recipe's `prompt` finds every field that it reads.
     """
     completed, has_answer = with_answer(row, _STAND_IN, reasoning=_STAND_IN if run.reasons else "")
-    if len(completed) > len(row):  # the recipe's own rows may have their answer under another name
+    if len(completed) > len(row):
+        # The recipe's own rows may have their answer under another name.
         with contextlib.suppress(*BAD_ROW):
             return run.recipe.format_row(row), True
     try:
@@ -160,6 +162,7 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
         return Prompt(ids, str(run.tokenizer.decode(ids)), None)
     ids = encode_segments([prompt], run.tokenizer)["input_ids"][0]
     continues = prompt[-1][1]
+    # The end token closes a text in training; after it there is nothing to continue.
     if continues and ids[-1:] == [run.tokenizer.eos_token_id]:
         ids = ids[:-1]
     return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues)
@@ -168,7 +171,8 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
 def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
     """A record encoded as in training, up to its last answer."""
     encoded = run.recipe.encode([_with_weights(record)], run.tokenizer, run.options)
-    ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]  # of several sequences the last has the last answer
+    # A long chat becomes several sequences, of which the last has the last answer.
+    ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
         return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues=True)
@@ -178,7 +182,7 @@ def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
 
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:
-    """Begin and end of the last labelled stretch; a chat template may write something behind an answer."""
+    """Begin and end of the last labelled tokens; a chat template may write something after an answer."""
     end = len(labels)
     while end and labels[end - 1] == IGNORE:
         end -= 1
