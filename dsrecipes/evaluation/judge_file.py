@@ -15,7 +15,7 @@ class JudgeFile(ResumableJsonl):
     """Answers and judgements of earlier calls and this one."""
 
     def __init__(self, path: Path, job: Json, about: Json | None = None) -> None:
-        """As ResumableJsonl."""
+        """Start without answers; the arguments are those of ResumableJsonl."""
         super().__init__(path, "judge", job, about)
         self.answers: dict[tuple[int, str], str] = {}
         self.judgements: dict[tuple[int, str], Json] = {}
@@ -29,6 +29,7 @@ class JudgeFile(ResumableJsonl):
         if any(not isinstance(line.get(name), int | None) for name in _COSTS):
             raise TypeError(_COSTS)
         if line["kind"] == "judgement":
+            # A file that was edited by hand is reported as damaged instead of counted.
             if line["verdict"] not in ("A", "B", "TIE", None) or line["order"] not in ORDERS:
                 raise TypeError(line["verdict"])
             self.judgements[line["item"], line["order"]] = line

@@ -43,6 +43,7 @@ def read_rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[
         rows = list(islice(chain.from_iterable(map(located, splits.values())), limit))
     else:
         held_out = EvaluationRows(run)
+        # Rows of the training would favor the run.
         items = held_out.items(held_out.splits[0]) if held_out.splits[0] != "train" else []
         rows = [(item.where, item.row) for item in items[:limit]]
     if not rows:

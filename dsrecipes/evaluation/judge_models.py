@@ -63,7 +63,7 @@ class LocalJudge:
         Args:
             folder: of the model and its tokenizer.
             by_likelihood: it writes nothing; the verdict is the likeliest of the three lines that a reply may end with,
-                as the model's whole reply. So a small model that never keeps to the form can judge, too.
+                taken as the whole reply. So a small model that does not follow the form can judge, too.
             device: as --device takes it; auto is a GPU where there is one.
 
         Raises:
@@ -94,7 +94,8 @@ class LocalJudge:
             )
         except UserError:
             raise
-        except Exception as error:  # tokenizers raises no narrower one
+        except Exception as error:
+            # tokenizers raises plain Exception.
             raise UserError("DSR502", f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
         self.model: Any = prepare_for_inference(model, target)
 
@@ -139,6 +140,7 @@ class LocalJudge:
             pad_token_id=pad_id(self.tokenizer),
             **sampling,
         )
+        # The seed of an attempt must not change the caller's random state.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(attempt)
             written = self.model.generate(**inputs, generation_config=settings)[0, count:]
@@ -155,6 +157,7 @@ class LocalJudge:
         likelihoods = {}
         for verdict in ("A", "B", "TIE"):
             line = self.tokenizer(f"VERDICT: {verdict}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            # Encoded apart and concatenated, so that the prompt's tokens are the same for each verdict.
             ids = torch.cat([prompt, line.to(prompt.device)], dim=1)
             with torch.no_grad():
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]

@@ -36,6 +36,7 @@ def _number_scores(values: np.ndarray, labels: np.ndarray) -> Json:
     from scipy import stats
     from sklearn import metrics
 
+    # scipy raises where there are not two rows to correlate.
     several = len(labels) > 1
     return {
         "pearson": float(stats.pearsonr(labels, values)[0]) if several else math.nan,
@@ -47,6 +48,7 @@ def _number_scores(values: np.ndarray, labels: np.ndarray) -> Json:
 def _class_scores(logits: np.ndarray, labels: np.ndarray, kind: str, names: list[str]) -> Json:
     from sklearn import metrics
 
+    # For several labels, a logit above 0 is a probability above one half.
     predicted = logits.argmax(-1) if kind == ONE else (logits > 0).astype(int)
     figures: Json = {"accuracy": float(metrics.accuracy_score(labels, predicted))}
     figures["macro_f1"] = float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))

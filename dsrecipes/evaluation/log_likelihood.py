@@ -60,6 +60,7 @@ def encode_pair(context: str, continuation: str, tokenizer: PreTrainedTokenizerB
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # A context that begins with the opening token, as a template writes it, must not get a second one.
     special = not context.startswith(str(tokenizer.decode(opening)))
     whole = tokenizer.encode(context + continuation, add_special_tokens=special)
     start = len(tokenizer.encode(context, add_special_tokens=special))
@@ -73,7 +74,7 @@ def log_likelihoods(
     batch_size: int,
     bar: tqdm,
 ) -> list[float]:
-    """Log-likelihood of each continuation after its context, in nats; what is too long loses its beginning.
+    """Log-likelihood of each continuation after its context, in nats; a context that is too long loses its beginning.
 
     Each distinct input is computed once: the four letters of a question share one.
 
@@ -100,6 +101,7 @@ def log_likelihoods(
         check_prompt_ids(start + ids, tokenizer, embedding_rows(model.config))
         if not ids or len(ids) > limit:
             raise UserError("DSR486", f"choice {after!r} has {len(ids)} tokens; a choice needs 1 to {limit}")
+        # The last token is predicted but never read, so limit + 1 tokens fit.
         inputs.setdefault(tuple((start + ids)[-(limit + 1) :][:-1]), []).append((number, ids))
     scored = list(inputs.items())
     sequences: list[ScoredSequence] = []

@@ -60,6 +60,7 @@ def _measure(
     inputs = [(row["input_ids"].tolist(), chosen.tolist()) for row, chosen in zip(rows, positions, strict=True)]
     items: list[Json] = [{} for _ in rows]
     for index, logits in logits_at(model, inputs, pad_id(run.tokenizer), batch_size):
+        # compare pairs items by key: only equal token ids have comparable losses.
         key = hashlib.md5(np.array(inputs[index][0]).tobytes(), usedforsecurity=False).hexdigest()
         items[index] = {"item": f"sequence {index + 1}", "key": key} | _loss(rows[index], positions[index], logits)
         if sources:

@@ -52,7 +52,7 @@ class EvaluationRows:
         """Read the files' rows; nothing is tokenized yet."""
         layers = self.run.config.layers
         if self.dataset:
-            # all rows of a file, in the file's own splits: what the run held out concerns its own data alone
+            # All rows of a file, in the file's own splits: what the run held out concerns its own data only.
             changed: dict[str, Any] = {
                 "dataset": self.dataset,
                 "dataset_config": None,
@@ -64,7 +64,7 @@ class EvaluationRows:
         self.recipe = self.run.recipe(layers, config=read_config(layers))
         data = self.recipe.config.data
         if self.dataset:
-            # --columns is about the run's own data: other rows need not have them
+            # --columns describes the run's own data; other rows need not have these columns.
             data.columns = OptionalColumns(self.run.config.data.columns)
         self.by_source: list[SourceRows] = [
             replace(
@@ -128,7 +128,7 @@ class EvaluationRows:
         records = Records(row_and_record, part.splits["train" if held else split], part.data.skip_bad_rows)
         if not held:
             return [Item(where, **pair) for where, pair in records]
-        # read twice, so that only the rows of the split are kept in memory
+        # Read twice, so that only the rows of the split are in memory.
         keys = np.fromiter((record_hash(pair["record"]) for _, pair in records), np.uint64)
         chosen = part.hold_out(keys, held, self.recipe.config.train["seed"]) == (split == "validation")
         return [Item(where, **pair) for (where, pair), is_chosen in zip(records, chosen, strict=True) if is_chosen]
@@ -141,7 +141,8 @@ class EvaluationRows:
         from dsrecipes.model.checks import check_splits
 
         name = split
-        if self.dataset and split == "train":  # under another name no last block is left out
+        # A training split loses its last, incomplete block; under the name test all rows are measured.
+        if self.dataset and split == "train":
             part, name = replace(part, splits={"test": part.splits[split]}), "test"
         prepared = prepare_source(self.run.recipe, part, self.run.tokenizer, self.recipe.config.train["seed"], console)
         if name not in prepared:
@@ -187,9 +188,9 @@ class QuestionRows:
         for item in self.items("train"):
             by_subject.setdefault(item.record["subject"], []).append(item.record)
         for subject in sorted({item.record["subject"] for item in items}):
-            found = len(by_subject.get(subject, []))
-            if found < count:
-                raise UserError("DSR485", f"--num_fewshot {count}: {subject} has {found} dev questions")
+            available = len(by_subject.get(subject, []))
+            if available < count:
+                raise UserError("DSR485", f"--num_fewshot {count}: {subject} has {available} dev questions")
         return {subject: records[:count] for subject, records in by_subject.items()}
 
 
@@ -200,11 +201,11 @@ def _require(split: str, known: list[str], name: str) -> str:
 
 
 _LINE = 40
-"""Characters from which on two documents do not share a line by chance."""
+"""Shortest line in characters that two documents do not share by chance."""
 
 
 def contents(record: dict[str, Any]) -> list[str]:
-    """What two records have in common if they are the same, letter case and spacing aside.
+    """Texts by which two records count as the same, letter case and spacing aside.
 
     The question without its options; an instruction or a chat without its answers; a text without its label; the longer
     lines of a plain text.

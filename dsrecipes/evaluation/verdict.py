@@ -14,7 +14,7 @@ from dsrecipes.io.paths import user_path
 from dsrecipes.io.text import read_text
 
 RUBRIC = Path(__file__).with_name("judge_rubric.txt")
-"""The default rubric, of which a user's own is a changed copy."""
+"""The default rubric, which a user copies and changes."""
 PLACEHOLDERS = ("question", "answer_a", "answer_b")
 ORDERS = ("run first", "other first")
 """Whose answer is A."""
@@ -88,11 +88,13 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for judgement in judgements:
         order, verdict = judgement["order"], judgement["verdict"]
         pairs.setdefault(judgement["item"], {})[order] = winner(order, verdict)
-        verdicts[verdict if judgement.get("requests") else None] += 1  # equal answers are a tie without a judge
+        # Equal answers are a tie without a judge, which says nothing about its position bias.
+        verdicts[verdict if judgement.get("requests") else None] += 1
     counts = dict.fromkeys(("wins", "losses", "ties", "inconsistent", "unparsed"), 0)
     for pair in pairs.values():
         counts[_outcome({pair.get(order) for order in ORDERS})] += 1
     judged = sum(counts.values()) - counts["unparsed"]
+    # A tie is half a win, so that 50 % means no difference.
     rate = (counts["wins"] + (counts["ties"] + counts["inconsistent"]) / 2) / judged if judged else None
     return {
         "items": len(pairs),
@@ -113,7 +115,7 @@ def _outcome(winners: set[str | None]) -> str:
 
 
 def summary_text(result: dict[str, Any], against: str) -> str:
-    """The result for a person, in several lines."""
+    """The result as text, in several lines."""
     other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
     lines = [
         f"against   {other} · {plural(result['items'], 'item')}, each in both orders",

@@ -48,5 +48,6 @@ def _convert(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
+    # Whichever rank holds the lock of build_once converts, which need not be rank 0.
     save_on_this_rank(model, folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -47,6 +47,7 @@ def unreached_by_text(model: Any) -> list[str]:
         else:
             holds_text = any(id(below) in reached for below in module.modules())
             if holds_text:
+                # A module around text layers is reached, but its own parameters, such as an image newline, are not.
                 names += [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
             unreached = not holds_text and any(True for _ in module.parameters())
         if unreached:

@@ -28,7 +28,7 @@ class RouterLoss:
     """False: the model has a formula of its own, which is computed over the whole micro batch."""
 
     def note(self) -> str:
-        """A line of the header."""
+        """Describe the loss in a line of the header."""
         scope = "micro batches and ranks (it depends on their size)"
         if self.by_sequence:
             scope = "the sequences of a step"

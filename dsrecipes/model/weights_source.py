@@ -103,6 +103,7 @@ def _explain(error: Exception, name: str, alternative: str) -> UserError:
     hub_problem = hub_error(error, name, "model", alternative)
     if hub_problem is not None:
         return UserError("DSR206", hub_problem)
+    # transformers raises one type for all causes; the option that the message names tells them apart.
     if "trust_remote_code" in str(error):
         advice = "read it, then give --trust_remote_code true to run it"
         return UserError("DSR203", f"model {name} comes with Python code of its own: {advice}")
@@ -117,6 +118,7 @@ def refuse_pickles(name: str, options: ModelConfig) -> None:
     if any(folder.glob("model*.safetensors*")):
         index = folder / "model.safetensors.index.json"
         if index.is_file():
+            # Refuses an index that names files outside the folder.
             from dsrecipes.runs.weights import indexed_files
 
             indexed_files(index)

@@ -41,6 +41,7 @@ def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
     head = {"library_name": "transformers", "tags": ["dsrecipes", values["recipe"]]}
     if auto in _PIPELINES:
         head["pipeline_tag"] = _PIPELINES[auto]
+    # The hub links base_model to a repository, so a path or a starter: name is left out.
     if not options.from_scratch and _name(base) == base and ":" not in base:
         head["base_model"] = base
     sections = [
@@ -85,7 +86,7 @@ def _prompt(run: FinishedRun) -> list[str]:
 def _figures(run: FinishedRun) -> str:
     """A table of metrics.json's numbers; for a checkpoint, of the last that the log has up to its step."""
     if run.checkpoint:
-        step = int(run.checkpoint.name[11:])
+        step = int(run.checkpoint.name.removeprefix("checkpoint-"))
         figures: dict[str, Any] = {}
         for values in read_log(run.folder.log):
             if values["step"] <= step:

@@ -109,6 +109,7 @@ def as_mapping(value: Json) -> dict[str, Json]:
 
 def is_number(value: Json) -> TypeGuard[float]:
     """Whether a value is a finite number, also as a float; true and false are not numbers."""
+    # Also false for NaN and infinity, which a chart cannot draw. bool is a subclass of int.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -123,6 +124,7 @@ def open_recorded(names: list[str | Path]) -> list[RecordedRun]:
     for path in paths:
         if paths.count(path) > 1:
             raise UserError("DSR561", f"{path}: this run is given twice")
+    # Run folders are named by time, so two recipes may have folders of one name.
     short = [path.name for path in paths]
     return [
         RecordedRun(folder, path.name if short.count(path.name) == 1 else str(path))
