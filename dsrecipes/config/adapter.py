@@ -29,7 +29,8 @@ def lora_targets(values: list[str]) -> list[str] | str:
     """
     is_given = bool(values)
     if len(values) == 1 and values[0].lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # a regular expression can begin with a character class
+        # Not JSON: a regular expression can begin with a character class.
+        with contextlib.suppress(ValueError):
             values = [str(name) for name in json.loads(values[0])]
     names = [part.strip() for value in values for part in value.split(",") if part.strip()]
     if is_given and not names:
@@ -51,7 +52,7 @@ def lora_targets(values: list[str]) -> list[str] | str:
 
 
 def adapter_folder(name: str | None) -> Path | None:
-    """The adapter folder that a model's name means; None for the name of a full model."""
+    """Folder of the adapter that a model's name refers to; None for a full model."""
     path = user_path(starter_path(name)) if name else Path()
     is_adapter = (path / CONFIG).is_file() and not (path / "config.json").is_file()
     return path if name and is_adapter else None
@@ -80,7 +81,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
             "DSR056", f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there"
         )
     if not (folder / "adapter_model.safetensors").is_file():
-        # peft would load a pickle instead, or ask the hub
+        # peft would load a pickle instead, or ask the hub.
         raise UserError("DSR056", f"{where}: adapter_model.safetensors is missing")
     return values
 

@@ -30,7 +30,7 @@ SEEDS = ("seed", "data_seed")
 SAMPLING = ("random", "sequential")
 """The values of train_sampling_strategy that a run with fixed steps can honor."""
 _SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "ter", "mae", "mse", "rmse", "runtime")
-"""Last words of the names of metrics of which a smaller value is better."""
+"""Last words in the names of metrics whose smaller values are better."""
 
 
 def check_train(
@@ -55,7 +55,7 @@ def check_train(
             known = ", ".join(words)
             raise UserError("DSR045", f"--{name} {train[name]}{nearest(str(train[name]), words)}: choose from {known}")
     for name in json_fields:
-        # deepspeed is a name or a path here, which find_zero has resolved
+        # deepspeed is a name or a path here, which find_zero has resolved.
         if name != "deepspeed" and train[name] is not None:
             _check_json(name, train[name], given.get(name, "flag"))
     _check_numbers(train)

@@ -153,6 +153,7 @@ def refuse_unsuited(merged: Merged) -> None:
 
 def _shown(key: str, value: Any) -> str:
     """The value for a message, without secrets: a log may be shared."""
+    # hub_token is refused as well, and its value is a secret.
     if "token" in key:
         return "..."
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -161,6 +162,7 @@ def _shown(key: str, value: Any) -> str:
 def _means(value: Any, fixed: Any) -> bool:
     """Whether a value as it was written equals the fixed one."""
     text = str(value).strip().lower()
+    # YAML, flags and Python write the same value differently: off, no, false, None or {}.
     if fixed is None or fixed is False:
         return text in _OFF or value == {}
     if fixed is True:
@@ -233,10 +235,12 @@ def _idle_schedule(values: Mapping[str, Any]) -> dict[str, str]:
     if not needs_best:
         unused = "nothing needs the best model; see --load_best_model_at_end"
         reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), unused)
+    # transformers builds these schedules without a warm-up.
     if schedule in ("constant", *JUDGED_SCHEDULES) and values["warmup_steps"]:
         reasons["warmup_steps"] = f"lr_scheduler_type is {schedule}"
     if schedule in ("constant", "constant_with_warmup"):
         reasons["lr_scheduler_kwargs"] = f"lr_scheduler_type is {schedule}"
+    # Only GaLore and APOLLO project the gradients of chosen layers.
     if not str(values["optim"]).startswith(("galore", "apollo")):
         reasons["optim_target_modules"] = f"optim is {values['optim']}"
     return reasons
@@ -247,7 +251,8 @@ def _idle_engine(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if not values["activation_checkpointing"]:
         reasons["activation_checkpointing_kwargs"] = "activation_checkpointing is off"
-    for name in ("backend", "mode"):  # either one alone turns torch_compile on
+    # Either one alone turns torch_compile on.
+    for name in ("backend", "mode"):
         if not values["torch_compile"] and values[f"torch_compile_{name}"] is None:
             reasons[f"torch_compile_{name}"] = "torch_compile is false"
     if zero:
@@ -260,6 +265,7 @@ def _idle_tracking(values: Mapping[str, Any]) -> dict[str, str]:
     """Flags that only some experiment trackers read."""
     trackers = set(values["report_to"] or [])
     reasons: dict[str, str] = {}
+    # TensorBoard's files are in the run folder and are found by its path.
     if not trackers - {"none", "tensorboard"}:
         reasons["run_name"] = "report_to names no tracker that shows it"
     if not {"trackio", "all"} & trackers:

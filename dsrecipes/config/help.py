@@ -1,4 +1,4 @@
-"""Which flags are there, and with which values would this command line run? The text of `dsrecipes train --help`.
+"""Which flags exist, and with which values would this command line run? The text of `dsrecipes train --help`.
 
 The fields of transformers.TrainingArguments are read from its source, because importing it takes ten seconds.
 """
@@ -131,6 +131,7 @@ def _trainer_flags() -> Iterator[tuple[str, Flag]]:
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin
     text = Path(package.origin).with_name("training_args.py").read_text("utf-8")
+    # Comments `# --- Heading ---` group the fields, and ast drops comments.
     headings = {
         number: line.strip(" #-") for number, line in enumerate(text.splitlines(), 1) if line.startswith("    # --- ")
     }
@@ -163,7 +164,8 @@ def _literal(value: ast.expr | None) -> Any:
     """The value of an expression that is a literal, else None."""
     try:
         return ast.literal_eval(value) if value is not None else None
-    except ValueError:  # an expression, such as a name of a constant
+    except ValueError:
+        # An expression, such as the name of a constant.
         return None
 
 
@@ -236,7 +238,7 @@ def _all(values: dict[str, Any]) -> Iterator[str]:
         else:
             lines = {n: flag.about for n, flag in known_flags().items() if flag.group == group and n not in hidden}
         for name, about in lines.items():
-            # the first sentence of transformers' help, which may go on for a page
+            # Only the first sentence, because transformers' help may fill a page.
             sentence = re.split(r"(?<!e\.g)(?<!i\.e)(?<=[\w)`'])\.(?:\s|$)", about, maxsplit=1)[0]
             yield from _lines(name, values[name], sentence)
 

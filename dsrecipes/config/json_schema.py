@@ -53,6 +53,7 @@ def schema() -> Json:
     """The whole schema (draft 7, which editors support best)."""
     fields = dict(_fields())
     references = {name: {"$ref": f"#/definitions/{name}"} for name in fields}
+    # `no_packing: true` is how the parser writes `packing: false`.
     switches = [name for name, field in fields.items() if field.get("type") == ["boolean", "null"]]
     values: Json = {
         "type": "object",
@@ -74,9 +75,11 @@ def _fields() -> Iterator[tuple[str, Json]]:
     for config_class in CONFIG_CLASSES:
         hints = typing.get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
+            # TrainingArguments computes these; no YAML can set them.
             if not field.init:
                 continue
             about = re.sub(r"\s+", " ", flags[field.name].about).strip()
+            # Listed, so that an editor shows why the flag has one value instead of calling it unknown.
             if field.name in FIXED:
                 value, reason = FIXED[field.name]
                 values = [value, None] if value is not None else [None, False]
@@ -111,7 +114,8 @@ def _of_type(name: str, hint: Any) -> Json:
         return {"enum": [*choices, None]}
     kinds = {_TYPES.get(typing.get_origin(option) or option, "string") for option in options}
     if "array" in kinds:
-        kinds.add("string")  # one element needs no list
+        # One element needs no list.
+        kinds.add("string")
     return {"type": [*sorted(kinds - {"null"}), "null"]} | (
         {"items": {"type": ["string", "number"]}} if "array" in kinds else {}
     )

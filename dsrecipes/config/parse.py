@@ -52,9 +52,10 @@ def build_config(layers: Layers) -> Config:
     train = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig) if field.init}
     for key in BATCH_KEYS:
         if key not in merged:
-            train[key] = None  # derived, once the number of ranks is known
+            # Derived once the number of ranks is known.
+            train[key] = None
     if "torch_compile" in given and not train["torch_compile"]:
-        # transformers would take either as a request to compile
+        # transformers would take either as a request to compile.
         train["torch_compile_backend"] = train["torch_compile_mode"] = None
     try:
         model, data = _model_and_data(values)
@@ -96,7 +97,7 @@ def _prepare(layers: Layers, classes: Classes) -> tuple[Merged, list[str]]:
     refuse_unknown(merged, known_flags())
     refuse_unsuited(merged)
     spelled = {key: (_spelled(key, value, classes), origin) for key, (value, origin) in merged.items()}
-    # refuse_unsuited has seen that a fixed flag has its one value, which its type need not be able to express
+    # refuse_unsuited has checked that a fixed flag has its one value, which its type may be unable to express.
     result = {key: pair for key, pair in spelled.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
     take_settings(result, layers.by_user(), notes)
@@ -138,7 +139,7 @@ def _refuse_lists(merged: Merged, actions: Collection[Action]) -> None:
     single = {action.dest for action in actions if action.nargs in (None, "?")}
     for key, (value, origin) in merged.items():
         if key in single and isinstance(value, (list, tuple)):
-            # argparse would complain about the second value without naming the flag
+            # argparse would report the second value without the name of the flag.
             shown = " ".join(map(str, value))
             raise UserError("DSR045", f"--{key}: expected one value, found {len(value)}: {shown} ({origin})")
 

@@ -145,6 +145,7 @@ class DataConfig:
         """
         if not self.is_mixture:
             return self
+        # The dataclass does not check a Literal; only the parser does, and a source's own settings bypass it.
         style = source.own.get("prompt_style", "chat")
         if style not in _prompt_styles():
             raise UserError("DSR060", f"{source.path}: prompt_style is {style!r}: choose from {', '.join(_prompt_styles())}")
@@ -156,6 +157,7 @@ class DataConfig:
                 "--max_length",
             )
         settings = source.own
+        # The file's own split is named, so the run must not pool and divide its rows.
         if source.split:
             settings = settings | {"split": "official"}
         elif self.eval_sources:

@@ -36,7 +36,7 @@ class Source:
     """Its name in the header, in log.jsonl (eval_NAME_loss) and in the report."""
     split: str | None = None
     rows: int | None = None
-    """Rows an epoch."""
+    """Rows per epoch."""
     weight: float | None = None
     """Share, relative to the other weights, of the rows that the sources without `rows` get together."""
     own: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def _checked(where: str, entry: Any, shares: bool) -> dict[str, Any]:
         entry = {"path": entry}
     if not isinstance(entry, Mapping):
         raise UserError("DSR060", f"{where}: expected a path, a hub name or a mapping with `path`, found {entry!r}")
-    # null removes a key, as everywhere in a YAML
+    # null removes a key, as everywhere in a YAML.
     values = {str(key): value for key, value in entry.items() if value is not None}
     path = values.get("path")
     for key in values:
@@ -143,7 +143,7 @@ def _is_positive(value: Any, kind: type) -> bool:
 
 
 def _names(flag: str, mappings: list[dict[str, Any]]) -> list[str]:
-    """A name for each source, fit for a key of log.jsonl; takes in folders where two files have the same name."""
+    """A name for each source that can be a key of log.jsonl, with parent folders where two files have the same name."""
     given = [entry.pop("name", None) for entry in mappings]
     names = list(given)
     # Only names that clash get longer, so the curves of the other data sets keep their names.

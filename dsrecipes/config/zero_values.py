@@ -24,7 +24,7 @@ _FLAGS = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.type": "lr_scheduler_type",
     "scheduler.params.warmup_num_steps": "warmup_steps",
-    # after optimizer.params.lr, because the scheduler overwrites the optimizer's rate
+    # After optimizer.params.lr, because the scheduler overwrites the optimizer's rate.
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 """Path of a key in a ZeRO JSON -> our flag."""
@@ -157,7 +157,8 @@ def _precision(config: dict[str, Any], path: Path) -> dict[str, bool]:
     """bf16 and fp16 as the JSON sets them; both off (fp32) where it turns one off and leaves the other out."""
     switches = {"fp16": _at(config, "fp16.enabled"), "bf16": _at(config, "bf16.enabled")}
     if switches["bf16"] is None:
-        switches["bf16"] = _at(config, "bfloat16.enabled")  # the old name, which DeepSpeed still reads
+        # The old name, which DeepSpeed still reads.
+        switches["bf16"] = _at(config, "bfloat16.enabled")
     words = {name: str(value).lower() for name, value in switches.items() if value is not None}
     for name, word in words.items():
         if word != "auto" and word not in _SWITCH_WORDS:

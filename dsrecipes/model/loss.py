@@ -31,7 +31,7 @@ def row_loss(
     Returns:
         A scalar; the bare sum where num_items_in_batch is None.
     """
-    # fp32: sums over a whole step lose too much in 16 bits.
+    # fp32: a sum of many losses drops digits in 16 bits.
     losses = losses_by_row(outputs.logits.float(), labels)
     loss = losses.sum() if weights is None else (losses * weights.to(losses.device)).sum()
     return loss / num_items_in_batch if num_items_in_batch is not None else loss

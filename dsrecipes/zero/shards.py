@@ -1,4 +1,4 @@
-"""How many bytes of weights, gradients and optimizer states a rank holds, and whether the ZeRO stage promises as much."""
+"""How many bytes of weights, gradients and optimizer states a rank holds, and whether the ZeRO stage promises that."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _updated_elements(optimizer: Any) -> int:
     sizes = [max((tensor.numel() for tensor in iter_tensors(dict(state))), default=0) for state in adam.state.values()]
     if any(sizes):
         return sum(sizes)
-    # SGD without momentum: its only state is ZeRO's copy of the parameters
+    # SGD without momentum: its only state is ZeRO's copy of the parameters.
     return sum(parameter.numel() for group in adam.param_groups for parameter in group["params"])
 
 
@@ -150,8 +150,9 @@ def check_shards(stage: int | None, ranks: list[Shards], offloaded: bool) -> str
                 )
     largest = [max(shards.share(part) for shards in ranks) for part in _TITLES]
     parts = [f"{title} {_megabytes(held, whole)}" for title, (held, whole) in zip(_TITLES.values(), largest, strict=True)]
-    place = (" off the device" if offloaded else "") + (" on each rank" if len(ranks) > 1 else "")
-    return " · ".join(parts) + place
+    device = " off the device" if offloaded else ""
+    each_rank = " on each rank" if len(ranks) > 1 else ""
+    return " · ".join(parts) + device + each_rank
 
 
 def _megabytes(held: int, whole: int) -> str:
