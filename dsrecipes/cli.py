@@ -244,6 +244,7 @@ def _use(module: str, argv: list[str]) -> int:
     if cache_note:
         print(cache_note, file=sys.stderr)
     try:
+        # Imported by name when it is called: the modules of all commands would slow each of them down.
         return importlib.import_module(f"dsrecipes.{module}").main(argv)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -27,6 +27,7 @@ def lora_targets(values: list[str]) -> list[str] | str:
     Raises:
         UserError: empty text, not a regular expression, or all-linear together with other values.
     """
+    # No value means all layers, while an empty text is a mistake, such as an unset shell variable.
     is_given = bool(values)
     if len(values) == 1 and values[0].lstrip().startswith("["):
         # Not JSON: a regular expression can begin with a character class.
@@ -53,9 +54,12 @@ def lora_targets(values: list[str]) -> list[str] | str:
 
 def adapter_folder(name: str | None) -> Path | None:
     """Folder of the adapter that a model's name refers to; None for a full model."""
-    path = user_path(starter_path(name)) if name else Path()
+    if not name:
+        return None
+    path = user_path(starter_path(name))
+    # A folder that holds a model too is refused when it is loaded.
     is_adapter = (path / CONFIG).is_file() and not (path / "config.json").is_file()
-    return path if name and is_adapter else None
+    return path if is_adapter else None
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:

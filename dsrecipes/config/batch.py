@@ -52,7 +52,11 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
         UserError: the numbers that the user gave have no integer solution on these ranks; names them with their origins.
     """
     # Only what the user gave must hold exactly; a recipe's numbers give way.
-    fixed = {key: value for key in BATCH_KEYS if key in given and (value := values.get(key)) is not None}
+    fixed: dict[str, int] = {}
+    for key in BATCH_KEYS:
+        value = values.get(key)
+        if key in given and value is not None:
+            fixed[key] = value
     micro = values.get(MICRO) or _MICRO_DEFAULT
     if TOTAL in fixed:
         return _divide_fixed_total(fixed, given, ranks, micro)

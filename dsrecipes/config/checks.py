@@ -125,9 +125,11 @@ def best_metric(train: Mapping[str, Any]) -> dict[str, Any]:
     if name is None and (follows_metric or train["early_stopping_patience"] or train["save_strategy"] == "best"):
         name = "loss"
     if name is not None and greater is None:
+        # A recipe may add a metric of any name, so only its last word says what it is.
         greater = name.lower().rsplit("_", 1)[-1] not in _SMALLER_IS_BETTER
     options = json.loads(train["lr_scheduler_kwargs"] or "{}")
     if follows_metric and greater:
+        # A mode that the user gives wins.
         options = {"mode": "max"} | options
     return {
         "metric_for_best_model": name,

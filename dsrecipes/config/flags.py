@@ -138,6 +138,7 @@ def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
     for key, (_, origin) in merged.items():
         if key in known:
             continue
+        # Tutorials still use these flags, and the nearest known name would mislead.
         if key in REMOVED:
             raise UserError("DSR041", f"transformers has removed {key!r} ({origin}): {REMOVED[key]}")
         hint = nearest(key, known)

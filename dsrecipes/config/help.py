@@ -182,6 +182,7 @@ def help_text(argv: list[str]) -> str:
     """
     words = [word for word in argv if word not in ("-h", "--help", "--help=all")]
     position = next((index for index, word in enumerate(argv) if word in ("-h", "--help")), None)
+    # `all` counts only after --help; elsewhere it may be the value of a flag.
     everything = "--help=all" in argv or (position is not None and argv[position + 1 : position + 2] == ["all"])
     if everything and "all" in words:
         words.remove("all")

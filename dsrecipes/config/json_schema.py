@@ -116,9 +116,10 @@ def _of_type(name: str, hint: Any) -> Json:
     if "array" in kinds:
         # One element needs no list.
         kinds.add("string")
-    return {"type": [*sorted(kinds - {"null"}), "null"]} | (
-        {"items": {"type": ["string", "number"]}} if "array" in kinds else {}
-    )
+    result: Json = {"type": [*sorted(kinds - {"null"}), "null"]}
+    if "array" in kinds:
+        result["items"] = {"type": ["string", "number"]}
+    return result
 
 
 def _source() -> Json:

@@ -161,7 +161,9 @@ def _spelled(key: str, value: Any, classes: Classes) -> Any:
     is_list_of_one = isinstance(value, (list, tuple)) and len(value) == 1
     text = str(value[0] if is_list_of_one and key in _OFF_WORD else value).lower()
     if text not in ("on", "off", "no", "false"):
-        return None if text == "" and _OFF_WORD.get(key, "none") is None else value
+        # Empty text counts as not given for the flags whose word for off is None.
+        is_unset = text == "" and _OFF_WORD.get(key, "none") is None
+        return None if is_unset else value
     if key in _switches(classes):
         return str(text == "on").lower()
     if key in _OFF_WORD or "no" in _choices(classes[-1]).get(key, ()):

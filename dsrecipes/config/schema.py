@@ -28,6 +28,7 @@ else:  # what HfArgumentParser needs to know
     Paths = list[str] | str
 
 
+# HfArgumentParser reads help texts from the metadata of fields.
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 

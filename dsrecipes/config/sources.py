@@ -73,6 +73,7 @@ def read_sources(flag: str, given: str | Sequence[Any]) -> tuple[list[Source], s
         for number, entry in enumerate(entries, 1)
     ]
     sources = [Source(name=name, **entry) for name, entry in zip(_names(flag, mappings), mappings, strict=True)]
+    # config.yaml then shows the path as the user wrote it.
     if len(sources) == 1 and isinstance(entries[0], str):
         return sources, entries[0]
     return sources, entries
@@ -110,6 +111,7 @@ def _checked(where: str, entry: Any, shares: bool) -> dict[str, Any]:
         raise UserError("DSR060", f"{where} ({path}): {problem}")
     for key, kind in _NUMBERS.items():
         if key in values:
+            # Through float, because `1e3` is a whole number too.
             values[key] = kind(float(values[key]))
     fields = {key: values[key] for key in ("path", "name", "split", *_SHARES) if key in values}
     return fields | {"own": {key: values[key] for key in _OWN if key in values}}

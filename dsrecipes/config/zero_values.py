@@ -124,6 +124,7 @@ def contradiction(theirs: Any, ours: Any) -> bool:
     try:
         return float(theirs) != float(ours)
     except (TypeError, ValueError, OverflowError):
+        # DeepSpeed takes AdamW and adamw as one optimizer.
         return str(theirs).lower() != str(ours).lower()
 
 

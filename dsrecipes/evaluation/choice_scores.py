@@ -53,6 +53,7 @@ def calibration(confidences: Sequence[float], right: Sequence[bool]) -> Json:
     bins = []
     for number in range(_BINS):
         inside = bin_of == number
+        # An empty bin has no mean.
         if inside.any():
             bins.append(
                 {

@@ -101,7 +101,7 @@ def _difference(first: list[Json], second: list[Json], metric: Metric, seed: int
     """The mean of each, their difference, and its 95% bootstrap interval."""
     from dsrecipes.evaluation.statistics import paired_interval
 
-    # The items are the same in both results, and their weights are part of the data.
+    # Both results have the same items, and therefore the same weights of rows.
     values, weights = [metric.values(first), metric.values(second)], metric.weights(first)
     # Differences are resampled, not the two results: what both share is no part of the uncertainty.
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)

@@ -87,6 +87,7 @@ class Evaluation:
         else:
             self.rows = EvaluationRows(run, dataset, skip_bad_rows)
         self.split = self.rows.choose(split)
+        # Before a model is loaded, so that a row that cannot be read is reported at once.
         self.measure, self.total = self._prepare()
 
     def _asks_questions(self) -> bool:

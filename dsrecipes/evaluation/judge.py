@@ -167,6 +167,7 @@ def _judge_run(
         # A wrong key or address is reported before minutes of generating answers.
         file.append({"kind": "check", **cost_of([source.ask("Say OK.", 0, 1)])})
     _write_answers(file, tuned, other, items, options, console)
+    # A finished job needs no judge, only its summary.
     if len(file.judgements) == 2 * len(items):
         return
     if isinstance(source, Path):

@@ -84,6 +84,7 @@ def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
         if "messages" not in record:
             return "\n\n".join(filter(None, (record["instruction"], record["input"])))
         turns = record["messages"]
+        # A single turn needs no role.
         if len(turns) == 1:
             return turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

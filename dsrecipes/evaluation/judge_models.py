@@ -45,6 +45,7 @@ def judge_folder(name: str) -> Path:
     from dsrecipes.model.bundled import BUNDLED_MODEL
     from dsrecipes.model.weights_source import local_model
 
+    # Only this hub name works offline; any other must be a folder.
     folder = user_path(local_model(name) if name == BUNDLED_MODEL else name)
     if not (folder / "config.json").is_file():
         hint = "; it is a run, of which `dsrecipes export` makes a folder" if RunFolder(folder).config.is_file() else ""

@@ -93,6 +93,7 @@ class ServerJudge:
                 completion = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, max_tokens=max_new_tokens, **sampling
                 )
+            # Some servers leave it out.
             usage = completion.usage
             text = completion.choices[0].message.content or ""
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)

@@ -106,6 +106,7 @@ def log_likelihoods(
     scored = list(inputs.items())
     sequences: list[ScoredSequence] = []
     for context_ids, continuations in scored:
+        # One forward pass serves all continuations of an input, up to the longest.
         longest = max(len(ids) for _, ids in continuations)
         sequences.append((list(context_ids), list(range(len(context_ids) - longest, len(context_ids)))))
     values = [0.0] * len(pairs)

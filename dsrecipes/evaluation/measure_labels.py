@@ -42,6 +42,7 @@ def _measure(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
     results: list[Json] = [{} for _ in items]
     for index, logits in logits_of_rows(run, model, records, batch_size):
         label = _target(items[index], labels[index], kind, names)
+        # The function of training, so that both losses are comparable.
         loss = losses_by_row(logits[None], torch.tensor([label]))[0].item()
         results[index] = _row(items[index]) | {"target": label, **answer(logits, kind, names)}
         results[index] |= {"logits": logits.tolist(), "loss": loss, "tokens": 1}

@@ -66,6 +66,7 @@ class EvaluationRows:
         if self.dataset:
             # --columns describes the run's own data; other rows need not have these columns.
             data.columns = OptionalColumns(self.run.config.data.columns)
+        # As lists: a generator can be read only once, and rows are read several times.
         self.by_source: list[SourceRows] = [
             replace(
                 part,

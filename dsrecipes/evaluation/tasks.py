@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsrecipes.inference.finished import FinishedRun
 
 TASKS = ("loss", "choices", "answers", "labels")
+# As text, so that the flags of the commands need no import of transformers.
 Measure = Callable[["PreTrainedModel", "tqdm"], list[dict[str, Any]]]
 """From a loaded model and a progress bar to one entry per item, in the items' order."""
 _TASKS_OF_MODELS = {

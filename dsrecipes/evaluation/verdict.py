@@ -52,6 +52,7 @@ def read_verdict(reply: str) -> str | None:
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     matches = [_VERDICT.fullmatch(line) for line in lines]
     verdicts = {match[1] for match in matches if match}
+    # A judge may quote the form before it decides; two different verdicts count as none.
     return verdicts.pop() if len(verdicts) == 1 and matches[-1] else None
 
 

@@ -94,6 +94,7 @@ def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
 
 def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, system: str | None, settings: Json) -> Session:
     """The session that fits the kind of model."""
+    # max_new_tokens has a default, so it may be there without being given.
     generates = bool(system) or bool(settings.keys() - {"max_new_tokens"})
     if run.recipe.auto_class.endswith("ForMultipleChoice"):
         from dsrecipes.inference.multiple_choice import QuestionSession

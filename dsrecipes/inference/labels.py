@@ -47,6 +47,7 @@ def logits_of_rows(
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         for index in chosen:
+            # Checked here, because on a GPU such an id ends in a device-side assert.
             check_prompt_ids(rows[index]["input_ids"].tolist(), run.tokenizer, run.embedding_rows)
         batch = collate([[rows[index]] for index in chosen])
         # The labels are placeholders for the collator; with labels the model would compute a loss.

@@ -61,6 +61,7 @@ def find_prompt_field(run: FinishedRun) -> PromptField:
     field = _missing_field(run, {})
     if field is None:
         raise UserError("DSR431", _no_text(run, "its method `prompt` reads no field"))
+    # With that field filled, another KeyError shows that the hook reads a second one.
     row = PromptField(field, continues=False).row("")
     second = _missing_field(run, row)
     if second is not None:
@@ -154,6 +155,7 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
 
     if isinstance(prompt, dict):
         turns = prompt["messages"]
+        # Only answers are labelled, and the labels say where to cut.
         if turns[-1]["role"] != "assistant":
             turns = [*turns, {"role": "assistant", "content": _STAND_IN}]
         encoded = encode_chats([_with_weights(prompt | {"messages": turns})], run.tokenizer, run.options)

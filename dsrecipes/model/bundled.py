@@ -42,6 +42,7 @@ def _convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # Found without importing it: it is installed with --no-deps, so an import would fail.
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None and spec.origin
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))

@@ -37,6 +37,7 @@ def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
     """README.md in the hub's form, without paths of this machine; the license is for the user to add."""
     options, auto = run.config.model, run.recipe.auto_class
     base = str(options.model_name_or_path)
+    # A path of this machine means nothing to a reader, and may hold the name of a user.
     values = {key: _name(value) for key, value in yaml.safe_load(run.folder.config.read_text(encoding="utf-8")).items()}
     head = {"library_name": "transformers", "tags": ["dsrecipes", values["recipe"]]}
     if auto in _PIPELINES:
@@ -96,6 +97,7 @@ def _figures(run: FinishedRun) -> str:
             figures = json.loads(run.folder.metrics.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return f"No figures: {run.folder.metrics.name} is missing or damaged."
+    # Times belong to the machine, not to the model.
     timing = ("_runtime", "_per_second")
     rows = [
         f"| {key} | {value:.4g} |"

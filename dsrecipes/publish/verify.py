@@ -197,6 +197,7 @@ def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> Any:
     from dsrecipes.runs.weights import read_tensors, weight_files
 
     model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model), torch_device=str(run.device))
+    # As model/lora.py saves it, without weights of the base.
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     saved = {name for path in weight_files(run.folder.model) for name, _ in read_tensors(path)}
     for name in sorted(expected ^ saved):

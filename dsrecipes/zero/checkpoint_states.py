@@ -225,6 +225,7 @@ def _read_zero3(shards: list[dict[str, Any]], shapes: list[dict[str, torch.Size]
             for name, shape in names.items():
                 # The files do not record offsets: DeepSpeed pads each parameter to equal shares of all ranks.
                 share = math.ceil(shape.numel() / len(shards))
+                # The last ranks may hold nothing but padding.
                 numel = max(0, min(share, shape.numel() - rank * share))
                 saved.fragments.setdefault(name, []).append((tensors, offset, numel))
                 saved.steps[name], saved.groups[name] = step, group_of[sub_group]

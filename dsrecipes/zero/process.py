@@ -65,6 +65,7 @@ def probe_deepspeed(nvme: bool) -> str | None:
         modules["deepspeed"] = None
         reason = str(error).splitlines()[0] if str(error) else ""
         return f"deepspeed {version} does not import ({type(error).__name__}: {reason})"
+    # A local build has a suffix, such as 0.19.8+1a2b3c.
     numbers = version.split("+")[0].split(".")[:3]
     if tuple(int(number) for number in numbers if number.isdigit()) < _MINIMUM:
         minimum = ".".join(map(str, _MINIMUM))
@@ -111,6 +112,7 @@ def check_started(requested_stage: int | None, ranks: Ranks, args: Any) -> None:
     wants_engine = requested_stage is not None
     has_engine = args.distributed_state.distributed_type == DistributedType.DEEPSPEED
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    # accelerate can start fewer ranks, or no engine, than were requested, without an error.
     if started == ranks.world == args.world_size and has_engine == wants_engine:
         return
     raise UserError(

@@ -225,6 +225,7 @@ def hidden_size(model: PretrainedConfig) -> int:
     for name in ("hidden_size", "n_embd", "d_model", "dim"):
         if isinstance(getattr(text, name, None), int):
             return getattr(text, name)
+    # A model with stages of different widths has a list.
     sizes = getattr(text, "hidden_sizes", None)
     return max(sizes) if sizes else 1024
 

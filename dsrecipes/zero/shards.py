@@ -76,6 +76,7 @@ class Shards:
     def share(self, part: str) -> tuple[int, int]:
         """Bytes held and bytes of the whole, for weights, gradients or states."""
         held = getattr(self, part)
+        # Padding can make the held bytes exceed the computed whole.
         return held, max(held, getattr(self, f"whole_{part}"))
 
 
@@ -105,6 +106,7 @@ def measure_shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]
         states=states,
         whole_weights=sum(full_numel(parameter) * parameter.element_size() for parameter in parameters),
         whole_gradients=trained * gradients[1],
+        # In proportion to the elements, because optimizers differ in what they hold of each.
         whole_states=states * trained // updated if updated else 0,
     )
 
