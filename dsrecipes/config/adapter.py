@@ -152,6 +152,7 @@ def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> 
             )
         if flag in merged and not _same(merged[flag][0], setting):
             overridden.append(f"{flag} {_as_text(merged[flag][0])}")
+        # The flag holds a list, in which a pattern is the only element.
         is_pattern = flag == "lora_target_modules" and not isinstance(setting, list)
         merged[flag] = ([setting] if is_pattern else setting, origin)
     instead = f"; its own settings override the recipe's {', '.join(overridden)}" if overridden else ""

@@ -198,6 +198,7 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
         zero: whether DeepSpeed runs.
     """
     reasons = _idle_steps(values) | _idle_schedule(values) | _idle_engine(values, zero) | _idle_tracking(values)
+    # Only a hub repository has revisions.
     if user_path(starter_path(str(values["model_name_or_path"]))).is_dir():
         reasons["model_revision"] = "model_name_or_path is a folder"
     if not values["lora_r"]:

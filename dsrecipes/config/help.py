@@ -186,6 +186,7 @@ def help_text(argv: list[str]) -> str:
     everything = "--help=all" in argv or (position is not None and argv[position + 1 : position + 2] == ["all"])
     if everything and "all" in words:
         words.remove("all")
+    # The first word may be the recipe, as in `dsrecipes train RECIPE --help`.
     flags = parse_flags(["--recipe", *words] if words and not words[0].startswith("-") else words)
     layers = layer(flags) if flags.get("recipe") or flags.get("config") else None
     values = _values(flags, layers)
@@ -231,6 +232,7 @@ def _short(values: dict[str, Any], layers: Layers | None) -> Iterator[str]:
 
 
 def _all(values: dict[str, Any]) -> Iterator[str]:
+    # Old names, and flags that have one value here, would only fill the page.
     hidden = {*ALIASES, *FIXED}
     for group in _GROUPS:
         yield f"\n{group}"
@@ -261,6 +263,7 @@ def _flag(name: str, value: Any, unset: str) -> str:
     shown = unset if value in (None, "") else _word(value)
     room = _WIDTH - len(name) - 5
     if len(shown) > room:
+        # Both ends of a path say more than its middle.
         shown = f"{shown[: room // 2 - 2]}...{shown[-(room - room // 2 - 1) :]}"
     return f"  --{name} {shown}".rstrip()
 

@@ -114,7 +114,7 @@ def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def contradiction(theirs: Any, ours: Any) -> bool:
-    """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "yes"."""
+    """Whether two values, as text or typed, mean different things: 2e-5 equals "0.00002", true equals "yes"."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return is_true(theirs) != is_true(ours)
     if theirs is None or ours is None:

@@ -129,7 +129,7 @@ class Evaluation:
         return items
 
     def _source(self) -> str:
-        """Where the rows come from; a run may take its validation rows from another file."""
+        """Paths or hub names of the rows; a run may take its validation rows from another file."""
         # --eval_dataset is another data set, but only for the validation rows of the run's own data.
         data = self.run.config.data
         if self.split == "validation" and self.rows.name == paths_of(data.sources) and data.eval_sources:

@@ -103,6 +103,7 @@ def judge(
     Raises:
         UserError: whatever the user can fix.
     """
+    # One object, because most functions below need several of its values.
     options = _Options(
         judge=judge,
         judge_model=judge_model,

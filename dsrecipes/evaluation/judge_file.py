@@ -48,7 +48,7 @@ def cost_of(replies: list[Reply]) -> Json:
 
 
 def _total(costs: list[Json]) -> Json:
-    """Sums; None for tokens that a server did not report."""
+    """Sum costs; None for tokens that a server did not report."""
     total: Json = {}
     for name in _COSTS:
         counts = [cost.get(name) for cost in costs]

@@ -56,7 +56,7 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
     """The rows as questions.
 
     Raises:
-        UserError: a bad row, or one without an answer where the answers are judged against.
+        UserError: a bad row, or one without an answer where --against reference needs it.
     """
     from dsrecipes.data.records import BAD_ROW, fault_of
     from dsrecipes.inference.prompting import prompt_of
@@ -75,7 +75,7 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
 
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
-    """What a row asks, without the marks of the model's prompt format where the row's form is known."""
+    """The question of a row, without the marks of the model's prompt format where the row's format is known."""
     from dsrecipes.data.parse import prompt_record
     from dsrecipes.data.records import BAD_ROW
 

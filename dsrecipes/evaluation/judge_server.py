@@ -170,6 +170,7 @@ def _offline_switch_lifted() -> Iterator[None]:
     if not constants.is_offline_mode():
         yield
         return
+    # The session is shared with all of huggingface_hub, so its hooks are restored afterwards.
     session = get_session()
     before = session.event_hooks
     session.event_hooks = {**before, "request": []}

@@ -35,7 +35,7 @@ def _names() -> dict[str, dict[str, str]]:
 
 
 def context(record: Record, shots: list[Record], form: str) -> str:
-    """All that precedes the answer: description, solved questions, the question."""
+    """Text before the answer: description, solved questions, the question."""
     subject = _names().get(form, {}).get(record["subject"], record["subject"].replace("_", " "))
     solved = [f"{_asked(shot, form)} {options(shot, form)[shot['answer']]}\n\n" for shot in shots]
     return FORMS[form].description.format(subject=subject) + "".join(solved) + _asked(record, form)

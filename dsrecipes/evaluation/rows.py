@@ -82,7 +82,7 @@ class EvaluationRows:
 
     @property
     def splits(self) -> list[str]:
-        """Those that have rows, in the order in which an evaluation looks for them."""
+        """Splits that have rows, in the order in which an evaluation looks for them."""
         return [name for name in SPLITS if self._with(name)]
 
     def _with(self, split: str) -> list[SourceRows]:
@@ -221,4 +221,5 @@ def contents(record: dict[str, Any]) -> list[str]:
         return [plain("\n".join(record[name] for name in ("text", "text_pair") if name in record))]
     if isinstance(record.get("text"), str):
         return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
+    # A record of an unknown format must be equal to count as the same.
     return [str(record_hash(record))]

@@ -64,7 +64,7 @@ def too_long(tokens: int, max_new_tokens: int, limit: int) -> str:
 
 
 def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
-    """The new tokens of each prompt of a batch, whose first prompt is the longest."""
+    """Generate the new tokens of a batch of prompts, of which the first is the longest."""
     import torch
 
     from dsrecipes.model.router import without_router_logits

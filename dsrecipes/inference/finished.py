@@ -52,7 +52,7 @@ class FinishedRun:
         return read_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
-        """The run's values in layers, some of them changed; without its ZeRO JSON, which may be gone and is for training alone."""
+        """The run's values in layers, some of them changed; without its ZeRO JSON, which only training needs and which may be gone."""
         return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
 
     @cached_property

@@ -58,6 +58,7 @@ class PartialAnswers(ResumableJsonl):
         if self.out is None or self.path is None:
             return
         try:
+            # OUT first: a kill between the two leaves both, and no answer is lost.
             write_whole(self.out, json_lines(rows))
             self.path.unlink()
         except OSError as error:

@@ -149,7 +149,7 @@ def _record_of(run: FinishedRun, row: Json) -> tuple[Json, bool]:
 
 
 def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
-    """What a recipe's `prompt` gave, as ids: segments, or a chat in the tokenizer's template."""
+    """Encode what a recipe's `prompt` returned: segments, or a chat in the tokenizer's template."""
     from dsrecipes.data.chat import encode_chats
     from dsrecipes.data.encode import encode_segments
 
@@ -195,7 +195,7 @@ def _last_answer(labels: list[int]) -> tuple[int, int]:
 
 
 def _with_weights(record: Json) -> Json:
-    """The record with weight 1 in place of 0: answers that are not trained on have prompts too."""
+    """The record with weight 1 instead of 0, because answers that are not trained on have prompts too."""
     record = record | {"weight": 1.0} if record.get("weight") == 0 else record
     turns = record.get("messages")
     if not isinstance(turns, list):

@@ -172,6 +172,7 @@ class TextSession(Session):
 
         field = find_prompt_field(run)
         self.ask_with = "text> " if field.continues else "you> "
+        # A conversation for each model, because its own answers are part of its next prompt.
         self.conversations = {
             speaker.name: Conversation(
                 run,

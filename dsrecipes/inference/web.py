@@ -61,7 +61,7 @@ class _PageTerminal(Terminal):
 
 
 class BrowserChat:
-    """One browser's session. What the page removes, by retry, undo and clear, the models forget too."""
+    """One browser's session. The models forget what the page removes by retry, undo and clear."""
 
     def __init__(self, start: Start, both: bool) -> None:
         self.terminal = _PageTerminal(True, lambda label: None, lambda text: None, lambda text: None, labels=both)

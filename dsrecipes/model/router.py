@@ -99,7 +99,7 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def router_loss_of(model: nn.Module) -> RouterLoss | None:
-    """The router loss that a model of transformers adds to its loss; None where its configuration asks for none."""
+    """The router loss that a model of transformers adds to its loss; None where its configuration has it off."""
     base = unwrapped(model)
     config = base.config.get_text_config()
     if not (getattr(config, "output_router_logits", False) or getattr(base.config, "output_router_logits", False)):

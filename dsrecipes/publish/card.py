@@ -23,7 +23,7 @@ _PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForSequenceCl
 
 
 def _name(value: Any) -> Any:
-    """A path of this machine as its last part, inside lists and mappings too; anything else as it is."""
+    """Reduce paths of this machine to their last part, inside lists and mappings too."""
     if isinstance(value, list):
         return [_name(item) for item in value]
     if isinstance(value, dict):
@@ -73,7 +73,7 @@ def _code(auto: str) -> str:
 
 
 def _prompt(run: FinishedRun) -> list[str]:
-    """How the recipe words a question, where its model answers one."""
+    """A section on the recipe's prompt, where its model answers prompts."""
     try:
         field = find_prompt_field(run)
     except UserError:

@@ -111,6 +111,7 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
     if run.has_adapter:
         merged = "QLoRA" if four_bit else "LoRA"
         model = _merge(run, model, four_bit)
+    # A merged weight is a sum in float32; rounding it is the user's choice.
     stored = dtype or ("float32" if run.has_adapter else _dtype(run.source))
     _save(model, folder, stored, max_shard_size)
     kind = loading_class(run.recipe.auto_class, model.config)
@@ -186,7 +187,7 @@ def _logits(model: Any, run: FinishedRun) -> torch.Tensor:
 
 
 def rounding(dtype: str) -> str:
-    """How far a weight may move when it is stored, for a person."""
+    """Describe how far rounding may move a weight."""
     import torch
 
     return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size"

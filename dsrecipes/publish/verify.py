@@ -167,6 +167,7 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
         use_safetensors=True,
         trust_remote_code=trusted,
     )
+    # from_pretrained only warns about these, and initializes missing weights at random.
     for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
         if info[key]:
             names = ", ".join(sorted(info[key])[:3])

@@ -108,7 +108,7 @@ def as_mapping(value: Json) -> dict[str, Json]:
 
 
 def is_number(value: Json) -> TypeGuard[float]:
-    """Whether a value is a finite number, also as a float; true and false are not numbers."""
+    """Whether a value is a finite number; true and false are not."""
     # Also false for NaN and infinity, which a chart cannot draw. bool is a subclass of int.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 

@@ -185,6 +185,7 @@ def _flatten(owner: str, state: dict[str, Any], weight: torch.Tensor) -> tuple[T
     tensors: Tensors = {WEIGHT: weight.flatten()}
     step = 0.0
     for key, value in state.items():
+        # A tensor of torch's optimizers, a number of DeepSpeed's.
         if key == "step":
             step = float(value)
         # A shard may be padded; a smaller state, such as Adafactor's rows and columns, belongs to no single element.

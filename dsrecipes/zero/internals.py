@@ -227,6 +227,7 @@ def flat_groups(optimizer: Any, names: dict[int, str]) -> list[FlatGroup] | None
         return [[(flat, list(_fragments(group, names)))] for flat, group in zip(flats, grouped, strict=True)]
     groups: list[FlatGroup] = []
     for group in optimizer.param_groups:
+        # ZeRO-0 in 16 bits steps fp32 copies, which have no names.
         if any(id(parameter) not in names for parameter in group["params"]):
             return None
         groups.append([(p, [Span(names[id(p)], p.numel(), 0, p.numel(), 0)]) for p in group["params"]])

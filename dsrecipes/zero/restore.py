@@ -78,10 +78,10 @@ def _check_same_parameters(saved: CheckpointStates, groups: list[FlatGroup], che
                 f"{checkpoint} has {saved.numel(name):,} elements of {name}, and this run's model {numel:,}: it was "
                 "written by another model",
             )
-    further = sorted(set(saved.fragments) - set(numels))
-    if further:
+    extra = sorted(set(saved.fragments) - set(numels))
+    if extra:
         raise UserError(
-            "DSR275", f"{checkpoint} has trained {further[0]}, which this run does not train: it was written by another run"
+            "DSR275", f"{checkpoint} has trained {extra[0]}, which this run does not train: it was written by another run"
         )
 
 

@@ -26,7 +26,7 @@ def storage_bytes(tensors: Iterable[Any], exclude: dict[int, int]) -> dict[int, 
 
 
 def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested lists, tuples and dicts."""
+    """Yield the tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
