@@ -211,7 +211,8 @@ def _values(flags: dict[str, Any], layers: Layers | None) -> dict[str, Any]:
         ranks = ranks_of(own["procs"], layers)
         own["procs"] = ranks
         merged |= batch_of(layers, ranks)
-    defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}  # the device decides
+    # The default of bf16 depends on the device.
+    defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}
     return defaults | merged | own
 
 

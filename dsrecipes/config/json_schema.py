@@ -53,7 +53,7 @@ def schema() -> Json:
     """The whole schema (draft 7, which editors support best)."""
     fields = dict(_fields())
     references = {name: {"$ref": f"#/definitions/{name}"} for name in fields}
-    # `no_packing: true` is how the parser writes `packing: false`.
+    # The parser reads `no_packing: true` as `packing: false`.
     switches = [name for name, field in fields.items() if field.get("type") == ["boolean", "null"]]
     values: Json = {
         "type": "object",
@@ -100,7 +100,8 @@ def _of_type(name: str, hint: Any) -> Json:
     if name in ("dataset", "eval_dataset"):
         entry: Json = {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/source"}]}
         return {"anyOf": [*entry["anyOf"], {"type": "array", "items": entry}, {"type": "null"}]}
-    if name in ("columns", "class_weights", "optim_args"):  # lists of NAME=VALUE, which YAML may write as a mapping
+    # Lists of NAME=VALUE, which YAML may write as a mapping.
+    if name in ("columns", "class_weights", "optim_args"):
         return {"type": ["string", "array", "object", "null"]}
     options = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) in (list, dict):

@@ -45,7 +45,8 @@ def build_config(layers: Layers) -> Config:
 
     merged, notes = _prepare(layers, CONFIG_CLASSES)
     given = _origins(merged)
-    for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
+    # An optimizer or scheduler of DeepSpeed's has a name that Trainer does not know.
+    for key in ENGINE_KEYS:
         if key in layers.zero_json().values:
             merged.pop(key, None)
     values = _typed(merged, CONFIG_CLASSES, given)

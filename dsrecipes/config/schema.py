@@ -66,7 +66,8 @@ class ModelConfig:
             raise UserError("DSR047", f"lora_alpha is {self.lora_alpha}: the update is multiplied by it; give 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise UserError("DSR047", f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
-        lora_targets(self.lora_target_modules)  # refuses what is neither names nor a pattern
+        # Called for its checks alone: peft would refuse a bad pattern only after the weights are loaded.
+        lora_targets(self.lora_target_modules)
         if self.load_in_4bit and self.lora_r == 0:
             raise UserError(
                 "DSR054", "load_in_4bit freezes the base weights: give lora_r > 0 as well, or load_in_4bit false"
@@ -125,7 +126,8 @@ class DataConfig:
             raise UserError("DSR047", f"validation_split is {self.validation_split}: give a share from 0 (none) up to 1")
         if self.is_mixture:
             for source in (*self.sources, *self.eval_sources):
-                self.of_source(source)  # refuses settings of a source that the run could not have
+                # Called for its checks alone: settings of a source are otherwise read when its rows are.
+                self.of_source(source)
 
     @property
     def encoding(self) -> EncodeOptions:

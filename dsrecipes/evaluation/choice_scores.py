@@ -82,7 +82,7 @@ def item_confusion(items: list[Json], names: list[str]) -> Json:
     """Counts of (right letter, chosen letter), 4 x 4."""
     predictions, references = _indices(items)
     confusion = np.zeros((len(LETTERS), len(LETTERS)), dtype=int)
-    # Indexing with += would count a repeated pair once.
+    # `confusion[...] += 1` would count a repeated pair only once.
     np.add.at(confusion, (references, predictions), 1)
     return {"confusion": confusion.tolist()}
 

@@ -103,7 +103,7 @@ def _difference(first: list[Json], second: list[Json], metric: Metric, seed: int
 
     # Both results have the same items, and therefore the same weights of rows.
     values, weights = [metric.values(first), metric.values(second)], metric.weights(first)
-    # Differences are resampled, not the two results: what both share is no part of the uncertainty.
+    # Differences are resampled, not the two results: items that are hard for both add no uncertainty.
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)
     means = [float(numbers.sum() / weights.sum()) for numbers in values]
     return {

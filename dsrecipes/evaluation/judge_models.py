@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPERATURE = 0.7
-"""Of attempts after the first, which is greedy: a second greedy attempt would give the same reply."""
+"""For attempts after the first, which is greedy: a second greedy attempt would give the same reply."""
 
 
 @dataclass(frozen=True)

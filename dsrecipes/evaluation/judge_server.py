@@ -143,7 +143,7 @@ def _message(body: str) -> str:
         error = error.get("error", error.get("detail", error.get("message", error)))
         error = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
-        # A proxy answers with a page, which is no message.
+        # A proxy may answer with an HTML page instead of a message.
         error = "" if "<html" in body.lower() else body
     return " ".join(str(error).split())[:300]
 

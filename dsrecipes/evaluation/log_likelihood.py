@@ -113,7 +113,7 @@ def log_likelihoods(
     for index, logits in logits_at(model, sequences, pad_id(tokenizer), batch_size):
         chances = logits.log_softmax(-1)
         for number, ids in scored[index][1]:
-            # summed in fp32, as the harness does: a long choice differs in the fourth digit otherwise
+            # Summed in fp32, as the harness does; otherwise a long choice differs in the fourth digit.
             values[number] = chances[range(len(chances) - len(ids), len(chances)), ids].sum().item()
             bar.update()
     return values

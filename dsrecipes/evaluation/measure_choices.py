@@ -52,7 +52,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
 
 
 def _choice(chances: torch.Tensor, answer: int) -> Json:
-    """What a head's log-probabilities (4,) of the options choose."""
+    """Result of a head's log-probabilities (4,) of the options."""
     best = int(chances.argmax())
     return {
         "probabilities": chances.exp().tolist(),
@@ -129,7 +129,7 @@ def _by_likelihood(
 
 
 def _question(item: Item) -> Json:
-    """What a result says about its question."""
+    """The part of a result that describes its question."""
     record = item.record
     shown = {"question": record["question"], "options": record["options"], "subject": record["subject"]}
     weight = {"weight": record["weight"]} if "weight" in record else {}

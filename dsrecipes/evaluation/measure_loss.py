@@ -55,7 +55,7 @@ def _measure(
     from dsrecipes.inference.forward import logits_at
     from dsrecipes.model.task import pad_id
 
-    # the logits at a position predict the next token: those before each label are computed
+    # The logits at a position predict the next token, so those before each label are computed.
     positions = [np.flatnonzero(row["labels"][1:] != IGNORE) for row in rows]
     inputs = [(row["input_ids"].tolist(), chosen.tolist()) for row, chosen in zip(rows, positions, strict=True)]
     items: list[Json] = [{} for _ in rows]

@@ -67,7 +67,7 @@ class Metric:
         return float(self.values(items).sum() / self.weights(items).sum())
 
     def report(self, items: list[Json], names: list[str]) -> Json:
-        """Its figures; none where the items have no such value, as of questions put to another kind of model."""
+        """Compute its figures; none where another kind of model was measured and the items lack this value."""
         if self.figures is not None:
             return self.figures(items, names)
         return {self.name: self.mean(items)} if self.name in items[0] else {}

@@ -33,9 +33,9 @@ class Item:
     where: str
     """File and row."""
     row: Row
-    """As the file has it."""
+    """The row as the file has it."""
     record: dict[str, Any]
-    """What the recipe's format_row makes of it."""
+    """The result of the recipe's format_row."""
     source: str = ""
     """Its data set's name, where a run has several."""
 

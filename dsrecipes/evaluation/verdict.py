@@ -17,7 +17,7 @@ RUBRIC = Path(__file__).with_name("judge_rubric.txt")
 """The default rubric, which a user copies and changes."""
 PLACEHOLDERS = ("question", "answer_a", "answer_b")
 ORDERS = ("run first", "other first")
-"""Whose answer is A."""
+"""Orders of a pair: whose answer is A."""
 _PLACEHOLDER = re.compile("|".join(rf"\{{{name}\}}" for name in PLACEHOLDERS))
 _VERDICT = re.compile(r"VERDICT: (A|B|TIE)")
 REMINDER = "\n\nYour reply must end with one line that is VERDICT: A or VERDICT: B or VERDICT: TIE, and nothing else."
@@ -107,7 +107,7 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _outcome(winners: set[str | None]) -> str:
-    """What a pair counts as, by the winners in both orders."""
+    """Classify a pair by the winners in both orders."""
     if None in winners:
         return "unparsed"
     if len(winners) > 1:

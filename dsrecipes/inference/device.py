@@ -83,7 +83,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """As model.memory decides it, which imports torch; before torch is loaded, only Python itself can run out."""
+    """Whether memory ran out, as model.memory decides it. That imports torch, without which only Python itself can run out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from dsrecipes.model.memory import is_out_of_memory

@@ -64,7 +64,7 @@ class FinishedRun:
 
     @cached_property
     def options(self) -> EncodeOptions:
-        """What the rows were encoded with."""
+        """Options with which the rows were encoded."""
         return self.config.data.encoding
 
     @cached_property

@@ -196,7 +196,7 @@ def _check_positions(questions: list[_Question], model: PreTrainedModel, setting
 
 
 def _job(run: FinishedRun, questions: list[_Question], base: bool, settings: Json) -> Json:
-    """All that the answers depend on."""
+    """Everything that the answers depend on."""
     from dsrecipes.io.disk import checksum
     from dsrecipes.runs.weights import folder_checksum
 

@@ -25,7 +25,7 @@ _STAND_IN = "answer"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given."""
+    """Token ids for a model, and what they say."""
 
     ids: list[int]
     text: str

@@ -42,7 +42,7 @@ class Terminal:
     write: Callable[[str], None]
     """For answers, piece by piece."""
     tell: Callable[[str], None]
-    """For what is not an answer."""
+    """For messages that are not answers."""
     labels: bool = False
     """Name the model that answers, in a pipe too."""
     stopped: Callable[[], bool] = lambda: False

@@ -33,7 +33,7 @@ def unreached_by_text(model: Any) -> list[str]:
     if not has_other_modalities(model.config):
         return []
     decoder = model.get_decoder()
-    # some classes hold the towers and the layers of the decoder in one module, where only names tell them apart
+    # Some classes hold the towers and the layers of the decoder in one module, where only names tell them apart.
     is_mixed = decoder in (model, model.base_model)
     parts = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     reached = {id(below) for part in parts for below in part.modules()}

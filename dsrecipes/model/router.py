@@ -90,9 +90,9 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicts = shifted != IGNORE
     else:
         predicts = pad(labels[:, 1:] != IGNORE, (0, 1))
-    # a position that predicts a label is followed by the labelled token itself
+    # A position that predicts a label is followed by the labelled token itself.
     is_label = pad(predicts, (1, 0))[:, :-1] | predicts
-    # a cumulative sum from the right: True up to the last label
+    # A cumulative sum from the right: True up to the last label.
     tokens = is_label.flip(1).cumsum(1).flip(1) > 0
     mask = batch.get("attention_mask")
     return tokens if mask is None else tokens & mask.bool()

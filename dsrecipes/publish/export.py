@@ -134,7 +134,8 @@ def _save(model: Any, folder: Path, dtype: str, max_shard_size: str) -> None:
     if getattr(config, "use_cache", None) is False:
         # Training turned it off, and generation without it is slow.
         config.use_cache = True
-    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+    # accelerate would import DeepSpeed, which takes seconds, to see whether the model is an engine.
+    with hide_packages(["deepspeed"]):
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
 
 

@@ -47,7 +47,7 @@ def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
     facts, batches = read_reference(folder)
     count = _check_tensors(folder.model, facts)
     _check_tokenizer(finished, facts)
-    # After the tensors, whose message is more precise than that a file changed.
+    # After the tensors, because a message about a tensor says more than one about its file.
     for name, known in facts["files"].items():
         if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
             raise UserError("DSR540", f"{folder.model / name} is missing or was changed since training ended")

@@ -48,7 +48,7 @@ def tables(value: Json, caption: str, room: int, depth: int = 0) -> list[Table]:
         room: characters that one table may take; its first rows that fit are shown.
         depth: objects around this value.
     """
-    # {"physics": {"accuracy": ...}, ...}: one table with a row for each name reads better than a table for each
+    # {"physics": {"accuracy": ...}, ...}: one table with a row per name reads better than one table per name.
     if isinstance(value, dict) and value and all(map(_is_record, value.values())):
         return [_records([{"": name} | record for name, record in value.items()], caption, room)]
     if isinstance(value, dict) and depth < _DEEP:

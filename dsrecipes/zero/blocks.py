@@ -90,7 +90,8 @@ def fill_scheduler(block: Json, learning_rate: float) -> None:
 
     params = block.setdefault("params", {})
     if block["type"] not in lr_schedules.VALID_LR_SCHEDULES:
-        return  # check_blocks refuses it
+        # check_blocks refuses it, with a message.
+        return
     accepted = inspect.signature(getattr(lr_schedules, block["type"])).parameters
     if "warmup_max_lr" in accepted:
         params["warmup_max_lr"] = learning_rate
