@@ -236,7 +236,8 @@ def _version() -> str:
 def _use(module: str, argv: list[str]) -> int:
     """Run a command on a finished run; stderr gets our messages, not those of libraries."""
     warnings.filterwarnings("ignore")
-    if logging.lastResort:  # prints the warnings of loggers without a handler
+    # lastResort prints the warnings of loggers without a handler.
+    if logging.lastResort:
         logging.lastResort.setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_docstrings()

@@ -22,6 +22,7 @@ _LOADER = "rows are assigned to steps beforehand, from the seed and the step alo
 _EVALUATION = "the evaluation sums losses over labels and keeps what the recipe's metrics need"
 _ONE_WAY = "it has no replacement; leave it out"
 
+# Refused instead of ignored, so that nobody believes that such a flag has an effect.
 FIXED: dict[str, tuple[Any, str]] = {
     "accelerator_config": (None, f"{_LOADER}; the batch is set by --global_batch_size"),
     "auto_find_batch_size": (False, "the rows of a step are assigned beforehand; give --per_device_train_batch_size"),

@@ -20,10 +20,12 @@ from dsrecipes.config.sources import Source, read_sources
 from dsrecipes.config.values import parse_class_weights, parse_columns
 from dsrecipes.errors import UserError
 
-if TYPE_CHECKING:  # Fields that hold words after parsing and, after __post_init__, what the words mean.
+# Fields that hold words after parsing and, after __post_init__, what the words mean.
+if TYPE_CHECKING:
     Words = Any
     Paths = Any
-else:  # what HfArgumentParser needs to know
+else:
+    # HfArgumentParser derives the arguments from these types.
     Words = list[str]
     Paths = list[str] | str
 

@@ -107,7 +107,8 @@ def generation_settings(run: FinishedRun, model: PreTrainedModel, **changes: Any
     values: Json = {"max_new_tokens": 256, "do_sample": False} | changes
     if "temperature" in values:
         values["do_sample"] = values["temperature"] > 0
-        if not values["do_sample"]:  # transformers warns of a temperature that greedy decoding does not use
+        # transformers warns of a temperature that greedy decoding does not use.
+        if not values["do_sample"]:
             del values["temperature"]
     ends = end_tokens(model, run.tokenizer, run.options.prompt_style == "chat")
     try:

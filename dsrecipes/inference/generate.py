@@ -231,7 +231,8 @@ def _answer(
                 # A seed for each batch: skipping finished batches must not shift the random numbers of the others.
                 torch.manual_seed(seed + begin)
                 ids = [question.prompt.ids for question in batch]
-                strip = not batch[0].prompt.continues  # the same for all rows of a recipe
+                # All prompts of a recipe continue a text, or none does.
+                strip = not batch[0].prompt.continues
                 written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids), strip=strip)
                 partial.append(*({"index": batch[number].index, "answer": text} for number, text in written))
             bar.update(len(batch))

@@ -88,6 +88,7 @@ class Session(ABC):
             UserError: a mistake in a pipe.
         """
         try:
+            # A text that begins with a slash, such as a path, is not a command.
             command = _COMMAND.fullmatch(line)
             if command:
                 self._command(command[1], (command[2] or "").strip())

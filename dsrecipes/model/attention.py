@@ -51,7 +51,8 @@ def _attention(
     # split() instead of slices: the backward pass of each slice would fill a tensor of the full size.
     queries, keys, values = (states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value))
     outputs = []
-    for tensors in zip(queries, keys, values, strict=True):  # each (length of the example, heads, head size)
+    # Each tensor is (length of the example, heads, head size).
+    for tensors in zip(queries, keys, values, strict=True):
         q, k, v = (states.transpose(0, 1)[None] for states in tensors)
         output = scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != heads

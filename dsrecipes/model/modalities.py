@@ -19,6 +19,7 @@ _MODALITY_OR_BRIDGE = re.compile(_MODALITY.pattern + r"|projector|connector|mult
 def has_other_modalities(config: PretrainedConfig) -> bool:
     """Whether a configuration has a part for images or sound."""
     parts = getattr(type(config), "sub_configs", {})
+    # The text model is one part of several: the others are for images or sound.
     if config.get_text_config(decoder=True) is not config:
         return len(parts) > 1
     return any(_MODALITY.search(name) and getattr(config, name, None) is not None for name in parts)

@@ -21,6 +21,7 @@ def class_names(table: str) -> set[str]:
     """Names of the model classes in one of transformers' tables."""
     names: set[str] = set()
     for value in getattr(modeling_auto, table).values():
+        # Some families have several classes for one task.
         names |= {value} if isinstance(value, str) else set(value)
     return names
 

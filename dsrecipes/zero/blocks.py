@@ -216,7 +216,8 @@ def try_engine(config: Json, path: Path) -> None:
             model=layer, model_parameters=list(layer.parameters()), optimizer=optimizer, config=trial
         )
         inputs = torch.ones(1, _TRIAL_WIDTH, device=engine.device, dtype=next(engine.module.parameters()).dtype)
-        engine.set_gradient_accumulation_boundary(True)  # as accelerate does
+        # As accelerate does before each update.
+        engine.set_gradient_accumulation_boundary(True)
         engine.backward(engine(inputs).float().mean())
         engine.step()
         engine.destroy()
