@@ -58,7 +58,7 @@ Print a script that completes commands, flags and recipes.
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it is written, what it does, and what runs it."""
+    """One command: its arguments, what it does, and what runs it."""
 
     arguments: str
     about: str
@@ -70,7 +70,8 @@ class Command:
 
 def train(argv: list[str]) -> int:
     """Start as many ranks as there are accelerators, or --procs N, and return their exit code."""
-    for key in _RANK_VARIABLES:  # this command starts the ranks itself; a notebook may have set its own
+    # This command starts the ranks itself; a notebook may have set variables of its own.
+    for key in _RANK_VARIABLES:
         os.environ.pop(key, None)
     if asks_for_help(argv):
         print(help_text(argv))
@@ -82,9 +83,10 @@ def train(argv: list[str]) -> int:
         raise UserError(
             "DSR642", f"--max_restarts {restarts}: expected the number of restarts after a failure, a whole number from 0"
         )
-    layers = layer(parse_flags(argv))  # a wrong name is reported before anything heavy is imported
+    # Wrong names, and a batch that these ranks cannot divide, are reported before torch is imported.
+    layers = layer(parse_flags(argv))
     ranks = ranks_of(procs, layers)
-    batch_of(layers, ranks)  # refuses a batch that these ranks cannot share
+    batch_of(layers, ranks)
     if ranks > 1 or int(restarts):
         return launch(ranks, argv, int(restarts))
     from dsrecipes.run import main
@@ -222,7 +224,8 @@ def _usage() -> str:
 
 
 def _version() -> str:
-    from importlib import metadata  # a tenth of a second, which only --version spends
+    # Imported here: it takes a tenth of a second, which only --version needs.
+    from importlib import metadata
 
     try:
         return metadata.version("dsrecipes")
@@ -233,7 +236,8 @@ def _version() -> str:
 def _use(module: str, argv: list[str]) -> int:
     """Run a command on a finished run; stderr gets our messages, not those of libraries."""
     warnings.filterwarnings("ignore")
-    if logging.lastResort:  # prints the warnings of loggers without a handler
+    # lastResort prints the warnings of loggers without a handler.
+    if logging.lastResort:
         logging.lastResort.setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_docstrings()
@@ -241,6 +245,7 @@ def _use(module: str, argv: list[str]) -> int:
     if cache_note:
         print(cache_note, file=sys.stderr)
     try:
+        # Imported by name when it is called: the modules of all commands would slow each of them down.
         return importlib.import_module(f"dsrecipes.{module}").main(argv)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -268,7 +273,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `dsrecipes` command: 0, the exit code of a run, or 2 after one message on stderr."""
-    if sys.stdout is None:  # closed, as by `>&-`
+    # A shell's `>&-` closes it.
+    if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -280,8 +286,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
+        # Python flushes stdout at exit; a second error there would replace the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # the reader of the output has ended, as `head` does
+        # The reader of the output has ended, as `head` does.
+        if error.errno == errno.EPIPE:
             return _READER_ENDED
         print(coded("DSR644", f"error: the output cannot be written: {error.strerror}"), file=sys.stderr)
         return EXIT_CODE

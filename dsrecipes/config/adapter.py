@@ -27,9 +27,11 @@ def lora_targets(values: list[str]) -> list[str] | str:
     Raises:
         UserError: empty text, not a regular expression, or all-linear together with other values.
     """
+    # No value means all layers, while an empty text is a mistake, such as an unset shell variable.
     is_given = bool(values)
     if len(values) == 1 and values[0].lstrip().startswith("["):
-        with contextlib.suppress(ValueError):  # a regular expression can begin with a character class
+        # Not JSON: a regular expression can begin with a character class.
+        with contextlib.suppress(ValueError):
             values = [str(name) for name in json.loads(values[0])]
     names = [part.strip() for value in values for part in value.split(",") if part.strip()]
     if is_given and not names:
@@ -51,10 +53,13 @@ def lora_targets(values: list[str]) -> list[str] | str:
 
 
 def adapter_folder(name: str | None) -> Path | None:
-    """The adapter folder that a model's name means; None for the name of a full model."""
-    path = user_path(starter_path(name)) if name else Path()
+    """Folder of the adapter that a model's name refers to; None for a full model."""
+    if not name:
+        return None
+    path = user_path(starter_path(name))
+    # A folder that holds a model too is refused when it is loaded.
     is_adapter = (path / CONFIG).is_file() and not (path / "config.json").is_file()
-    return path if name and is_adapter else None
+    return path if is_adapter else None
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
             "DSR056", f"{where}: {CONFIG} does not name its base model (base_model_name_or_path): write its path there"
         )
     if not (folder / "adapter_model.safetensors").is_file():
-        # peft would load a pickle instead, or ask the hub
+        # peft would load a pickle instead, or ask the hub.
         raise UserError("DSR056", f"{where}: adapter_model.safetensors is missing")
     return values
 
@@ -147,6 +152,7 @@ def take_settings(merged: Merged, by_user: dict[str, str], notes: list[str]) -> 
             )
         if flag in merged and not _same(merged[flag][0], setting):
             overridden.append(f"{flag} {_as_text(merged[flag][0])}")
+        # The flag holds a list, in which a pattern is the only element.
         is_pattern = flag == "lora_target_modules" and not isinstance(setting, list)
         merged[flag] = ([setting] if is_pattern else setting, origin)
     instead = f"; its own settings override the recipe's {', '.join(overridden)}" if overridden else ""

@@ -37,7 +37,7 @@ class Batch:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
+    """The largest divisor of `number` up to `limit`."""
     return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
 
 
@@ -51,7 +51,12 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
     Raises:
         UserError: the numbers that the user gave have no integer solution on these ranks; names them with their origins.
     """
-    fixed = {key: value for key in BATCH_KEYS if key in given and (value := values.get(key)) is not None}
+    # Only what the user gave must hold exactly; a recipe's numbers give way.
+    fixed: dict[str, int] = {}
+    for key in BATCH_KEYS:
+        value = values.get(key)
+        if key in given and value is not None:
+            fixed[key] = value
     micro = values.get(MICRO) or _MICRO_DEFAULT
     if TOTAL in fixed:
         return _divide_fixed_total(fixed, given, ranks, micro)
@@ -60,6 +65,7 @@ def divide_batch(values: Mapping[str, int | None], given: Mapping[str, str], ran
         return Batch(micro, accumulation or 1, ranks)
     if MICRO not in fixed:
         share = total // ranks
+        # A divisor, so that the recipe's total is reached exactly where it can be.
         micro = largest_divisor(share, micro) if total % ranks == 0 else min(micro, max(1, share))
     # A recipe's total is a target: it is approached where the ranks cannot reach it exactly.
     return Batch(micro, max(1, round(total / (micro * ranks))), ranks)

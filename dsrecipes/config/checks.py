@@ -30,7 +30,7 @@ SEEDS = ("seed", "data_seed")
 SAMPLING = ("random", "sequential")
 """The values of train_sampling_strategy that a run with fixed steps can honor."""
 _SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "ter", "mae", "mse", "rmse", "runtime")
-"""Last words of the names of metrics of which a smaller value is better."""
+"""Last words in the names of metrics whose smaller values are better."""
 
 
 def check_train(
@@ -55,7 +55,7 @@ def check_train(
             known = ", ".join(words)
             raise UserError("DSR045", f"--{name} {train[name]}{nearest(str(train[name]), words)}: choose from {known}")
     for name in json_fields:
-        # deepspeed is a name or a path here, which find_zero has resolved
+        # deepspeed is a name or a path here, which find_zero has resolved.
         if name != "deepspeed" and train[name] is not None:
             _check_json(name, train[name], given.get(name, "flag"))
     _check_numbers(train)
@@ -125,9 +125,11 @@ def best_metric(train: Mapping[str, Any]) -> dict[str, Any]:
     if name is None and (follows_metric or train["early_stopping_patience"] or train["save_strategy"] == "best"):
         name = "loss"
     if name is not None and greater is None:
+        # A recipe may add a metric of any name, so only its last word says what it is.
         greater = name.lower().rsplit("_", 1)[-1] not in _SMALLER_IS_BETTER
     options = json.loads(train["lr_scheduler_kwargs"] or "{}")
     if follows_metric and greater:
+        # A mode that the user gives wins.
         options = {"mode": "max"} | options
     return {
         "metric_for_best_model": name,

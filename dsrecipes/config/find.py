@@ -81,6 +81,7 @@ def find_recipe(name: str) -> RecipeFiles:
     if "." in name:
         try:
             spec = importlib.util.find_spec(name)
+        # find_spec imports the parent package, which may not exist, and refuses names such as `a..b`.
         except (ImportError, ValueError):
             spec = None
         if spec is not None and spec.origin:
@@ -102,10 +103,12 @@ def _yaml_of(module: Path) -> Path | None:
 def find_config(name: str) -> Path:
     """Find a YAML by path, by run folder, or by the name of a shipped variant (UserError: none of these)."""
     path = user_path(name)
-    if path.is_dir() and (path / "config.yaml").is_file():  # a run folder: the same run again
+    # A run folder stands for the configuration that it recorded: the same run again.
+    if path.is_dir() and (path / "config.yaml").is_file():
         return path / "config.yaml"
     if path.is_file():
         return path
+    # After the path, so that a file of the user's hides a shipped variant of the same name.
     if name in variant_names():
         return _shipped_folder("recipes") / f"{name}.yaml"
     raise UserError(
@@ -122,7 +125,8 @@ def is_shipped(path: Path) -> bool:
 
 def find_zero(name: str) -> Path | None:
     """Find a ZeRO JSON by a short name or a path; None for `none` and for what YAML calls false (UserError: no such file)."""
-    if name.lower() in ("none", "no", "off", "false"):  # YAML writes `deepspeed: no`
+    # YAML reads `deepspeed: no` as false.
+    if name.lower() in ("none", "no", "off", "false"):
         return None
     path = user_path(name)
     if path.is_file():

@@ -22,6 +22,7 @@ _LOADER = "rows are assigned to steps beforehand, from the seed and the step alo
 _EVALUATION = "the evaluation sums losses over labels and keeps what the recipe's metrics need"
 _ONE_WAY = "it has no replacement; leave it out"
 
+# Refused instead of ignored, so that nobody believes that such a flag has an effect.
 FIXED: dict[str, tuple[Any, str]] = {
     "accelerator_config": (None, f"{_LOADER}; the batch is set by --global_batch_size"),
     "auto_find_batch_size": (False, "the rows of a step are assigned beforehand; give --per_device_train_batch_size"),
@@ -138,6 +139,7 @@ def refuse_unknown(merged: Merged, known: Collection[str]) -> None:
     for key, (_, origin) in merged.items():
         if key in known:
             continue
+        # Tutorials still use these flags, and the nearest known name would mislead.
         if key in REMOVED:
             raise UserError("DSR041", f"transformers has removed {key!r} ({origin}): {REMOVED[key]}")
         hint = nearest(key, known)
@@ -153,6 +155,7 @@ def refuse_unsuited(merged: Merged) -> None:
 
 def _shown(key: str, value: Any) -> str:
     """The value for a message, without secrets: a log may be shared."""
+    # hub_token is refused as well, and its value is a secret.
     if "token" in key:
         return "..."
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -161,6 +164,7 @@ def _shown(key: str, value: Any) -> str:
 def _means(value: Any, fixed: Any) -> bool:
     """Whether a value as it was written equals the fixed one."""
     text = str(value).strip().lower()
+    # YAML, flags and Python write the same value differently: off, no, false, None or {}.
     if fixed is None or fixed is False:
         return text in _OFF or value == {}
     if fixed is True:
@@ -195,6 +199,7 @@ def idle_values(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
         zero: whether DeepSpeed runs.
     """
     reasons = _idle_steps(values) | _idle_schedule(values) | _idle_engine(values, zero) | _idle_tracking(values)
+    # Only a hub repository has revisions.
     if user_path(starter_path(str(values["model_name_or_path"]))).is_dir():
         reasons["model_revision"] = "model_name_or_path is a folder"
     if not values["lora_r"]:
@@ -233,10 +238,12 @@ def _idle_schedule(values: Mapping[str, Any]) -> dict[str, str]:
     if not needs_best:
         unused = "nothing needs the best model; see --load_best_model_at_end"
         reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), unused)
+    # transformers builds these schedules without a warm-up.
     if schedule in ("constant", *JUDGED_SCHEDULES) and values["warmup_steps"]:
         reasons["warmup_steps"] = f"lr_scheduler_type is {schedule}"
     if schedule in ("constant", "constant_with_warmup"):
         reasons["lr_scheduler_kwargs"] = f"lr_scheduler_type is {schedule}"
+    # Only GaLore and APOLLO project the gradients of chosen layers.
     if not str(values["optim"]).startswith(("galore", "apollo")):
         reasons["optim_target_modules"] = f"optim is {values['optim']}"
     return reasons
@@ -247,7 +254,8 @@ def _idle_engine(values: Mapping[str, Any], zero: bool) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if not values["activation_checkpointing"]:
         reasons["activation_checkpointing_kwargs"] = "activation_checkpointing is off"
-    for name in ("backend", "mode"):  # either one alone turns torch_compile on
+    # Either one alone turns torch_compile on.
+    for name in ("backend", "mode"):
         if not values["torch_compile"] and values[f"torch_compile_{name}"] is None:
             reasons[f"torch_compile_{name}"] = "torch_compile is false"
     if zero:
@@ -260,6 +268,7 @@ def _idle_tracking(values: Mapping[str, Any]) -> dict[str, str]:
     """Flags that only some experiment trackers read."""
     trackers = set(values["report_to"] or [])
     reasons: dict[str, str] = {}
+    # TensorBoard's files are in the run folder and are found by its path.
     if not trackers - {"none", "tensorboard"}:
         reasons["run_name"] = "report_to names no tracker that shows it"
     if not {"trackio", "all"} & trackers:

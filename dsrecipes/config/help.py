@@ -1,4 +1,4 @@
-"""Which flags are there, and with which values would this command line run? The text of `dsrecipes train --help`.
+"""Which flags exist, and with which values would this command line run? The text of `dsrecipes train --help`.
 
 The fields of transformers.TrainingArguments are read from its source, because importing it takes ten seconds.
 """
@@ -131,6 +131,7 @@ def _trainer_flags() -> Iterator[tuple[str, Flag]]:
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin
     text = Path(package.origin).with_name("training_args.py").read_text("utf-8")
+    # Comments `# --- Heading ---` group the fields, and ast drops comments.
     headings = {
         number: line.strip(" #-") for number, line in enumerate(text.splitlines(), 1) if line.startswith("    # --- ")
     }
@@ -163,7 +164,8 @@ def _literal(value: ast.expr | None) -> Any:
     """The value of an expression that is a literal, else None."""
     try:
         return ast.literal_eval(value) if value is not None else None
-    except ValueError:  # an expression, such as a name of a constant
+    except ValueError:
+        # An expression, such as the name of a constant.
         return None
 
 
@@ -180,9 +182,11 @@ def help_text(argv: list[str]) -> str:
     """
     words = [word for word in argv if word not in ("-h", "--help", "--help=all")]
     position = next((index for index, word in enumerate(argv) if word in ("-h", "--help")), None)
+    # `all` counts only after --help; elsewhere it may be the value of a flag.
     everything = "--help=all" in argv or (position is not None and argv[position + 1 : position + 2] == ["all"])
     if everything and "all" in words:
         words.remove("all")
+    # The first word may be the recipe, as in `dsrecipes train RECIPE --help`.
     flags = parse_flags(["--recipe", *words] if words and not words[0].startswith("-") else words)
     layers = layer(flags) if flags.get("recipe") or flags.get("config") else None
     values = _values(flags, layers)
@@ -207,7 +211,8 @@ def _values(flags: dict[str, Any], layers: Layers | None) -> dict[str, Any]:
         ranks = ranks_of(own["procs"], layers)
         own["procs"] = ranks
         merged |= batch_of(layers, ranks)
-    defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}  # the device decides
+    # The default of bf16 depends on the device.
+    defaults = {name: flag.default for name, flag in known_flags().items()} | {"bf16": None}
     return defaults | merged | own
 
 
@@ -228,6 +233,7 @@ def _short(values: dict[str, Any], layers: Layers | None) -> Iterator[str]:
 
 
 def _all(values: dict[str, Any]) -> Iterator[str]:
+    # Old names, and flags that have one value here, would only fill the page.
     hidden = {*ALIASES, *FIXED}
     for group in _GROUPS:
         yield f"\n{group}"
@@ -236,7 +242,7 @@ def _all(values: dict[str, Any]) -> Iterator[str]:
         else:
             lines = {n: flag.about for n, flag in known_flags().items() if flag.group == group and n not in hidden}
         for name, about in lines.items():
-            # the first sentence of transformers' help, which may go on for a page
+            # Only the first sentence, because transformers' help may fill a page.
             sentence = re.split(r"(?<!e\.g)(?<!i\.e)(?<=[\w)`'])\.(?:\s|$)", about, maxsplit=1)[0]
             yield from _lines(name, values[name], sentence)
 
@@ -258,6 +264,7 @@ def _flag(name: str, value: Any, unset: str) -> str:
     shown = unset if value in (None, "") else _word(value)
     room = _WIDTH - len(name) - 5
     if len(shown) > room:
+        # Both ends of a path say more than its middle.
         shown = f"{shown[: room // 2 - 2]}...{shown[-(room - room // 2 - 1) :]}"
     return f"  --{name} {shown}".rstrip()
 

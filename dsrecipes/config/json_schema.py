@@ -53,6 +53,7 @@ def schema() -> Json:
     """The whole schema (draft 7, which editors support best)."""
     fields = dict(_fields())
     references = {name: {"$ref": f"#/definitions/{name}"} for name in fields}
+    # The parser reads `no_packing: true` as `packing: false`.
     switches = [name for name, field in fields.items() if field.get("type") == ["boolean", "null"]]
     values: Json = {
         "type": "object",
@@ -74,9 +75,11 @@ def _fields() -> Iterator[tuple[str, Json]]:
     for config_class in CONFIG_CLASSES:
         hints = typing.get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
+            # TrainingArguments computes these; no YAML can set them.
             if not field.init:
                 continue
             about = re.sub(r"\s+", " ", flags[field.name].about).strip()
+            # Listed, so that an editor shows why the flag has one value instead of calling it unknown.
             if field.name in FIXED:
                 value, reason = FIXED[field.name]
                 values = [value, None] if value is not None else [None, False]
@@ -97,7 +100,8 @@ def _of_type(name: str, hint: Any) -> Json:
     if name in ("dataset", "eval_dataset"):
         entry: Json = {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/source"}]}
         return {"anyOf": [*entry["anyOf"], {"type": "array", "items": entry}, {"type": "null"}]}
-    if name in ("columns", "class_weights", "optim_args"):  # lists of NAME=VALUE, which YAML may write as a mapping
+    # Lists of NAME=VALUE, which YAML may write as a mapping.
+    if name in ("columns", "class_weights", "optim_args"):
         return {"type": ["string", "array", "object", "null"]}
     options = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) in (list, dict):
@@ -111,10 +115,12 @@ def _of_type(name: str, hint: Any) -> Json:
         return {"enum": [*choices, None]}
     kinds = {_TYPES.get(typing.get_origin(option) or option, "string") for option in options}
     if "array" in kinds:
-        kinds.add("string")  # one element needs no list
-    return {"type": [*sorted(kinds - {"null"}), "null"]} | (
-        {"items": {"type": ["string", "number"]}} if "array" in kinds else {}
-    )
+        # One element needs no list.
+        kinds.add("string")
+    result: Json = {"type": [*sorted(kinds - {"null"}), "null"]}
+    if "array" in kinds:
+        result["items"] = {"type": ["string", "number"]}
+    return result
 
 
 def _source() -> Json:

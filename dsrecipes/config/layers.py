@@ -28,10 +28,7 @@ BELONGS_TO = {
     "global_batch_size": ("gradient_accumulation_steps",),
     "gradient_accumulation_steps": ("global_batch_size",),
 }
-"""Key -> keys that make sense only with its value: a higher layer that changes it drops the lower layers' values of them.
-
-Values of a ZeRO JSON are not dropped: they apply, or the run is refused.
-"""
+"""Key -> keys that make sense only with its value: a higher layer that changes it drops the lower layers' values of them."""
 LENGTHS = (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs"))
 """Flag that sets the length of a run -> the other such flag, which is dropped where a lower layer sets it."""
 ALIASES = {
@@ -73,6 +70,7 @@ class Layers:
         for layer in self.layers:
             self._drop_dependents(result, layer)
             for key, rival in LENGTHS:
+                # transformers writes -1 for a max_steps that is not given.
                 sets_length = str(layer.values.get(key, "-1")) not in ("-1", "None")
                 if sets_length and rival not in layer.values:
                     result.pop(rival, None)
@@ -88,6 +86,7 @@ class Layers:
             if owner not in layer.values or layer.values[owner] == merged.get(owner, (None,))[0]:
                 continue
             for key in dependents:
+                # Values of a ZeRO JSON are not dropped: they apply, or the run is refused.
                 if key in merged and merged[key][1] != self.zero_json().origin:
                     del merged[key]
 
@@ -228,6 +227,7 @@ def layer(flags: Mapping[str, Any], origin: str = "flag") -> Layers:
     base = read_yaml(recipe.yaml) if recipe.yaml else {}
     starters = (_starter(base, recipe.yaml), _starter(config, config_path))
     requested = str(flags.pop("profile", None) or config.get("profile") or base.get("profile") or "auto")
+    # Read before layering, because it decides the profile, which is a layer.
     use_cpu = is_true(flags.get("use_cpu", config.get("use_cpu", base.get("use_cpu", False))))
     profile, why = _profile(requested, starters != (None, None), use_cpu)
     is_starter = profile == "starter"

@@ -45,16 +45,18 @@ def build_config(layers: Layers) -> Config:
 
     merged, notes = _prepare(layers, CONFIG_CLASSES)
     given = _origins(merged)
-    for key in ENGINE_KEYS:  # an optimizer or scheduler of DeepSpeed's, whose names Trainer does not know
+    # An optimizer or scheduler of DeepSpeed's has a name that Trainer does not know.
+    for key in ENGINE_KEYS:
         if key in layers.zero_json().values:
             merged.pop(key, None)
     values = _typed(merged, CONFIG_CLASSES, given)
     train = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig) if field.init}
     for key in BATCH_KEYS:
         if key not in merged:
-            train[key] = None  # derived, once the number of ranks is known
+            # Derived once the number of ranks is known.
+            train[key] = None
     if "torch_compile" in given and not train["torch_compile"]:
-        # transformers would take either as a request to compile
+        # transformers would take either as a request to compile.
         train["torch_compile_backend"] = train["torch_compile_mode"] = None
     try:
         model, data = _model_and_data(values)
@@ -96,7 +98,7 @@ def _prepare(layers: Layers, classes: Classes) -> tuple[Merged, list[str]]:
     refuse_unknown(merged, known_flags())
     refuse_unsuited(merged)
     spelled = {key: (_spelled(key, value, classes), origin) for key, (value, origin) in merged.items()}
-    # refuse_unsuited has seen that a fixed flag has its one value, which its type need not be able to express
+    # refuse_unsuited has checked that a fixed flag has its one value, which its type may be unable to express.
     result = {key: pair for key, pair in spelled.items() if pair[0] is not None and key not in FIXED}
     notes: list[str] = []
     take_settings(result, layers.by_user(), notes)
@@ -138,7 +140,7 @@ def _refuse_lists(merged: Merged, actions: Collection[Action]) -> None:
     single = {action.dest for action in actions if action.nargs in (None, "?")}
     for key, (value, origin) in merged.items():
         if key in single and isinstance(value, (list, tuple)):
-            # argparse would complain about the second value without naming the flag
+            # argparse would report the second value without the name of the flag.
             shown = " ".join(map(str, value))
             raise UserError("DSR045", f"--{key}: expected one value, found {len(value)}: {shown} ({origin})")
 
@@ -160,7 +162,9 @@ def _spelled(key: str, value: Any, classes: Classes) -> Any:
     is_list_of_one = isinstance(value, (list, tuple)) and len(value) == 1
     text = str(value[0] if is_list_of_one and key in _OFF_WORD else value).lower()
     if text not in ("on", "off", "no", "false"):
-        return None if text == "" and _OFF_WORD.get(key, "none") is None else value
+        # Empty text counts as not given for the flags whose word for off is None.
+        is_unset = text == "" and _OFF_WORD.get(key, "none") is None
+        return None if is_unset else value
     if key in _switches(classes):
         return str(text == "on").lower()
     if key in _OFF_WORD or "no" in _choices(classes[-1]).get(key, ()):

@@ -20,14 +20,17 @@ from dsrecipes.config.sources import Source, read_sources
 from dsrecipes.config.values import parse_class_weights, parse_columns
 from dsrecipes.errors import UserError
 
-if TYPE_CHECKING:  # Fields that hold words after parsing and, after __post_init__, what the words mean.
+# Fields that hold words after parsing and, after __post_init__, what the words mean.
+if TYPE_CHECKING:
     Words = Any
     Paths = Any
-else:  # what HfArgumentParser needs to know
+else:
+    # HfArgumentParser derives the arguments from these types.
     Words = list[str]
     Paths = list[str] | str
 
 
+# HfArgumentParser reads help texts from the metadata of fields.
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -65,7 +68,8 @@ class ModelConfig:
             raise UserError("DSR047", f"lora_alpha is {self.lora_alpha}: the update is multiplied by it; give 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise UserError("DSR047", f"lora_dropout is {self.lora_dropout}: give a number from 0 up to 1")
-        lora_targets(self.lora_target_modules)  # refuses what is neither names nor a pattern
+        # Called for its checks alone: peft would refuse a bad pattern only after the weights are loaded.
+        lora_targets(self.lora_target_modules)
         if self.load_in_4bit and self.lora_r == 0:
             raise UserError(
                 "DSR054", "load_in_4bit freezes the base weights: give lora_r > 0 as well, or load_in_4bit false"
@@ -124,7 +128,8 @@ class DataConfig:
             raise UserError("DSR047", f"validation_split is {self.validation_split}: give a share from 0 (none) up to 1")
         if self.is_mixture:
             for source in (*self.sources, *self.eval_sources):
-                self.of_source(source)  # refuses settings of a source that the run could not have
+                # Called for its checks alone: settings of a source are otherwise read when its rows are.
+                self.of_source(source)
 
     @property
     def encoding(self) -> EncodeOptions:
@@ -145,6 +150,7 @@ class DataConfig:
         """
         if not self.is_mixture:
             return self
+        # The dataclass does not check a Literal; only the parser does, and a source's own settings bypass it.
         style = source.own.get("prompt_style", "chat")
         if style not in _prompt_styles():
             raise UserError("DSR060", f"{source.path}: prompt_style is {style!r}: choose from {', '.join(_prompt_styles())}")
@@ -156,6 +162,7 @@ class DataConfig:
                 "--max_length",
             )
         settings = source.own
+        # The file's own split is named, so the run must not pool and divide its rows.
         if source.split:
             settings = settings | {"split": "official"}
         elif self.eval_sources:

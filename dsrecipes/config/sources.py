@@ -36,7 +36,7 @@ class Source:
     """Its name in the header, in log.jsonl (eval_NAME_loss) and in the report."""
     split: str | None = None
     rows: int | None = None
-    """Rows an epoch."""
+    """Rows per epoch."""
     weight: float | None = None
     """Share, relative to the other weights, of the rows that the sources without `rows` get together."""
     own: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +73,7 @@ def read_sources(flag: str, given: str | Sequence[Any]) -> tuple[list[Source], s
         for number, entry in enumerate(entries, 1)
     ]
     sources = [Source(name=name, **entry) for name, entry in zip(_names(flag, mappings), mappings, strict=True)]
+    # config.yaml then shows the path as the user wrote it.
     if len(sources) == 1 and isinstance(entries[0], str):
         return sources, entries[0]
     return sources, entries
@@ -96,7 +97,7 @@ def _checked(where: str, entry: Any, shares: bool) -> dict[str, Any]:
         entry = {"path": entry}
     if not isinstance(entry, Mapping):
         raise UserError("DSR060", f"{where}: expected a path, a hub name or a mapping with `path`, found {entry!r}")
-    # null removes a key, as everywhere in a YAML
+    # null removes a key, as everywhere in a YAML.
     values = {str(key): value for key, value in entry.items() if value is not None}
     path = values.get("path")
     for key in values:
@@ -110,6 +111,7 @@ def _checked(where: str, entry: Any, shares: bool) -> dict[str, Any]:
         raise UserError("DSR060", f"{where} ({path}): {problem}")
     for key, kind in _NUMBERS.items():
         if key in values:
+            # Through float, because `1e3` is a whole number too.
             values[key] = kind(float(values[key]))
     fields = {key: values[key] for key in ("path", "name", "split", *_SHARES) if key in values}
     return fields | {"own": {key: values[key] for key in _OWN if key in values}}
@@ -143,7 +145,7 @@ def _is_positive(value: Any, kind: type) -> bool:
 
 
 def _names(flag: str, mappings: list[dict[str, Any]]) -> list[str]:
-    """A name for each source, fit for a key of log.jsonl; takes in folders where two files have the same name."""
+    """A name for each source that can be a key of log.jsonl, with parent folders where two files have the same name."""
     given = [entry.pop("name", None) for entry in mappings]
     names = list(given)
     # Only names that clash get longer, so the curves of the other data sets keep their names.

@@ -28,7 +28,8 @@ class TrainConfig(RunConfig, TrainingArguments):  # type: ignore[misc]  # deepsp
         """
         if self._on_accelerator():
             device = super()._setup_devices
-            self._n_gpu = min(self._n_gpu, 1)  # no DataParallel, which would divide the rows of a micro batch
+            # No DataParallel, which would divide the rows of a micro batch among the GPUs.
+            self._n_gpu = min(self._n_gpu, 1)
             return device
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType
@@ -38,7 +39,7 @@ class TrainConfig(RunConfig, TrainingArguments):  # type: ignore[misc]  # deepsp
             import deepspeed
 
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=self.ddp_timeout_delta)
-        # a single plain process has no rank, and accelerate no group for it
+        # A single plain process has no rank, so accelerate cannot create a group for it.
         group = {"backend": "gloo", "timeout": self.ddp_timeout_delta} if "RANK" in os.environ else {}
         self.distributed_state = PartialState(cpu=True, **group)
         if self.deepspeed:

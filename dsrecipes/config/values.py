@@ -30,6 +30,7 @@ def parse_columns(value: Any) -> dict[str, str]:
         entries = [entry for word in words for entry in str(word).split(",") if entry.strip()]
         pairs = [(name, column) for name, _, column in (entry.partition("=") for entry in entries)]
     columns = {name.strip(): column.strip() for name, column in pairs}
+    # Fewer columns than pairs: a name was given twice.
     if len(columns) < len(pairs) or not all(columns) or not all(columns.values()):
         raise UserError(
             "DSR062",
@@ -50,6 +51,7 @@ def as_weight(value: Any, name: str = "field 'weight'") -> float:
         ValueError: not a finite number of 0 or more. A row hook calls this, and its caller adds file and row.
     """
     text = value.strip().lower() if isinstance(value, str) else value
+    # Masks in published chats are true and false, and a table has empty cells.
     if text in (None, "", "true"):
         return 1.0
     try:
@@ -73,7 +75,8 @@ def parse_class_weights(words: list[str]) -> str | list[float] | dict[str, float
     pairs = _pairs(words)
     weights = [_class_weight(text, weight) for _, weight in pairs]
     names = [name for name, _ in pairs if name is not None]
-    if not any(weights) and not names:  # a class that is not named weighs 1
+    # A class that is not named weighs 1, so names with weight 0 leave something to train on.
+    if not any(weights) and not names:
         raise UserError("DSR063", f"--class_weights {text}: no class would be trained on; give one a weight above 0")
     if not names:
         return weights

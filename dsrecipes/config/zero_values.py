@@ -24,7 +24,7 @@ _FLAGS = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.type": "lr_scheduler_type",
     "scheduler.params.warmup_num_steps": "warmup_steps",
-    # after optimizer.params.lr, because the scheduler overwrites the optimizer's rate
+    # After optimizer.params.lr, because the scheduler overwrites the optimizer's rate.
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 """Path of a key in a ZeRO JSON -> our flag."""
@@ -114,7 +114,7 @@ def _unnamed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def contradiction(theirs: Any, ours: Any) -> bool:
-    """Whether two values, each as text or typed, mean different things: 2e-5 is "0.00002", true is "yes"."""
+    """Whether two values, as text or typed, mean different things: 2e-5 equals "0.00002", true equals "yes"."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return is_true(theirs) != is_true(ours)
     if theirs is None or ours is None:
@@ -124,6 +124,7 @@ def contradiction(theirs: Any, ours: Any) -> bool:
     try:
         return float(theirs) != float(ours)
     except (TypeError, ValueError, OverflowError):
+        # DeepSpeed takes AdamW and adamw as one optimizer.
         return str(theirs).lower() != str(ours).lower()
 
 
@@ -157,7 +158,8 @@ def _precision(config: dict[str, Any], path: Path) -> dict[str, bool]:
     """bf16 and fp16 as the JSON sets them; both off (fp32) where it turns one off and leaves the other out."""
     switches = {"fp16": _at(config, "fp16.enabled"), "bf16": _at(config, "bf16.enabled")}
     if switches["bf16"] is None:
-        switches["bf16"] = _at(config, "bfloat16.enabled")  # the old name, which DeepSpeed still reads
+        # The old name, which DeepSpeed still reads.
+        switches["bf16"] = _at(config, "bfloat16.enabled")
     words = {name: str(value).lower() for name, value in switches.items() if value is not None}
     for name, word in words.items():
         if word != "auto" and word not in _SWITCH_WORDS:

@@ -20,7 +20,7 @@ def accuracy(predictions: ArrayLike, references: ArrayLike, subjects: Sequence[s
     Args:
         predictions: the index of the chosen option of each question.
         references: the index of the right one.
-        subjects: of each question; one that TMMLU+ and MMLU do not have is of no group.
+        subjects: the subject of each question; one that neither TMMLU+ nor MMLU has belongs to no group.
     """
     right = np.asarray(predictions) == np.asarray(references)
     groups = [SUBJECTS.get(subject, UNGROUPED) for subject in subjects]
@@ -48,10 +48,12 @@ def calibration(confidences: Sequence[float], right: Sequence[bool]) -> Json:
         right: whether it was right.
     """
     confidence, correct = np.array(confidences), np.array(right, dtype=float)
+    # Bins include their upper edge, as in the paper; a confidence of 0 belongs to the first.
     bin_of = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
     bins = []
     for number in range(_BINS):
         inside = bin_of == number
+        # An empty bin has no mean.
         if inside.any():
             bins.append(
                 {
@@ -80,6 +82,7 @@ def item_confusion(items: list[Json], names: list[str]) -> Json:
     """Counts of (right letter, chosen letter), 4 x 4."""
     predictions, references = _indices(items)
     confusion = np.zeros((len(LETTERS), len(LETTERS)), dtype=int)
+    # `confusion[...] += 1` would count a repeated pair only once.
     np.add.at(confusion, (references, predictions), 1)
     return {"confusion": confusion.tolist()}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _OVERLAPS = 5
-"""Overlapping rows that are printed; --out has all."""
+"""Number of overlapping rows that are printed; --out has all."""
 
 
 @memory_errors("a smaller --batch_size")
@@ -83,11 +83,13 @@ def _name(result: Json) -> str:
 def _refuse_different(first: Json, second: Json) -> None:
     """Raise where the two results are not of the same items (their keys say so)."""
     names = f"{first['run']} and {second['run']}"
+    # Items are paired by position, so their order must be the same too.
     keys = [[item["key"] for item in result["items"]] for result in (first, second)]
     if first["task"] != second["task"]:
         raise UserError("DSR478", f"{names} are measured by {first['task']} and {second['task']}: give --task")
     if keys[0] == keys[1]:
         return
+    # The key of a sequence is its token ids, which another tokenizer or --max_length changes.
     if first["task"] == "loss" and first["dataset"] == second["dataset"]:
         raise UserError(
             "DSR479", f"{names} cut the same data into different tokens or blocks: losses cannot be compared item by item"
@@ -99,8 +101,9 @@ def _difference(first: list[Json], second: list[Json], metric: Metric, seed: int
     """The mean of each, their difference, and its 95% bootstrap interval."""
     from dsrecipes.evaluation.statistics import paired_interval
 
-    # the items are the same, and so are their weights
+    # Both results have the same items, and therefore the same weights of rows.
     values, weights = [metric.values(first), metric.values(second)], metric.weights(first)
+    # Differences are resampled, not the two results: items that are hard for both add no uncertainty.
     low, high = paired_interval(values[1] - values[0], weights, seed=seed)
     means = [float(numbers.sum() / weights.sum()) for numbers in values]
     return {
@@ -135,7 +138,7 @@ def _by_subject(first: Json, second: Json) -> dict[str, Json]:
 
 
 def overlap(evaluation: Evaluation) -> Json:
-    """Which measured rows are in the run's training rows too.
+    """Find measured rows that are in the run's training rows too.
 
     Returns:
         run, the number of measured rows, and `met`: pairs {"item", "training row"} of places.
@@ -143,11 +146,13 @@ def overlap(evaluation: Evaluation) -> Json:
     from dsrecipes.evaluation.rows import EvaluationRows, contents
 
     trained: dict[str, str] = {}
+    # Rows are compared by content: a copy may be in another file, under another number.
     for item in EvaluationRows(evaluation.run).items("train"):
         for content in contents(item.record):
             trained.setdefault(content, item.where)
     measured = evaluation.rows.items(evaluation.split)
-    if evaluation.task != "loss":  # there the limit counts sequences
+    # The limit of --task loss counts sequences, not rows.
+    if evaluation.task != "loss":
         measured = measured[: evaluation.settings.limit]
     met = [
         {"item": item.where, "training row": trained[content]}
@@ -159,7 +164,7 @@ def overlap(evaluation: Evaluation) -> Json:
 
 
 def lines(result: Json, samples: int) -> Iterator[str]:
-    """A comparison for a person, line by line."""
+    """Yield a comparison as text, line by line."""
     head = result["results"][0]
     yield f"data      {plural(head['rows'], 'row')} of {head['split']} · {head['dataset']} · task {head['task']}"
     for facts in result["overlaps"]:
@@ -223,7 +228,7 @@ def main(argv: list[str]) -> int:
         "runs", nargs="+", metavar="run", help="run folders, or last; of one run base and tuned are compared"
     )
     add_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap (default: 0)")
     parser.add_argument("--samples", type=int, default=5, help="flipped questions or answers to print (default: 5)")
     flags = vars(parser.parse_args(argv))
     out, samples = flags.pop("out"), flags.pop("samples")

@@ -62,7 +62,7 @@ def evaluate(
 
 
 class Evaluation:
-    """Rows of one split, prepared once, to be put to a run's model after training and before it."""
+    """Rows of one split, prepared once, for measuring a run's model after training and before it."""
 
     def __init__(
         self,
@@ -82,14 +82,16 @@ class Evaluation:
         self.task = choose_task(run, task, dataset, settings)
         self.rows: EvaluationRows | QuestionRows
         if self._asks_questions():
+            # The recipe's format_row does not read questions, so they are read without it.
             self.rows = QuestionRows(str(dataset), skip_bad_rows)
         else:
             self.rows = EvaluationRows(run, dataset, skip_bad_rows)
         self.split = self.rows.choose(split)
+        # Before a model is loaded, so that a row that cannot be read is reported at once.
         self.measure, self.total = self._prepare()
 
     def _asks_questions(self) -> bool:
-        """Whether four-way questions are put to a model that writes, whose recipe has no such rows."""
+        """Whether four-way questions are put to a model that writes text, whose recipe has no such rows."""
         return self.task == "choices" and writes_text(self.run)
 
     def _prepare(self) -> tuple[Measure, int]:
@@ -118,7 +120,8 @@ class Evaluation:
             UserError: there are none.
         """
         items = [item for item in self.rows.items(self.split) if item.record.get("weight") != 0]
-        if self.task == "labels":  # a hub data set may have rows without one
+        # A hub data set may have rows without a label.
+        if self.task == "labels":
             items = [item for item in items if item.record.get("label", "") is not None]
         items = items[: self.settings.limit]
         if not items:
@@ -126,7 +129,8 @@ class Evaluation:
         return items
 
     def _source(self) -> str:
-        """Where the rows come from; a run may take its validation rows from another file."""
+        """Paths or hub names of the rows; a run may take its validation rows from another file."""
+        # --eval_dataset is another data set, but only for the validation rows of the run's own data.
         data = self.run.config.data
         if self.split == "validation" and self.rows.name == paths_of(data.sources) and data.eval_sources:
             return paths_of(data.eval_sources)
@@ -152,13 +156,13 @@ class Evaluation:
 
 
 def lines(result: Json) -> Iterator[str]:
-    """A result for a person, line by line."""
+    """Yield a result as text, line by line."""
     from dsrecipes.evaluation.metrics import figure_lines
 
-    how = f" · form {result['form']}, {result['num_fewshot']}-shot" if "form" in result else ""
+    form = f" · form {result['form']}, {result['num_fewshot']}-shot" if "form" in result else ""
     yield f"run       {result['run']} · {result['weights']} model"
     yield f"data      {plural(result['rows'], 'row')} of {result['split']} · {result['dataset']}"
-    yield f"task      {result['task']}{how}"
+    yield f"task      {result['task']}{form}"
     if result.get("weighted"):
         yield f"weights   {plural(result['weighted'], 'row')} with weights other than 1; the loss is a weighted mean"
     yield from figure_lines(result["task"], result["figures"])

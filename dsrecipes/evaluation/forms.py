@@ -1,6 +1,6 @@
 """How is a four-way question worded for a model that writes? As the tasks of lm-evaluation-harness 0.4 do.
 
-Apart from log_likelihood.py, which scores them, so that the flags of `evaluate` need no import of transformers.
+Not in log_likelihood.py, which scores them, so that the flags of `evaluate` need no import of transformers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Form:
 
 
 _LETTERED = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\n"
+# Character by character the harness's wording: its published scores depend on it.
 FORMS = {
     "tmmluplus": Form("以下為{subject}的單選題，請提供正確答案的選項。\n\n", _LETTERED + "Answer:"),
     "cmmlu": Form("以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", _LETTERED + "答案："),

@@ -1,4 +1,4 @@
-"""How good are a run's answers beside others, as an LLM judges them? Each pair in both orders: dsrecipes judge RUN
+"""How good are a run's answers compared with others, as an LLM judges them? Each pair in both orders: dsrecipes judge RUN
 
 dsrecipes judge last --judge http://localhost:8000/v1 --judge_model NAME --prompts rows.json
 dsrecipes judge last --judge FOLDER --against reference
@@ -31,7 +31,7 @@ VERDICTS = ("written", "likelihood")
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What the command takes beside its run; `judge` explains each."""
+    """Arguments of the command other than its run; `judge` explains them."""
 
     judge: str
     judge_model: str | None
@@ -103,6 +103,7 @@ def judge(
     Raises:
         UserError: whatever the user can fix.
     """
+    # One object, because most functions below need several of its values.
     options = _Options(
         judge=judge,
         judge_model=judge_model,
@@ -116,6 +117,7 @@ def judge(
         device=device,
     )
     _require_minimum("limit", limit, 1)
+    # Whatever can be refused without a model is checked before one is loaded.
     text = read_rubric(rubric)
     source = ServerJudge(judge, judge_model, timeout) if is_url(judge) else judge_folder(judge)
     folder = source if isinstance(source, Path) else None
@@ -123,6 +125,7 @@ def judge(
     other = tuned if against in ("base", "reference") else open_run(against, device)
     items = judged_items(tuned, other, read_rows(tuned, prompts, limit), against)
     path = user_path(out) if out else tuned.folder.path / "judge.jsonl"
+    # Paths may change between calls, since a run can be moved; the models' checksums may not.
     about = {"run": str(tuned.folder.path), "judge_folder": str(folder) if folder else None}
     with JudgeFile(path, _job(tuned, other, items, text, folder, options), about) as file:
         _judge_run(file, tuned, other, items, text, source, options)
@@ -132,7 +135,7 @@ def judge(
 def _job(
     tuned: FinishedRun, other: FinishedRun, items: list[JudgedItem], rubric: str, folder: Path | None, options: _Options
 ) -> Json:
-    """All that the verdicts depend on."""
+    """Everything that the verdicts depend on."""
     from dsrecipes.runs.weights import folder_checksum
 
     return {
@@ -162,9 +165,10 @@ def _judge_run(
     """Write and judge what the file lacks."""
     console = Console(main=sys.stderr.isatty(), out=sys.stderr)
     if isinstance(source, ServerJudge) and len(file.answers) < 2 * len(items):
-        # a wrong key or address shows before minutes of writing answers
+        # A wrong key or address is reported before minutes of generating answers.
         file.append({"kind": "check", **cost_of([source.ask("Say OK.", 0, 1)])})
     _write_answers(file, tuned, other, items, options, console)
+    # A finished job needs no judge, only its summary.
     if len(file.judgements) == 2 * len(items):
         return
     if isinstance(source, Path):
@@ -192,6 +196,7 @@ def _write_answers(
         if missing:
             console.say(f"loading   {name}")
             _write_side(file, run, side, name, items, missing, options, console)
+            # The first model's memory must be free before the second is loaded.
             gc.collect()
 
 
@@ -226,6 +231,7 @@ def _judge_pairs(
                 if (index, order) in file.judgements:
                     continue
                 pair = [file.answers[index, side] for side in ("run", "other")]
+                # In the second order the run's answer is B.
                 pair = pair if order == ORDERS[0] else pair[::-1]
                 verdict, replies = _verdict(judge, rubric, item.question, pair, options)
                 judgement = {"kind": "judgement", "item": index, "order": order, "verdict": verdict, **cost_of(replies)}

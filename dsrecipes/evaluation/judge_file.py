@@ -15,7 +15,7 @@ class JudgeFile(ResumableJsonl):
     """Answers and judgements of earlier calls and this one."""
 
     def __init__(self, path: Path, job: Json, about: Json | None = None) -> None:
-        """As ResumableJsonl."""
+        """Start without answers; the arguments are those of ResumableJsonl."""
         super().__init__(path, "judge", job, about)
         self.answers: dict[tuple[int, str], str] = {}
         self.judgements: dict[tuple[int, str], Json] = {}
@@ -29,6 +29,7 @@ class JudgeFile(ResumableJsonl):
         if any(not isinstance(line.get(name), int | None) for name in _COSTS):
             raise TypeError(_COSTS)
         if line["kind"] == "judgement":
+            # A file that was edited by hand is reported as damaged instead of counted.
             if line["verdict"] not in ("A", "B", "TIE", None) or line["order"] not in ORDERS:
                 raise TypeError(line["verdict"])
             self.judgements[line["item"], line["order"]] = line
@@ -47,7 +48,7 @@ def cost_of(replies: list[Reply]) -> Json:
 
 
 def _total(costs: list[Json]) -> Json:
-    """Sums; None for tokens that a server did not report."""
+    """Sum costs; None for tokens that a server did not report."""
     total: Json = {}
     for name in _COSTS:
         counts = [cost.get(name) for cost in costs]

@@ -43,6 +43,7 @@ def read_rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[
         rows = list(islice(chain.from_iterable(map(located, splits.values())), limit))
     else:
         held_out = EvaluationRows(run)
+        # Rows of the training would favor the run.
         items = held_out.items(held_out.splits[0]) if held_out.splits[0] != "train" else []
         rows = [(item.where, item.row) for item in items[:limit]]
     if not rows:
@@ -55,7 +56,7 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
     """The rows as questions.
 
     Raises:
-        UserError: a bad row, or one without an answer where the answers are judged against.
+        UserError: a bad row, or one without an answer where --against reference needs it.
     """
     from dsrecipes.data.records import BAD_ROW, fault_of
     from dsrecipes.inference.prompting import prompt_of
@@ -74,7 +75,7 @@ def judged_items(tuned: FinishedRun, other: FinishedRun, rows: list[tuple[str, J
 
 
 def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
-    """What a row asks, without the marks of the model's prompt format where the row's form is known."""
+    """The question of a row, without the marks of the model's prompt format where the row's format is known."""
     from dsrecipes.data.parse import prompt_record
     from dsrecipes.data.records import BAD_ROW
 
@@ -83,6 +84,7 @@ def _question(run: FinishedRun, row: Json, prompt: Prompt) -> str:
         if "messages" not in record:
             return "\n\n".join(filter(None, (record["instruction"], record["input"])))
         turns = record["messages"]
+        # A single turn needs no role.
         if len(turns) == 1:
             return turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPERATURE = 0.7
-"""Of attempts after the first, which is greedy: a second greedy attempt would give the same reply."""
+"""For attempts after the first, which is greedy: a second greedy attempt would give the same reply."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def judge_folder(name: str) -> Path:
     from dsrecipes.model.bundled import BUNDLED_MODEL
     from dsrecipes.model.weights_source import local_model
 
+    # Only this hub name works offline; any other must be a folder.
     folder = user_path(local_model(name) if name == BUNDLED_MODEL else name)
     if not (folder / "config.json").is_file():
         hint = "; it is a run, of which `dsrecipes export` makes a folder" if RunFolder(folder).config.is_file() else ""
@@ -63,7 +64,7 @@ class LocalJudge:
         Args:
             folder: of the model and its tokenizer.
             by_likelihood: it writes nothing; the verdict is the likeliest of the three lines that a reply may end with,
-                as the model's whole reply. So a small model that never keeps to the form can judge, too.
+                taken as the whole reply. So a small model that does not follow the form can judge, too.
             device: as --device takes it; auto is a GPU where there is one.
 
         Raises:
@@ -94,7 +95,8 @@ class LocalJudge:
             )
         except UserError:
             raise
-        except Exception as error:  # tokenizers raises no narrower one
+        except Exception as error:
+            # tokenizers raises plain Exception.
             raise UserError("DSR502", f"--judge {folder}: cannot be loaded: {first_line(error)}") from error
         self.model: Any = prepare_for_inference(model, target)
 
@@ -139,6 +141,7 @@ class LocalJudge:
             pad_token_id=pad_id(self.tokenizer),
             **sampling,
         )
+        # The seed of an attempt must not change the caller's random state.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(attempt)
             written = self.model.generate(**inputs, generation_config=settings)[0, count:]
@@ -155,6 +158,7 @@ class LocalJudge:
         likelihoods = {}
         for verdict in ("A", "B", "TIE"):
             line = self.tokenizer(f"VERDICT: {verdict}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            # Encoded apart and concatenated, so that the prompt's tokens are the same for each verdict.
             ids = torch.cat([prompt, line.to(prompt.device)], dim=1)
             with torch.no_grad():
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]

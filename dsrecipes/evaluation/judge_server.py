@@ -59,7 +59,7 @@ class ServerJudge:
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError("DSR511", f"{KEY}: has a character that no HTTP header can have; set it again")
-        # without a key the client would send the user's Hugging Face token to whatever server this is
+        # Without a key the client would send the user's Hugging Face token to this server.
         self._client = huggingface_hub.InferenceClient(base_url=url, api_key=self._key or "none", timeout=timeout)
 
     def ask(self, prompt: str, attempt: int, max_new_tokens: int) -> Reply:
@@ -68,6 +68,7 @@ class ServerJudge:
         Raises:
             UserError: the server refuses, or still fails.
         """
+        # None marks the last attempt, which no retry follows.
         for pause in (*_WAITS, None):
             try:
                 return self._send(prompt, attempt, max_new_tokens)
@@ -92,6 +93,7 @@ class ServerJudge:
                 completion = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, max_tokens=max_new_tokens, **sampling
                 )
+            # Some servers leave it out.
             usage = completion.usage
             text = completion.choices[0].message.content or ""
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
@@ -141,6 +143,7 @@ def _message(body: str) -> str:
         error = error.get("error", error.get("detail", error.get("message", error)))
         error = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
+        # A proxy may answer with an HTML page instead of a message.
         error = "" if "<html" in body.lower() else body
     return " ".join(str(error).split())[:300]
 
@@ -167,6 +170,7 @@ def _offline_switch_lifted() -> Iterator[None]:
     if not constants.is_offline_mode():
         yield
         return
+    # The session is shared with all of huggingface_hub, so its hooks are restored afterwards.
     session = get_session()
     before = session.event_hooks
     session.event_hooks = {**before, "request": []}

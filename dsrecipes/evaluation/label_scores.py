@@ -26,7 +26,8 @@ def label_scores(logits: np.ndarray, labels: np.ndarray, kind: str, names: list[
         names: of the classes.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn warns of undefined figures, which their NaN shows
+        # scikit-learn warns of undefined figures, which NaN shows in the result.
+        warnings.simplefilter("ignore")
         if kind == NUMBER:
             return _number_scores(logits[:, 0].astype(np.float64), labels)
         return _class_scores(logits, labels.astype(int), kind, names)
@@ -36,6 +37,7 @@ def _number_scores(values: np.ndarray, labels: np.ndarray) -> Json:
     from scipy import stats
     from sklearn import metrics
 
+    # scipy raises where there are not two rows to correlate.
     several = len(labels) > 1
     return {
         "pearson": float(stats.pearsonr(labels, values)[0]) if several else math.nan,
@@ -47,6 +49,7 @@ def _number_scores(values: np.ndarray, labels: np.ndarray) -> Json:
 def _class_scores(logits: np.ndarray, labels: np.ndarray, kind: str, names: list[str]) -> Json:
     from sklearn import metrics
 
+    # For several labels, a logit above 0 is a probability above one half.
     predicted = logits.argmax(-1) if kind == ONE else (logits > 0).astype(int)
     figures: Json = {"accuracy": float(metrics.accuracy_score(labels, predicted))}
     figures["macro_f1"] = float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
@@ -56,7 +59,7 @@ def _class_scores(logits: np.ndarray, labels: np.ndarray, kind: str, names: list
     else:
         figures["matthews"] = float(metrics.matthews_corrcoef(labels, predicted))
         if len(names) == 2:
-            # the difference of the logits orders rows as the probability does, without its rounding to 1
+            # The difference of the logits orders rows as the probability does, without its rounding to 1.
             figures["auc"] = float(metrics.roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
     columns = metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(len(names)), average=None, zero_division=0
@@ -75,7 +78,7 @@ def item_scores(items: list[Json], names: list[str]) -> Json:
 
 
 def _kind_of(items: list[Json]) -> str:
-    """What the labels are, by the form of their targets."""
+    """Find the kind of the labels by the type of their targets."""
     first = items[0]["target"]
     if isinstance(first, list):
         return SEVERAL

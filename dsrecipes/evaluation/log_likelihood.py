@@ -35,7 +35,7 @@ def _names() -> dict[str, dict[str, str]]:
 
 
 def context(record: Record, shots: list[Record], form: str) -> str:
-    """All that precedes the answer: description, solved questions, the question."""
+    """Text before the answer: description, solved questions, the question."""
     subject = _names().get(form, {}).get(record["subject"], record["subject"].replace("_", " "))
     solved = [f"{_asked(shot, form)} {options(shot, form)[shot['answer']]}\n\n" for shot in shots]
     return FORMS[form].description.format(subject=subject) + "".join(solved) + _asked(record, form)
@@ -60,6 +60,7 @@ def encode_pair(context: str, continuation: str, tokenizer: PreTrainedTokenizerB
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # A context that begins with the opening token, as a template writes it, must not get a second one.
     special = not context.startswith(str(tokenizer.decode(opening)))
     whole = tokenizer.encode(context + continuation, add_special_tokens=special)
     start = len(tokenizer.encode(context, add_special_tokens=special))
@@ -73,7 +74,7 @@ def log_likelihoods(
     batch_size: int,
     bar: tqdm,
 ) -> list[float]:
-    """Log-likelihood of each continuation after its context, in nats; what is too long loses its beginning.
+    """Log-likelihood of each continuation after its context, in nats; a context that is too long loses its beginning.
 
     Each distinct input is computed once: the four letters of a question share one.
 
@@ -100,17 +101,19 @@ def log_likelihoods(
         check_prompt_ids(start + ids, tokenizer, embedding_rows(model.config))
         if not ids or len(ids) > limit:
             raise UserError("DSR486", f"choice {after!r} has {len(ids)} tokens; a choice needs 1 to {limit}")
+        # The last token is predicted but never read, so limit + 1 tokens fit.
         inputs.setdefault(tuple((start + ids)[-(limit + 1) :][:-1]), []).append((number, ids))
     scored = list(inputs.items())
     sequences: list[ScoredSequence] = []
     for context_ids, continuations in scored:
+        # One forward pass serves all continuations of an input, up to the longest.
         longest = max(len(ids) for _, ids in continuations)
         sequences.append((list(context_ids), list(range(len(context_ids) - longest, len(context_ids)))))
     values = [0.0] * len(pairs)
     for index, logits in logits_at(model, sequences, pad_id(tokenizer), batch_size):
         chances = logits.log_softmax(-1)
         for number, ids in scored[index][1]:
-            # summed in fp32, as the harness does: a long choice differs in the fourth digit otherwise
+            # Summed in fp32, as the harness does; otherwise a long choice differs in the fourth digit.
             values[number] = chances[range(len(chances) - len(ids), len(chances)), ids].sum().item()
             bar.update()
     return values

@@ -1,4 +1,4 @@
-"""How are written answers measured beside the rows' own?"""
+"""How are generated answers compared with the rows' own?"""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def _measure(
 
     generation = generation_settings(run, model, max_new_tokens=settings.max_new_tokens)
     results: list[Json] = [{} for _ in items]
+    # answers() yields the longest prompts first, so each result is put at its own index.
     ids = [prompt.ids for prompt in prompts]
     for index, text in answers(model, run.tokenizer, ids, generation, settings.batch_size):
         item, prompt = items[index], prompts[index]

@@ -41,6 +41,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         batch = collate([[rows[index]] for index in chosen])
+        # Without labels the model computes no loss of its own: the loss is taken from the probabilities below.
         del batch[TOKEN_COUNTS], batch["labels"]
         with torch.no_grad():
             logits = model(**{name: values.to(model.device) for name, values in batch.items()}).logits.float()
@@ -51,7 +52,7 @@ def _by_head(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
 
 
 def _choice(chances: torch.Tensor, answer: int) -> Json:
-    """What a head's log-probabilities (4,) of the options choose."""
+    """Result of a head's log-probabilities (4,) of the options."""
     best = int(chances.argmax())
     return {
         "probabilities": chances.exp().tolist(),
@@ -85,6 +86,7 @@ def _as_array(value: Any) -> Any:
     """A question's four lists of tokens as the collator takes them: an array of lists."""
     if not isinstance(value, list):
         return value
+    # np.array would turn four lists of equal length into one matrix.
     texts = np.empty(len(value), dtype=object)
     texts[:] = value
     return texts
@@ -117,6 +119,7 @@ def _by_likelihood(
     pairs = []
     for item in items:
         before = context(item.record, shots.get(item.record["subject"], []), settings.form)
+        # The space is the harness's delimiter, part of the continuation.
         pairs += [(before, f" {option}") for option in options(item.record, settings.form)]
     values = log_likelihoods(model, run.tokenizer, pairs, settings.batch_size, bar)
     return [
@@ -126,7 +129,7 @@ def _by_likelihood(
 
 
 def _question(item: Item) -> Json:
-    """What a result says about its question."""
+    """The part of a result that describes its question."""
     record = item.record
     shown = {"question": record["question"], "options": record["options"], "subject": record["subject"]}
     weight = {"weight": record["weight"]} if "weight" in record else {}

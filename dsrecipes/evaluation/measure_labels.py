@@ -24,7 +24,7 @@ _SHOWN = ("text", "text_pair", "label", "weight")
 
 
 def measure_labels(run: FinishedRun, items: list[Item], settings: Settings) -> tuple[Measure, int]:
-    """Texts put to a classifier: its logits beside the row's own label, and the loss of the row."""
+    """Texts put to a classifier: its logits, the row's own label, and the loss of the row."""
     return partial(_measure, run, items, settings.batch_size), len(items)
 
 
@@ -42,9 +42,11 @@ def _measure(run: FinishedRun, items: list[Item], batch_size: int, model: PreTra
     results: list[Json] = [{} for _ in items]
     for index, logits in logits_of_rows(run, model, records, batch_size):
         label = _target(items[index], labels[index], kind, names)
+        # The function of training, so that both losses are comparable.
         loss = losses_by_row(logits[None], torch.tensor([label]))[0].item()
         results[index] = _row(items[index]) | {"target": label, **answer(logits, kind, names)}
         results[index] |= {"logits": logits.tolist(), "loss": loss, "tokens": 1}
+        # As in training: the row's weight times that of its class.
         if weight_of_class:
             results[index]["weight"] = items[index].record.get("weight", 1.0) * weight_of_class[label]
         bar.update()

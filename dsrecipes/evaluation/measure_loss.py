@@ -55,11 +55,12 @@ def _measure(
     from dsrecipes.inference.forward import logits_at
     from dsrecipes.model.task import pad_id
 
-    # the logits at a position predict the next token: those before each label are computed
+    # The logits at a position predict the next token, so those before each label are computed.
     positions = [np.flatnonzero(row["labels"][1:] != IGNORE) for row in rows]
     inputs = [(row["input_ids"].tolist(), chosen.tolist()) for row, chosen in zip(rows, positions, strict=True)]
     items: list[Json] = [{} for _ in rows]
     for index, logits in logits_at(model, inputs, pad_id(run.tokenizer), batch_size):
+        # compare pairs items by key: only equal token ids have comparable losses.
         key = hashlib.md5(np.array(inputs[index][0]).tobytes(), usedforsecurity=False).hexdigest()
         items[index] = {"item": f"sequence {index + 1}", "key": key} | _loss(rows[index], positions[index], logits)
         if sources:

@@ -27,7 +27,7 @@ def _no_lines(figures: Json) -> Iterator[str]:
 
 
 def weight_of(item: Json) -> float:
-    """What an item counts in a mean loss: the weights of its labels, or their number."""
+    """The weight of an item in a mean loss: the sum of its labels' weights, or their number."""
     weight: float = item["weight"] if "weight" in item else item.get("tokens", 1)
     return weight
 
@@ -47,11 +47,11 @@ class Metric:
     weighted: bool = False
     """An item counts by `weight_of` instead of 1."""
     summed: bool = False
-    """An item's value is a sum over its tokens, which its weight is in already."""
+    """An item's value is a sum over its tokens, already multiplied by their weights."""
     compared: bool = False
     """compare pairs it item by item; always so with a `score`."""
     lines: Callable[[Json], Iterator[str]] = _no_lines
-    """Tables for a person below the line of numbers, from all figures of the task."""
+    """Tables below the line of numbers, from all figures of the task."""
 
     def values(self, items: list[Json]) -> np.ndarray:
         """(items,): the values, each times its weight."""
@@ -67,7 +67,7 @@ class Metric:
         return float(self.values(items).sum() / self.weights(items).sum())
 
     def report(self, items: list[Json], names: list[str]) -> Json:
-        """Its figures; none where the items have no such value, as of questions put to another kind of model."""
+        """Compute its figures; none where another kind of model was measured and the items lack this value."""
         if self.figures is not None:
             return self.figures(items, names)
         return {self.name: self.mean(items)} if self.name in items[0] else {}
@@ -77,7 +77,8 @@ def _loss_figures(items: list[Json], names: list[str]) -> Json:
     """The loss of a token, its exponential, and the same by data set where there are several."""
     mean = LOSS.mean(items)
     tokens = sum(item["tokens"] for item in items)
-    result: Json = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}  # exp(710) overflows
+    # exp(710) overflows a float.
+    result: Json = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}
     sources = dict.fromkeys(item["source"] for item in items if "source" in item)
     if len(sources) > 1:
         result["by_source"] = {
@@ -96,11 +97,13 @@ def number_line(figures: Json) -> str:
     return " · ".join(f"{name} {value:,.4f}" for name, value in figures.items() if isinstance(value, float))
 
 
+# A name of its own, because _loss_figures takes its mean for each source too.
 LOSS = Metric("loss", "loss", figures=_loss_figures, weighted=True, summed=True, compared=True, lines=_source_lines)
 METRICS = [
     LOSS,
     Metric("choices", "acc", figures=choice_scores.item_accuracy, compared=True, lines=choice_scores.accuracy_lines),
     Metric("choices", "acc_norm"),
+    # By bytes of UTF-8 too: a Chinese character says more than a Latin letter, which acc_norm does not consider.
     Metric("choices", "acc_bytes"),
     Metric("choices", "loss", weighted=True),
     Metric("choices", "confusion", figures=choice_scores.item_confusion, lines=choice_scores.confusion_lines),
@@ -147,7 +150,7 @@ def compared_metrics(task: str) -> list[Metric]:
 
 
 def figure_lines(task: str, figures: Json) -> Iterator[str]:
-    """The figures for a person: one line of numbers, then tables."""
+    """Yield the figures as text: one line of numbers, then tables."""
     yield f"          {number_line(figures)}"
     for metric in metrics_of(task):
         yield from metric.lines(figures)

@@ -33,9 +33,9 @@ class Item:
     where: str
     """File and row."""
     row: Row
-    """As the file has it."""
+    """The row as the file has it."""
     record: dict[str, Any]
-    """What the recipe's format_row makes of it."""
+    """The result of the recipe's format_row."""
     source: str = ""
     """Its data set's name, where a run has several."""
 
@@ -52,7 +52,7 @@ class EvaluationRows:
         """Read the files' rows; nothing is tokenized yet."""
         layers = self.run.config.layers
         if self.dataset:
-            # all rows of a file, in the file's own splits: what the run held out concerns its own data alone
+            # All rows of a file, in the file's own splits: what the run held out concerns its own data only.
             changed: dict[str, Any] = {
                 "dataset": self.dataset,
                 "dataset_config": None,
@@ -64,8 +64,9 @@ class EvaluationRows:
         self.recipe = self.run.recipe(layers, config=read_config(layers))
         data = self.recipe.config.data
         if self.dataset:
-            # --columns is about the run's own data: other rows need not have them
+            # --columns describes the run's own data; other rows need not have these columns.
             data.columns = OptionalColumns(self.run.config.data.columns)
+        # As lists: a generator can be read only once, and rows are read several times.
         self.by_source: list[SourceRows] = [
             replace(
                 part,
@@ -81,7 +82,7 @@ class EvaluationRows:
 
     @property
     def splits(self) -> list[str]:
-        """Those that have rows, in the order in which an evaluation looks for them."""
+        """Splits that have rows, in the order in which an evaluation looks for them."""
         return [name for name in SPLITS if self._with(name)]
 
     def _with(self, split: str) -> list[SourceRows]:
@@ -128,7 +129,7 @@ class EvaluationRows:
         records = Records(row_and_record, part.splits["train" if held else split], part.data.skip_bad_rows)
         if not held:
             return [Item(where, **pair) for where, pair in records]
-        # read twice, so that only the rows of the split are kept in memory
+        # Read twice, so that only the rows of the split are in memory.
         keys = np.fromiter((record_hash(pair["record"]) for _, pair in records), np.uint64)
         chosen = part.hold_out(keys, held, self.recipe.config.train["seed"]) == (split == "validation")
         return [Item(where, **pair) for (where, pair), is_chosen in zip(records, chosen, strict=True) if is_chosen]
@@ -141,7 +142,8 @@ class EvaluationRows:
         from dsrecipes.model.checks import check_splits
 
         name = split
-        if self.dataset and split == "train":  # under another name no last block is left out
+        # A training split loses its last, incomplete block; under the name test all rows are measured.
+        if self.dataset and split == "train":
             part, name = replace(part, splits={"test": part.splits[split]}), "test"
         prepared = prepare_source(self.run.recipe, part, self.run.tokenizer, self.recipe.config.train["seed"], console)
         if name not in prepared:
@@ -187,9 +189,9 @@ class QuestionRows:
         for item in self.items("train"):
             by_subject.setdefault(item.record["subject"], []).append(item.record)
         for subject in sorted({item.record["subject"] for item in items}):
-            found = len(by_subject.get(subject, []))
-            if found < count:
-                raise UserError("DSR485", f"--num_fewshot {count}: {subject} has {found} dev questions")
+            available = len(by_subject.get(subject, []))
+            if available < count:
+                raise UserError("DSR485", f"--num_fewshot {count}: {subject} has {available} dev questions")
         return {subject: records[:count] for subject, records in by_subject.items()}
 
 
@@ -200,11 +202,11 @@ def _require(split: str, known: list[str], name: str) -> str:
 
 
 _LINE = 40
-"""Characters from which on two documents do not share a line by chance."""
+"""Shortest line in characters that two documents do not share by chance."""
 
 
 def contents(record: dict[str, Any]) -> list[str]:
-    """What two records have in common if they are the same, letter case and spacing aside.
+    """Texts by which two records count as the same, letter case and spacing aside.
 
     The question without its options; an instruction or a chat without its answers; a text without its label; the longer
     lines of a plain text.
@@ -219,4 +221,5 @@ def contents(record: dict[str, Any]) -> list[str]:
         return [plain("\n".join(record[name] for name in ("text", "text_pair") if name in record))]
     if isinstance(record.get("text"), str):
         return [line for line in map(plain, record["text"].splitlines()) if len(line) >= _LINE]
+    # A record of an unknown format must be equal to count as the same.
     return [str(record_hash(record))]

@@ -42,5 +42,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
         only_second: items that only the second got right.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
+    # Whole numbers up to the division: a term overflows a float from about 1000 items on.
     tail = sum(comb(total, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**total)

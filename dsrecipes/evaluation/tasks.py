@@ -1,7 +1,7 @@
 """Which tasks measure which models, and what may be set in an evaluation?
 
-loss: the loss of each sequence; choices: four-way questions; answers: written answers beside the rows' own; labels: those
-of a classifier. metrics.py has the figures of each.
+loss: the loss of each sequence; choices: four-way questions; answers: written answers compared with the rows' own; labels:
+those of a classifier. metrics.py has the figures of each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from dsrecipes.inference.finished import FinishedRun
 
 TASKS = ("loss", "choices", "answers", "labels")
+# As text, so that the flags of the commands need no import of transformers.
 Measure = Callable[["PreTrainedModel", "tqdm"], list[dict[str, Any]]]
-"""A loaded model and a progress bar to one entry for each item, in the items' order."""
+"""From a loaded model and a progress bar to one entry per item, in the items' order."""
 _TASKS_OF_MODELS = {
     "ForCausalLM": ("loss", "choices", "answers"),
     "ForMultipleChoice": ("choices",),
@@ -32,7 +33,7 @@ _TASKS_OF_MODELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What an evaluation takes beside its rows and its task."""
+    """Settings of an evaluation other than its rows and its task."""
 
     limit: int | None = None
     """Items to measure; None: all."""
@@ -41,7 +42,7 @@ class Settings:
     num_fewshot: int = 0
     """Solved questions before each question that is put to a model that writes."""
     form: str = "tmmluplus"
-    """A key of log_likelihood.FORMS."""
+    """A key of forms.FORMS."""
     max_new_tokens: int = 256
     """Longest answer."""
 

@@ -7,6 +7,7 @@ import re
 from dsrecipes.data.questions import plain
 
 _HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+# rouge_score splits at underscores, which \w would take as letters.
 _WORD = re.compile(f"[{_HAN_AND_KANA}]|[^\\W_{_HAN_AND_KANA}]+")
 
 

@@ -14,10 +14,10 @@ from dsrecipes.io.paths import user_path
 from dsrecipes.io.text import read_text
 
 RUBRIC = Path(__file__).with_name("judge_rubric.txt")
-"""The default rubric, of which a user's own is a changed copy."""
+"""The default rubric, which a user copies and changes."""
 PLACEHOLDERS = ("question", "answer_a", "answer_b")
 ORDERS = ("run first", "other first")
-"""Whose answer is A."""
+"""Orders of a pair: whose answer is A."""
 _PLACEHOLDER = re.compile("|".join(rf"\{{{name}\}}" for name in PLACEHOLDERS))
 _VERDICT = re.compile(r"VERDICT: (A|B|TIE)")
 REMINDER = "\n\nYour reply must end with one line that is VERDICT: A or VERDICT: B or VERDICT: TIE, and nothing else."
@@ -52,6 +52,7 @@ def read_verdict(reply: str) -> str | None:
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     matches = [_VERDICT.fullmatch(line) for line in lines]
     verdicts = {match[1] for match in matches if match}
+    # A judge may quote the form before it decides; two different verdicts count as none.
     return verdicts.pop() if len(verdicts) == 1 and matches[-1] else None
 
 
@@ -88,11 +89,13 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for judgement in judgements:
         order, verdict = judgement["order"], judgement["verdict"]
         pairs.setdefault(judgement["item"], {})[order] = winner(order, verdict)
-        verdicts[verdict if judgement.get("requests") else None] += 1  # equal answers are a tie without a judge
+        # Equal answers are a tie without a judge, which says nothing about its position bias.
+        verdicts[verdict if judgement.get("requests") else None] += 1
     counts = dict.fromkeys(("wins", "losses", "ties", "inconsistent", "unparsed"), 0)
     for pair in pairs.values():
         counts[_outcome({pair.get(order) for order in ORDERS})] += 1
     judged = sum(counts.values()) - counts["unparsed"]
+    # A tie is half a win, so that 50 % means no difference.
     rate = (counts["wins"] + (counts["ties"] + counts["inconsistent"]) / 2) / judged if judged else None
     return {
         "items": len(pairs),
@@ -104,7 +107,7 @@ def tally(judgements: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _outcome(winners: set[str | None]) -> str:
-    """What a pair counts as, by the winners in both orders."""
+    """Classify a pair by the winners in both orders."""
     if None in winners:
         return "unparsed"
     if len(winners) > 1:
@@ -113,7 +116,7 @@ def _outcome(winners: set[str | None]) -> str:
 
 
 def summary_text(result: dict[str, Any], against: str) -> str:
-    """The result for a person, in several lines."""
+    """The result as text, in several lines."""
     other = {"base": "the base model", "reference": "the rows' own answers"}.get(against, against)
     lines = [
         f"against   {other} · {plural(result['items'], 'item')}, each in both orders",

@@ -28,15 +28,16 @@ def answers(
     Args:
         model: in evaluation mode.
         tokenizer: decodes the answers.
-        prompts: token ids of each; the longest first, so that too little memory shows at once.
+        prompts: token ids of each prompt, in any order.
         settings: with max_new_tokens set.
         batch_size: prompts answered together.
-        strip: remove the blanks at both ends of an answer; not for prompts that the model continues.
+        strip: remove the white space around an answer; not for prompts that the model continues.
 
     Raises:
         UserError: a prompt and its answer do not fit into the model's positions.
     """
     _check_positions(model, prompts, settings)
+    # The longest first, so that too little memory shows in the first batch; similar lengths need little padding.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
@@ -55,7 +56,7 @@ def _check_positions(model: PreTrainedModel, prompts: list[list[int]], settings:
 
 
 def too_long(tokens: int, max_new_tokens: int, limit: int) -> str:
-    """What to say of a prompt of so many tokens that leaves no room for its answer."""
+    """Describe a prompt that leaves no room for its answer."""
     return (
         f"{plural(tokens, 'token')} and {max_new_tokens} new ones exceed the model's {limit} positions: shorten it, or give a "
         "smaller --max_new_tokens"
@@ -63,12 +64,13 @@ def too_long(tokens: int, max_new_tokens: int, limit: int) -> str:
 
 
 def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
-    """The new tokens of each prompt of a batch, whose first prompt is the longest."""
+    """Generate the new tokens of a batch of prompts, of which the first is the longest."""
     import torch
 
     from dsrecipes.model.router import without_router_logits
 
     width = len(prompts[0])
+    # Padding to the left, because generate() appends to the end of each row.
     padded = [[settings.pad_token_id] * (width - len(ids)) + ids for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
     with torch.no_grad():
@@ -105,7 +107,8 @@ def generation_settings(run: FinishedRun, model: PreTrainedModel, **changes: Any
     values: Json = {"max_new_tokens": 256, "do_sample": False} | changes
     if "temperature" in values:
         values["do_sample"] = values["temperature"] > 0
-        if not values["do_sample"]:  # transformers warns of a temperature that greedy decoding does not use
+        # transformers warns of a temperature that greedy decoding does not use.
+        if not values["do_sample"]:
             del values["temperature"]
     ends = end_tokens(model, run.tokenizer, run.options.prompt_style == "chat")
     try:
@@ -124,6 +127,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat:
     """
     from dsrecipes.data.chat import end_ids
 
+    # An instruction-tuned model may stop at other tokens than its tokenizer's eos.
     own = (model.generation_config and model.generation_config.eos_token_id) or tokenizer.eos_token_id
     if own is None:
         own = []

@@ -38,10 +38,10 @@ def chat(
     device: str = "auto",
     **settings: Any,
 ) -> list[Json]:
-    """Say `turns` one after the other, and return the conversation as messages, {"role", "content"}.
+    """Say `turns` in order, and return the conversation as messages, {"role", "content"}.
 
-    For a multiple-choice run each turn is a question and four options with tabs between, and the result is a list of
-    {"question", "options", "answer", "probabilities"}. For a classifier each turn is a text (or two with a tab between), and
+    For a multiple-choice run each turn is a question and four options separated by tabs, and the result is a list of
+    {"question", "options", "answer", "probabilities"}. For a classifier each turn is a text (or two separated by a tab), and
     the result is a list of {"text", "predicted", "probabilities"}, or of {"text", "value"} for numbers.
 
     Args:
@@ -85,6 +85,7 @@ def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
     if not both:
         return [Speaker("base" if base else "tuned", run.load(base=base))]
     tuned = run.load()
+    # A run that continued an adapter has that adapter in its base, so each of the two needs a model of its own.
     started_from_base = adapter_folder(run.config.model.model_name_or_path) is None
     if started_from_base and (run.folder.model / "adapter_config.json").is_file():
         return [Speaker("base", tuned, adapter=False), Speaker("tuned", tuned)]
@@ -93,6 +94,7 @@ def _speakers(run: FinishedRun, base: bool, both: bool) -> list[Speaker]:
 
 def _session(run: FinishedRun, speakers: list[Speaker], terminal: Terminal, system: str | None, settings: Json) -> Session:
     """The session that fits the kind of model."""
+    # max_new_tokens has a default, so it may be there without being given.
     generates = bool(system) or bool(settings.keys() - {"max_new_tokens"})
     if run.recipe.auto_class.endswith("ForMultipleChoice"):
         from dsrecipes.inference.multiple_choice import QuestionSession
@@ -122,15 +124,18 @@ def _terminal() -> Terminal:
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
+        # Some builds of Python have no readline; input() works without it.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     else:
         assert isinstance(sys.stdin, io.TextIOWrapper)
+        # The locale of a script is often C: the pipe is UTF-8 all the same, and broken bytes are reported.
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
     def read(label: str) -> str | None:
         try:
             if interactive:
+                # A terminal in another encoding gives lone surrogates, which tokenizers refuse.
                 return input(label).encode("utf-8", "replace").decode()
             return sys.stdin.readline() or None
         except UnicodeDecodeError as error:
@@ -160,7 +165,7 @@ def main(argv: list[str]) -> int:
     which.add_argument("--base", action="store_true", help="the model as it was before the run")
     which.add_argument("--both", action="store_true", help="before and after, one under the other")
     parser.add_argument("--system", metavar="TEXT", help="how the model is to behave")
-    parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument("--seed", type=int, help="random seed of sampling")
     parser.add_argument("--web", action="store_true", help="a web page, for browsers on this machine; needs gradio")
     parser.add_argument("--port", type=above_zero, help="of the page (default: the first free one from 7860)")
     add_settings(parser)
@@ -191,7 +196,8 @@ def _web(run: FinishedRun, flags: argparse.Namespace, settings: Json) -> int:
         raise UserError(
             "DSR453", "--web: the page is for models that write or answer questions; talk to a classifier in the terminal"
         )
-    import_gradio()  # that it is missing is reported before the model is loaded
+    # A missing package is reported before the model is loaded, which may take minutes.
+    import_gradio()
     recipe = run.config.layers.recipe.name
     print(f"{run.folder.path} · {recipe} · loading", flush=True)
     speakers = _speakers(run, flags.base, flags.both)

@@ -43,18 +43,18 @@ class Conversation:
 
     run: FinishedRun
     model: Any
-    """A causal model; `Any`, as a LoRA model has methods that no other has."""
+    """A causal model; `Any`, because only a LoRA model has disable_adapter."""
     prompt_field: PromptField
     adapter: bool = True
     """False switches the adapter of a LoRA run off: the untuned model, without a second copy."""
     system: str | None = None
     settings: Json = field(default_factory=dict)
     keep_cut: bool = False
-    """Ctrl-C ends an answer and keeps it so far; otherwise it is raised."""
+    """Ctrl-C ends an answer and keeps what was generated; otherwise KeyboardInterrupt is raised."""
     notice: Callable[[str], None] = lambda text: None
     """Called with a message when a turn no longer fits into the model's positions."""
     stopped: Callable[[], bool] = lambda: False
-    """Called at each token; True ends the answer there, and keeps it so far."""
+    """Called at each token; True ends the answer and keeps what was generated."""
     turns: list[Turn] = field(default_factory=list)
     first: int = 0
     """The oldest turn that the model still sees."""
@@ -102,11 +102,13 @@ class Conversation:
             if not self.keep_cut:
                 raise
             stream.end()
-        except ValueError as error:  # a setting that does not go with streaming, such as num_beams
+        except ValueError as error:
+            # Some settings, such as num_beams, are refused only when the answer is streamed.
             raise UserError("DSR434", f"transformers refuses: {str(error).splitlines()[0]}") from error
         answer = str(self.run.tokenizer.decode(stream.ids, skip_special_tokens=True))
         answer = answer if continues else answer.strip()
         self.turns.append(Turn(said, answer, stream.ids))
+        # `more` continues the text, so the end token is left out of what it continues.
         self._seen = ids + (stream.ids[:-1] if self._ended(stream.ids) else stream.ids)
         return answer
 
@@ -114,6 +116,7 @@ class Conversation:
         """The prompt without the oldest turns that do not fit; max_new_tokens is lowered to what is left."""
         limit, ids = positions(self.model), prompt()
         while limit and len(ids) + settings.max_new_tokens > limit and self.first < len(self.turns):
+            # Whole turns are dropped, so that the prompt never begins in the middle of an answer.
             self.first += 1
             self.notice("the oldest turn no longer fits and is left out")
             ids = prompt()
@@ -122,11 +125,13 @@ class Conversation:
                 "DSR432", f"this takes {len(ids)} tokens, and the model has {limit} positions: say it in fewer words"
             )
         if limit:
+            # A shorter answer is better than a refusal while any position is left.
             settings.max_new_tokens = min(settings.max_new_tokens, limit - len(ids))
         return ids
 
     def _generate(self, ids: list[int], settings: GenerationConfig, stream: _Stream) -> None:
         row = torch.tensor([ids], device=self.model.device)
+        # Switching the adapter off gives the base model without a second copy in memory.
         untuned = contextlib.nullcontext() if self.adapter else self.model.disable_adapter()
         with torch.no_grad(), untuned:
             self.model.generate(
@@ -151,6 +156,7 @@ class Conversation:
             ids: list[int] = []
             for turn in turns:
                 ids += self._prompt_of_turn(turn.said, bool(ids)) + turn.ids
+                # An answer that was cut off lacks the end token that separates examples in training.
                 ids += [] if self._ended(turn.ids) else [self.run.tokenizer.eos_token_id]
             return ids + self._prompt_of_turn(text, bool(ids))
         except BAD_ROW as error:
@@ -179,7 +185,7 @@ def _messages(turn: Turn, answer: str) -> list[Json]:
 
 
 class _Stream(TextStreamer):
-    """transformers' streamer, with the ids kept and the text passed to `write`."""
+    """transformers' streamer, which also records the ids and passes the text to `write`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], strip: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -193,7 +199,7 @@ class _Stream(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass whole words on; an answer does not begin with blanks."""
+        """Pass on whole words; an answer does not begin with white space."""
         text = text.lstrip() if self.strip else text
         if text:
             self.strip = False

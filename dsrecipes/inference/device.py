@@ -31,6 +31,7 @@ def find_device(name: str = "auto", use_cpu: bool = False) -> torch.device:
         raise UserError("DSR456", f"--device {name}: choose auto, cpu, cuda, or cuda:N for GPU number N")
     import torch
 
+    # --device cpu must not initialize CUDA, which takes seconds and memory of the GPU.
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count and not use_cpu else "cpu"
@@ -65,9 +66,10 @@ def memory_errors(*remedies: str) -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError:
-        raise  # the innermost knows the remedies best
+        # The innermost handler knows the remedies best.
+        raise
     except (MemoryError, RuntimeError, OSError, UserError) as error:
-        # the exception raised may hide the cause, such as "cannot be loaded" of a file that could not be mapped
+        # The exception may hide its cause, such as "cannot be loaded" for a file that could not be mapped.
         cause = next((link for link in _chain(error) if _is_out_of_memory(link)), None)
         if cause is None:
             raise
@@ -81,7 +83,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """As model.memory decides it, which imports torch; before torch is loaded, only Python itself can run out."""
+    """Whether memory ran out, as model.memory decides it. That imports torch, without which only Python itself can run out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from dsrecipes.model.memory import is_out_of_memory
@@ -92,7 +94,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _message(error: BaseException, remedies: tuple[str, ...]) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "cuda" in reason.lower()
-    choices = [*(["--device cpu"] if on_gpu else []), *remedies]
-    choices += [] if on_gpu else ["a machine with more memory"]
-    advice = ", or ".join(choices)
-    return f"ran out of {'GPU' if on_gpu else 'host'} memory: {reason.rstrip('.')}. Try {advice}"
+    memory, choices = "host", [*remedies, "a machine with more memory"]
+    if on_gpu:
+        memory, choices = "GPU", ["--device cpu", *remedies]
+    return f"ran out of {memory} memory: {reason.rstrip('.')}. Try {', or '.join(choices)}"

@@ -52,7 +52,7 @@ class FinishedRun:
         return read_config(self.layers())
 
     def layers(self, **changed: Any) -> Layers:
-        """The run's values in layers, some of them changed; without its ZeRO JSON, which may be gone and is for training alone."""
+        """The run's values in layers, some of them changed; without its ZeRO JSON, which only training needs and which may be gone."""
         return layer({"config": str(self.folder.config), "deepspeed": "none"} | changed)
 
     @cached_property
@@ -64,7 +64,7 @@ class FinishedRun:
 
     @cached_property
     def options(self) -> EncodeOptions:
-        """What the rows were encoded with."""
+        """Options with which the rows were encoded."""
         return self.config.data.encoding
 
     @cached_property
@@ -80,14 +80,15 @@ class FinishedRun:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was saved beside the model."""
+        """The tokenizer that was saved with the model."""
         from dsrecipes.io.hub import first_line
         from dsrecipes.model.tokenizer import read_tokenizer
 
         trusted = self.config.model.trust_remote_code
         try:
             return read_tokenizer(self.source, trust_remote_code=trusted)
-        except Exception as error:  # tokenizers raises no narrower one
+        except Exception as error:
+            # tokenizers raises plain Exception.
             raise UserError("DSR462", f"{self.source}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
     @cached_property
@@ -96,13 +97,14 @@ class FinishedRun:
         return find_device(self.device_name, self.config.train["use_cpu"])
 
     def import_libraries(self) -> None:
-        """Import what this run needs, in a command of ours without the packages that transformers and peft import on sight.
+        """Import what this run needs, without the packages that transformers and peft import wherever they are installed.
 
-        They import datasets, bitsandbytes and more where these are installed, which took most of the time to a chat's prompt.
+        Those, such as datasets and bitsandbytes, took most of the time to a chat's prompt.
         """
         layers = self.layers()
-        # transformers remembers from its first import on what is installed: later it is too late
+        # transformers looks for installed packages at its first import only; hiding them later has no effect.
         packages = [] if "transformers" in sys.modules else unneeded_packages(layers)
+        # An adapter needs peft, and a 4-bit base bitsandbytes.
         if packages and self.has_adapter:
             packages = [name for name in packages if name != "peft"]
             in_4bit, _ = layers.merged().get("load_in_4bit", (False, ""))
@@ -127,7 +129,7 @@ class FinishedRun:
             dtype: of the weights; default: best_dtype.
 
         Returns:
-            A PreTrainedModel, or peft's PeftModel around one. `Any`, as neither is typed to have the other's methods.
+            A PreTrainedModel, or peft's PeftModel around one; `Any`, because their types have different methods.
 
         Raises:
             UserError: the base is missing, or files of model/ are missing or damaged.
@@ -143,11 +145,12 @@ class FinishedRun:
         if dtype is None:
             dtype = best_dtype(self.device)
         if not base:
+            # Before from_pretrained: the error of safetensors does not name the damaged file.
             check_readable(weight_files(self.source))
             if self.has_adapter and not (self.source / "adapter_model.safetensors").is_file():
-                # peft would take a pickle, or ask the hub
+                # peft would load a pickle instead, or ask the hub.
                 raise UserError("DSR460", f"{self.source}: adapter_model.safetensors is missing")
-        # the base of a run that continued an adapter is that adapter
+        # The base of a run that continued an adapter is that adapter on its own base.
         adapter = adapter_folder(self.config.model.model_name_or_path) if base else self.source
         try:
             if not base and not self.has_adapter:
@@ -200,6 +203,7 @@ class FinishedRun:
                 f"{self.folder.path}: the base model of this run, {name}, cannot be loaded ({reason}); if it was moved, correct "
                 f"model_name_or_path in {self.folder.config}",
             ) from error
+        # The base does not know this run's labels: they are next to the adapter, or in the saved model.
         if self.recipe.auto_class.endswith("ForSequenceClassification"):
             read_head(self.source, config)
             if (self.source / "config.json").is_file():
@@ -225,6 +229,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
     if device.type != "cuda":
         return torch.float32
+    # A GPU without bf16 would emulate it, slower than it computes fp16.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 

@@ -30,6 +30,7 @@ def logits_at(
         pad: fills the shorter sequences of a batch.
         batch_size: sequences computed together; those of a batch have similar lengths.
     """
+    # The longest first, so that too little memory shows in the first batch.
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index][0]))
     selects = is_causal_lm(model)
     for begin in range(0, len(order), batch_size):
@@ -42,9 +43,11 @@ def logits_at(
             ids[line, : len(tokens)] = torch.tensor(tokens)
             needed[line, positions] = True
         selection = {"logits_to_keep": needed.to(model.device)} if selects else {}
+        # No cache: nothing is generated, and its keys and values would take memory.
         with torch.no_grad():
             logits = model(input_ids=ids.to(model.device), use_cache=False, **selection).logits
-        logits = logits if selects else logits[needed.to(logits.device)]
+        if not selects:
+            logits = logits[needed.to(logits.device)]
         counts = [len(sequences[index][1]) for index in chosen]
         for index, own in zip(chosen, logits.split(counts), strict=True):
             yield index, own.float()

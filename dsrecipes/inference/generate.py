@@ -36,7 +36,7 @@ class _Question:
     where: str
     """File and row."""
     index: int
-    """Number of the row, from 0; bad rows that are left out count."""
+    """Number of the row, from 0, counting bad rows that are left out."""
     prompt: Prompt
 
 
@@ -44,7 +44,7 @@ class PartialAnswers(ResumableJsonl):
     """Answers by index, which survive a kill in OUT.partial until OUT is written; without an `out` nothing is written."""
 
     def __init__(self, out: Path | None, job: Json) -> None:
-        """As ResumableJsonl."""
+        """Name the file after `out`; `job` is that of ResumableJsonl."""
         super().__init__(out and out.with_name(f"{out.name}.partial"), "generate", job)
         self.out = out
         self.done: dict[int, str] = {}
@@ -58,6 +58,7 @@ class PartialAnswers(ResumableJsonl):
         if self.out is None or self.path is None:
             return
         try:
+            # OUT first: a kill between the two leaves both, and no answer is lost.
             write_whole(self.out, json_lines(rows))
             self.path.unlink()
         except OSError as error:
@@ -91,7 +92,7 @@ def generate(
         base: ask the model as it was before the run.
         batch_size: prompts answered together.
         skip_bad_rows: leave bad rows out; `index` still counts them.
-        seed: of sampling.
+        seed: random seed of sampling.
         progress: show a bar on stderr.
         device: cpu, cuda, cuda:N, or auto: a GPU where there is one, unless the run was trained with --use_cpu.
         settings: of transformers' GenerationConfig: max_new_tokens, temperature, top_p, ...
@@ -107,6 +108,7 @@ def generate(
     check_sampling(settings)
     target = user_path(out) if out is not None else None
     check_out(target)
+    # A bad row is reported before the model is loaded, which may take minutes.
     questions = _read_questions(opened, prompts, skip_bad_rows)
     model = opened.load(base=base)
     generation = generation_settings(opened, model, **settings)
@@ -134,6 +136,7 @@ def _read_questions(run: FinishedRun, prompts: str | Path | Iterable[Json], skip
     bad = 0
     for index, (where, row) in enumerate(_located(prompts)):
         try:
+            # A line of a .txt file has no field name; the recipe's `prompt` hook says which field it fills.
             if isinstance(row, str):
                 row = find_prompt_field(run).row(row)
             row = with_names(row, run.config.data.columns)
@@ -150,7 +153,7 @@ def _read_questions(run: FinishedRun, prompts: str | Path | Iterable[Json], skip
 
 
 def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json | str]]:
-    """Rows with their places; of a .txt file its lines, as texts."""
+    """Yield rows with their locations; a .txt file gives its lines as texts."""
     from dsrecipes.data.decode import suffix
     from dsrecipes.data.files import FileRows
     from dsrecipes.data.load import load_splits
@@ -175,10 +178,10 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
 def _text_lines(rows: Any) -> Iterator[tuple[str, str]]:
     """The lines of a text file, which is read as documents of several lines."""
     for where, row in rows.located():
-        place, _, first = where.rpartition(" ")
+        prefix, _, first = where.rpartition(" ")
         for number, line in enumerate(row["text"].splitlines(), int(first)):
             if line.strip():
-                yield f"{place} {number}", line
+                yield f"{prefix} {number}", line
 
 
 def _check_positions(questions: list[_Question], model: PreTrainedModel, settings: GenerationConfig) -> None:
@@ -193,10 +196,11 @@ def _check_positions(questions: list[_Question], model: PreTrainedModel, setting
 
 
 def _job(run: FinishedRun, questions: list[_Question], base: bool, settings: Json) -> Json:
-    """All that the answers depend on."""
+    """Everything that the answers depend on."""
     from dsrecipes.io.disk import checksum
     from dsrecipes.runs.weights import folder_checksum
 
+    # Ids instead of texts, so that a changed template or tokenizer counts as another job.
     prompts = hash_of([[question.index, question.prompt.ids, question.prompt.reference] for question in questions])
     model = folder_checksum(run.folder.model)
     return {"config": checksum(run.folder.config), "run": model, "prompts": prompts, "base": base, **settings}
@@ -212,20 +216,23 @@ def _answer(
     partial: PartialAnswers,
     progress: bool,
 ) -> None:
-    """Answer what is not answered yet. Batches are those of the whole job, so that a resumed one pads and samples alike."""
+    """Answer what is not answered yet."""
     import torch
     from tqdm import tqdm
 
     from dsrecipes.inference.answers import answers
 
+    # Batches are those of the whole job, so that a resumed job pads and samples as an uninterrupted one.
     order = sorted(questions, key=lambda question: -len(question.prompt.ids))
     with tqdm(total=len(order), unit="row", desc="answers", disable=not progress, file=sys.stderr) as bar:
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
             if any(question.index not in partial.done for question in batch):
+                # A seed for each batch: skipping finished batches must not shift the random numbers of the others.
                 torch.manual_seed(seed + begin)
                 ids = [question.prompt.ids for question in batch]
-                strip = not batch[0].prompt.continues  # the same for all rows of a recipe
+                # All prompts of a recipe continue a text, or none does.
+                strip = not batch[0].prompt.continues
                 written = answers(model, run.tokenizer, ids, settings, batch_size=len(ids), strip=strip)
                 partial.append(*({"index": batch[number].index, "answer": text} for number, text in written))
             bar.update(len(batch))
@@ -239,7 +246,7 @@ def _parser() -> CommandParser:
     add("--out", metavar="FILE.jsonl", help="write the answers here; a killed job resumes (default: print them at the end)")
     add("--base", action="store_true", help="ask the model as it was before the run")
     add("--batch_size", type=above_zero, default=8, help="prompts answered together (8)")
-    add("--seed", type=int, default=0, help="of sampling (0)")
+    add("--seed", type=int, default=0, help="random seed of sampling (0)")
     add("--skip_bad_rows", action="store_true", help="leave bad rows out instead of stopping at the first")
     add_settings(parser)
     add_device(parser)

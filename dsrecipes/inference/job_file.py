@@ -16,7 +16,7 @@ from dsrecipes.errors import UserError
 
 Json = dict[str, Any]
 _FIRST = b'{"kind": "job"'
-"""How every such file begins; a file that begins otherwise is not touched."""
+"""Beginning of every such file; a file that begins otherwise is not touched."""
 
 
 class ResumableJsonl(ABC):
@@ -36,7 +36,9 @@ class ResumableJsonl(ABC):
             about: what the first line says too, and may change.
         """
         self.path, self.command, self.about = path, command, about or {}
-        self.job: Json = json.loads(json.dumps(job))  # as it is read back
+        # As it will be read back: tuples become lists, and the comparison must not see a difference.
+        self.job: Json = json.loads(json.dumps(job))
+        # No waiting: the other process may run for hours, so the second command is refused.
         self._lock = FileLock(f"{path}.lock", timeout=0)
 
     @abstractmethod
@@ -70,11 +72,13 @@ class ResumableJsonl(ABC):
 
     def __exit__(self, *error: object) -> None:
         if self._lock.is_locked:
+            # Removed before it is released: afterwards it may be another process's lock.
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
+        # --out may name another file of the user's, which must be neither truncated nor appended to.
         if content[: len(_FIRST)] != _FIRST[: len(content)]:
             raise self._damaged(1)
         complete = content[: content.rfind(b"\n") + 1]
@@ -87,6 +91,7 @@ class ResumableJsonl(ABC):
                     self.load_line(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._damaged(number) from None
+        # A kill in the middle of a write leaves half a line; its work is repeated.
         if len(complete) < len(content):
             os.truncate(path, len(complete))
         if not complete:
@@ -120,6 +125,7 @@ class ResumableJsonl(ABC):
             with path.open("a", encoding="utf-8") as file:
                 file.write(json_lines(lines))
                 file.flush()
+                # The line must survive a crash of the machine, not only of the process.
                 os.fsync(file.fileno())
         except OSError as error:
             raise unwritable(self.path, error) from error
@@ -133,25 +139,25 @@ class ResumableJsonl(ABC):
 
 
 def unwritable(path: Path | None, error: OSError) -> UserError:
-    """The fault of a job's file that cannot be written."""
+    """Describe a job's file that cannot be written."""
     return UserError("DSR438", f"{path}: cannot be written ({error.strerror}); fix that, and the same command resumes")
 
 
 def text_in(line: Json, name: str) -> str:
-    """A text of a line (KeyError, TypeError: it has none)."""
+    """Get a text of a line (KeyError, TypeError: it has none)."""
     if not isinstance(line[name], str):
         raise TypeError(name)
     return line[name]
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """A difference for a person, to whom a hash says nothing."""
+    """Describe a difference; of hashes only that they differ."""
     is_hash = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
     return f"the {name} changed" if is_hash else f"{name}: {before} there, {now} now"
 
 
 def hash_of(value: Any) -> str:
-    """What a job says of a value that is too long to be shown."""
+    """SHA-256 of a value that is too long for the job's line."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
 
 

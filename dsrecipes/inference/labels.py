@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _SHOWN = 10
-"""Labels that a terminal shows, the likeliest first."""
+"""Number of labels that a terminal shows, the likeliest first."""
 
 
 def logits_of_rows(
@@ -41,13 +41,16 @@ def logits_of_rows(
     rows: list[Json] = [
         {name: np.array(encoded[name][index]) for name in names} | {"labels": 0} for index in range(len(records))
     ]
+    # The longest first, so that too little memory shows in the first batch.
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     collate = PaddingCollator(pad_id(run.tokenizer))
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         for index in chosen:
+            # Checked here, because on a GPU such an id ends in a device-side assert.
             check_prompt_ids(rows[index]["input_ids"].tolist(), run.tokenizer, run.embedding_rows)
         batch = collate([[rows[index]] for index in chosen])
+        # The labels are placeholders for the collator; with labels the model would compute a loss.
         del batch[TOKEN_COUNTS], batch["labels"]
         with torch.no_grad():
             logits = model(**{name: values.to(model.device) for name, values in batch.items()}).logits.float().cpu()
@@ -67,7 +70,7 @@ def answer(logits: torch.Tensor, kind: str | None, names: list[str]) -> Json:
 
     Args:
         logits: (labels,).
-        kind: config.problem_type; None is one label a row.
+        kind: config.problem_type; None means one label per row.
         names: of the labels.
     """
     if kind == "regression":
@@ -82,7 +85,7 @@ def answer(logits: torch.Tensor, kind: str | None, names: list[str]) -> Json:
 
 
 class LabelSession(Session):
-    """A text a line, or two with a tab between; each model labels it."""
+    """One text per line, or two separated by a tab; each model labels it."""
 
     ask_with = "text> "
 
@@ -94,6 +97,7 @@ class LabelSession(Session):
         """Classify the line."""
         from dsrecipes.model.task import unwrapped
 
+        # format_row refuses a row without a label; this one never reaches the model.
         row = dict(zip(("text", "text_pair"), line.split("\t"), strict=False)) | {"label": "0"}
         try:
             record = self.run.recipe.format_row(row)

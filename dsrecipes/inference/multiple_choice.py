@@ -34,6 +34,7 @@ def probabilities(run: FinishedRun, model: Any, question: str, options: list[str
 
     if len(options) != len(LETTERS):
         raise UserError("DSR455", f"a question has four options, found {len(options)}")
+    # format_row refuses a row without an answer; the probabilities do not depend on it.
     row = {"question": question, **dict(zip(LETTERS, options, strict=True)), "answer": LETTERS[0]}
     try:
         encoded = run.recipe.encode([run.recipe.format_row(row)], run.tokenizer, run.options)
@@ -49,7 +50,7 @@ def probabilities(run: FinishedRun, model: Any, question: str, options: list[str
 
 
 class QuestionSession(Session):
-    """A question and its options, in five lines or in one with tabs between; each model gives its probabilities."""
+    """A question and its options, in five lines or in one with tabs; each model gives its probabilities."""
 
     ask_with = "question> "
 
@@ -60,6 +61,7 @@ class QuestionSession(Session):
     def take(self, line: str) -> None:
         """Read the options that are not in the line, and answer."""
         question, *options = line.split("\t")
+        # A line with tabs must hold all options, so that a pipe can give one question per line.
         while len(options) < len(LETTERS) and "\t" not in line:
             option = self.terminal.read(f"{LETTERS[len(options)]}> ")
             if option is None:

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _STAND_IN = "answer"
-"""Fills the place of an answer where a row has none: chat templates and forms of rows need one, and it is cut off again."""
+"""Stands for an answer where a row has none: chat templates and row formats require one, and it is cut off again."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given."""
+    """Token ids for a model, and what they say."""
 
     ids: list[int]
     text: str
     reference: str | None
     """The row's own answer; None where it has none."""
     continues: bool = False
-    """The model continues this text, so the blanks at both ends of its answer belong to it."""
+    """The model continues this text, so the white space around its answer belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def find_prompt_field(run: FinishedRun) -> PromptField:
     field = _missing_field(run, {})
     if field is None:
         raise UserError("DSR431", _no_text(run, "its method `prompt` reads no field"))
+    # With that field filled, another KeyError shows that the hook reads a second one.
     row = PromptField(field, continues=False).row("")
     second = _missing_field(run, row)
     if second is not None:
@@ -75,6 +76,7 @@ def _missing_field(run: FinishedRun, record: Json) -> str | None:
     Raises:
         UserError: the recipe has no `prompt`.
     """
+    # Hooks do not declare their fields: the KeyError of an incomplete record names the next one.
     try:
         prompt = run.recipe.prompt(record, run.options)
         if prompt is None:
@@ -115,8 +117,8 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
 
     _refuse_other_models(run)
     record, has_answer = _record_of(run, row)
-    asked = None if has_answer else run.recipe.prompt(record, run.options)
-    prompt = _cut(run, record, has_answer) if asked is None else _from_hook(run, asked)
+    segments = None if has_answer else run.recipe.prompt(record, run.options)
+    prompt = _cut(run, record, has_answer) if segments is None else _from_hook(run, segments)
     check_ids(prompt.ids, run.tokenizer, run.embedding_rows)
     return prompt
 
@@ -124,11 +126,12 @@ def prompt_of(run: FinishedRun, row: Json) -> Prompt:
 def _record_of(run: FinishedRun, row: Json) -> tuple[Json, bool]:
     """The row's record, and whether its answer is its own.
 
-    A known form of rows without an answer gets a stand-in. Where a user's own format_row refuses a row of another form, the
-    row is taken to lack its answer, if the recipe's `prompt` finds all that it reads.
+    A row of a known format without an answer gets a stand-in. Where a user's own format_row refuses a row of another format,
+    the row counts as lacking its answer if the recipe's `prompt` finds every field that it reads.
     """
     completed, has_answer = with_answer(row, _STAND_IN, reasoning=_STAND_IN if run.reasons else "")
-    if len(completed) > len(row):  # the recipe's own rows may have their answer under another name
+    if len(completed) > len(row):
+        # The recipe's own rows may have their answer under another name.
         with contextlib.suppress(*BAD_ROW):
             return run.recipe.format_row(row), True
     try:
@@ -146,12 +149,13 @@ def _record_of(run: FinishedRun, row: Json) -> tuple[Json, bool]:
 
 
 def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
-    """What a recipe's `prompt` gave, as ids: segments, or a chat in the tokenizer's template."""
+    """Encode what a recipe's `prompt` returned: segments, or a chat in the tokenizer's template."""
     from dsrecipes.data.chat import encode_chats
     from dsrecipes.data.encode import encode_segments
 
     if isinstance(prompt, dict):
         turns = prompt["messages"]
+        # Only answers are labelled, and the labels say where to cut.
         if turns[-1]["role"] != "assistant":
             turns = [*turns, {"role": "assistant", "content": _STAND_IN}]
         encoded = encode_chats([_with_weights(prompt | {"messages": turns})], run.tokenizer, run.options)
@@ -160,6 +164,7 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
         return Prompt(ids, str(run.tokenizer.decode(ids)), None)
     ids = encode_segments([prompt], run.tokenizer)["input_ids"][0]
     continues = prompt[-1][1]
+    # The end token closes a text in training; after it there is nothing to continue.
     if continues and ids[-1:] == [run.tokenizer.eos_token_id]:
         ids = ids[:-1]
     return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues)
@@ -168,7 +173,8 @@ def _from_hook(run: FinishedRun, prompt: Any) -> Prompt:
 def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
     """A record encoded as in training, up to its last answer."""
     encoded = run.recipe.encode([_with_weights(record)], run.tokenizer, run.options)
-    ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]  # of several sequences the last has the last answer
+    # A long chat becomes several sequences, of which the last has the last answer.
+    ids, labels = encoded["input_ids"][-1], encoded["labels"][-1]
     if all(label != IGNORE for label in labels):
         ids = ids[:-1] if ids[-1:] == [run.tokenizer.eos_token_id] else ids
         return Prompt(ids, str(run.tokenizer.decode(ids)), None, continues=True)
@@ -178,7 +184,7 @@ def _cut(run: FinishedRun, record: Json, has_answer: bool) -> Prompt:
 
 
 def _last_answer(labels: list[int]) -> tuple[int, int]:
-    """Begin and end of the last labelled stretch; a chat template may write something behind an answer."""
+    """Begin and end of the last labelled tokens; a chat template may write something after an answer."""
     end = len(labels)
     while end and labels[end - 1] == IGNORE:
         end -= 1
@@ -189,7 +195,7 @@ def _last_answer(labels: list[int]) -> tuple[int, int]:
 
 
 def _with_weights(record: Json) -> Json:
-    """The record with weight 1 in place of 0: answers that are not trained on have prompts too."""
+    """The record with weight 1 instead of 0, because answers that are not trained on have prompts too."""
     record = record | {"weight": 1.0} if record.get("weight") == 0 else record
     turns = record.get("messages")
     if not isinstance(turns, list):

@@ -39,5 +39,6 @@ def check_sampling(settings: Json) -> None:
         raise UserError("DSR435", f"temperature {temperature}: give a number of at least 0; 0 takes the likeliest token")
     if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
         raise UserError("DSR435", f"top_p {top_p}: give a share above 0, up to 1")
+    # transformers only warns of it and decodes greedily.
     if top_p is not None and not temperature:
         raise UserError("DSR435", f"top_p {top_p} has no effect without sampling: give a temperature too")

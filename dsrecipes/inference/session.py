@@ -42,21 +42,21 @@ class Terminal:
     write: Callable[[str], None]
     """For answers, piece by piece."""
     tell: Callable[[str], None]
-    """For what is not an answer."""
+    """For messages that are not answers."""
     labels: bool = False
     """Name the model that answers, in a pipe too."""
     stopped: Callable[[], bool] = lambda: False
-    """Called at each token; True ends the answer there, and keeps it so far."""
+    """Called at each token; True ends the answer and keeps what was generated."""
 
     def label(self, name: str) -> str:
-        """What precedes an answer: nothing where one model answers a pipe."""
+        """Text before an answer: none where one model answers a pipe."""
         if self.interactive:
             return f"{name}> "
         return f"{name}: " if self.labels else ""
 
 
 class Session(ABC):
-    """Lines, one after the other, until `quit` or the end. A subclass fits one kind of model."""
+    """A loop over lines until `quit` or the end; each subclass serves one kind of model."""
 
     ask_with = "you> "
     help: dict[str, str] = {
@@ -88,6 +88,7 @@ class Session(ABC):
             UserError: a mistake in a pipe.
         """
         try:
+            # A text that begins with a slash, such as a path, is not a command.
             command = _COMMAND.fullmatch(line)
             if command:
                 self._command(command[1], (command[2] or "").strip())
@@ -115,6 +116,7 @@ class Session(ABC):
         path = user_path(argument)
         text = json.dumps(self.record(), ensure_ascii=False, indent=1) + "\n"
         try:
+            # x: an existing file is never overwritten.
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
@@ -171,6 +173,7 @@ class TextSession(Session):
 
         field = find_prompt_field(run)
         self.ask_with = "text> " if field.continues else "you> "
+        # A conversation for each model, because its own answers are part of its next prompt.
         self.conversations = {
             speaker.name: Conversation(
                 run,
@@ -223,12 +226,13 @@ class TextSession(Session):
         for conversation in self.conversations.values():
             settings = conversation.settings | changes
             check_sampling(settings)
+            # A wrong name or value is refused here, not at the next answer.
             generation_settings(self.run, conversation.model, **settings)
             conversation.settings = settings
         self.terminal.tell("  ".join(f"{name}={value}" for name, value in settings.items()))
 
     def record(self) -> list[Json]:
-        """One object a model; its `messages` are rows that the instruction recipes can read."""
+        """One object per model; its `messages` are rows that the instruction recipes can read."""
         return [
             {
                 "run": str(self.run.folder.path),
@@ -245,6 +249,7 @@ def _setting(word: str) -> tuple[str, Any]:
     if not (name and equals and value):
         raise UserError("DSR448", f"/params {word}: write name=value, as in temperature=0.7")
     try:
+        # Numbers, booleans and lists are JSON; any other value is text.
         return name, json.loads(value)
     except ValueError:
         return name, value

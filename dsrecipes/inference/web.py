@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Start = Callable[[Terminal], Session]
 HOST = "127.0.0.1"
+# /save would let a browser write files, and a page is left by closing it.
 _NOT_HERE = ("/save FILE", "quit")
 
 
@@ -39,7 +40,8 @@ def import_gradio() -> ModuleType:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    os.environ["no_proxy"] = f"{direct},{HOST}"  # gradio checks by a request that its own server is up
+    # gradio checks with a request that its own server is up; a proxy would not find it.
+    os.environ["no_proxy"] = f"{direct},{HOST}"
     try:
         import gradio
     except ModuleNotFoundError as error:
@@ -54,12 +56,12 @@ class _PageTerminal(Terminal):
     """The terminal of one browser: answers are labelled where two models give them."""
 
     def label(self, name: str) -> str:
-        """What precedes an answer."""
+        """Text before an answer."""
         return f"{name}: " if self.labels else ""
 
 
 class BrowserChat:
-    """One browser's session. What the page removes, by retry, undo and clear, the models forget too."""
+    """One browser's session. The models forget what the page removes by retry, undo and clear."""
 
     def __init__(self, start: Start, both: bool) -> None:
         self.terminal = _PageTerminal(True, lambda label: None, lambda text: None, lambda text: None, labels=both)
@@ -72,11 +74,13 @@ class BrowserChat:
 
     def hear(self, message: str, number: int) -> None:
         """Say the page's message `number`, counted from 0, to each model."""
+        # gradio does not report undo and retry; a message number that was used before reveals them.
         removed = [index for index in self._before if index >= number]
         if removed:
             self.session.conversations = self._before[min(removed)]
             self._before = {index: saved for index, saved in self._before.items() if index < number}
         conversations = self.session.conversations.items()
+        # Copies, because turns are appended in place.
         self._before[number] = {name: replace(talk, turns=[*talk.turns]) for name, talk in conversations}
         self.session.hear(message.strip())
 
@@ -95,7 +99,8 @@ class Page:
             UserError: no gradio, or the session cannot start.
         """
         self.gradio, self.start, self.title = import_gradio(), start, title
-        self._worker = ThreadPoolExecutor(1)  # the model answers one browser at a time
+        # One thread: the model answers one browser at a time.
+        self._worker = ThreadPoolExecutor(1)
         self._closing = Event()
         session = start(Terminal(False, lambda label: None, lambda text: None, lambda text: None))
         self.both = len(session.speakers) > 1
@@ -107,9 +112,11 @@ class Page:
         Raises:
             UserError: the port is taken or not allowed.
         """
-        font = ("system-ui", "sans-serif")  # the browser's own: none is fetched
+        # Fonts of the browser: gradio's default ones would be fetched from a network.
+        font = ("system-ui", "sans-serif")
         theme = self.gradio.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
         try:
+            # Whatever would publish the page, record its use or load from a network is off.
             _, address, _ = self.blocks.launch(
                 server_name=HOST,
                 server_port=port,
@@ -157,7 +164,7 @@ class Page:
         return blocks
 
     def _answer(self, message: str, history: list[Json], chat: BrowserChat | None) -> Iterator[tuple[str, BrowserChat]]:
-        """Yield the answer so far, again and again; the page's stop button closes this generator.
+        """Yield the growing answer; the page's stop button closes this generator.
 
         The model runs in the one worker thread, and its words come through a queue whose end is None.
         """

@@ -42,15 +42,17 @@ def _attention(
         (batch, length, heads, head size), and no attention weights.
     """
     batch, heads, length, _ = query.shape
+    # Padding or a key-value cache: position ids alone do not say what may be attended to.
     if attention_mask is not None or key.shape[2] != length:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     positions = torch.arange(length) if position_ids is None else position_ids
     starts = (positions.expand(batch, length) == 0).flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], batch * length], strict=True)]
-    # split instead of slices: the backward pass of each slice would fill a tensor of the full size
+    # split() instead of slices: the backward pass of each slice would fill a tensor of the full size.
     queries, keys, values = (states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value))
     outputs = []
-    for tensors in zip(queries, keys, values, strict=True):  # each (length of the example, heads, head size)
+    # Each tensor is (length of the example, heads, head size).
+    for tensors in zip(queries, keys, values, strict=True):
         q, k, v = (states.transpose(0, 1)[None] for states in tensors)
         output = scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != heads
@@ -80,6 +82,7 @@ def set_per_example_attention(model: PreTrainedModel, on: bool) -> bool:
     base = unwrapped(model)
     config = base.config.get_text_config()
     before, after = ("sdpa", PER_EXAMPLE) if on else (PER_EXAMPLE, "sdpa")
+    # transformers applies a sliding window through the mask, which is not built here.
     if config._attn_implementation != before or getattr(config, "sliding_window", None):
         return False
     base.set_attn_implementation(after)

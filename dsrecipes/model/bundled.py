@@ -42,11 +42,13 @@ def _convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # Found without importing it: it is installed with --no-deps, so an import would fail.
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None and spec.origin
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
+    # Whichever rank holds the lock of build_once converts, which need not be rank 0.
     save_on_this_rank(model, folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Which models are built once on this machine and kept in the cache: seeded random weights, and converted ones."""
+"""Which models are built once on this machine and cached: seeded random weights, and converted ones."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ def check_model(config: PretrainedConfig, options: ModelConfig, max_length: int,
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
+    # A dict as config.json has it, an object once transformers has processed it.
     is_dict = isinstance(quantization, dict)
     method = quantization.get("quant_method") if is_dict else getattr(quantization, "quant_method", "")
     alternative = "take the unquantized model with --load_in_4bit true, which quantizes it while loading"
@@ -59,6 +60,7 @@ def check_attention(options: ModelConfig, config: PretrainedConfig, auto_class: 
     try:
         empty_model(config, auto_class, options.trust_remote_code, attn_implementation=requested)
     except (ValueError, ImportError) as error:
+        # Paged attention is for serving, and dsrecipes' own is chosen by isolate_examples.
         registered = ALL_ATTENTION_FUNCTIONS.valid_keys()
         known = ["eager", *(name for name in registered if not name.startswith(("paged", "dsrecipes")))]
         reason = first_line(error)
@@ -84,6 +86,7 @@ def check_splits(
         return
     for name, split in splits.items():
         largest = split.stats.largest_id
+        # Tokenizing recorded the largest id, so most splits need no scan.
         if largest is not None and largest < rows:
             continue
         position = first_beyond(split.path, "input_ids", rows)

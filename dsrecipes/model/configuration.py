@@ -48,7 +48,7 @@ def load_config(options: ModelConfig, auto_class: str) -> PretrainedConfig:
         folders = [folder for folder in (Path(name), adapter) if folder and folder.is_dir()]
         check_readable([path for folder in folders for path in loaded_files(folder)])
     try:
-        # As a dict first: building the configuration already makes lists of these lengths (labels, layer types).
+        # As a dict first: building the configuration makes lists of these lengths (labels, layer types).
         _check_counts(PretrainedConfig.get_config_dict(name, revision=options.model_revision)[0])
         config = AutoConfig.from_pretrained(name, **from_options)
     except damaged() as error:
@@ -66,7 +66,8 @@ def _is_trainable_for(auto_class: str, config: PretrainedConfig, from_scratch: b
     table = _TASKS[auto_class][0]
     if auto_class == "AutoModelForCausalLM" and accepts_text(config):
         return True
-    if hasattr(config, "auto_map"):  # a class of the model's own repository: what it is made for is not known
+    # A class of the model's own repository: what it is made for is not known.
+    if hasattr(config, "auto_map"):
         return True
     if config.model_type not in getattr(modeling_auto, table):
         return False
@@ -85,7 +86,8 @@ def _check_counts(config: dict[str, Any]) -> None:
         match = _COUNTS.fullmatch(str(key))
         if match and isinstance(value, int):
             maximum = _MAX_LAYERS if match[1] else _MAX_SIZE
-            if not -1 <= value <= maximum:  # some configurations write -1 for none
+            # Some configurations write -1 for none.
+            if not -1 <= value <= maximum:
                 raise ValueError(f"{key} is {value} in its config.json, which is not a number from 0 to {maximum:,}")
 
 

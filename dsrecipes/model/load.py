@@ -53,7 +53,8 @@ def load_model(
         from_options["quantization_config"] = four_bit_config(options, dtype)
         if device is not None:
             from_options["device_map"] = {"": device}
-    set_seed(seed)  # from_pretrained initializes missing layers at random before initialize_head replaces them
+    # from_pretrained initializes missing layers at random, before initialize_head replaces them.
+    set_seed(seed)
     model, missing = _from_pretrained(name, options, config, auto_class, dtype, from_options)
     refuse_missing_weights(missing, model, name, needs_trained_head(auto_class))
     initialize_head(model, missing, config, seed)
@@ -82,9 +83,9 @@ def _from_pretrained(
             dtype=dtype,
             attn_implementation=options.attn_implementation,
             output_loading_info=True,
-            # a classifier of another number of classes gets a new head instead of an error
+            # A classifier with another number of classes gets a new head instead of an error.
             ignore_mismatched_sizes=not needs_trained_head(auto_class),
-            # True: never a pickle, which can carry code
+            # True: never a pickle, which can carry code.
             use_safetensors=None if options.allow_pickle else True,
             **from_options,
         )
@@ -108,7 +109,8 @@ def _from_pretrained(
 def _with_adapter(
     model: PreTrainedModel, options: ModelConfig, heads: list[str], deepspeed: bool, seed: int
 ) -> PreTrainedModel:
-    from dsrecipes.model.lora import add_lora, load_lora  # peft takes seconds to import, and few runs need it
+    # peft takes seconds to import, and few runs need it.
+    from dsrecipes.model.lora import add_lora, load_lora
 
     set_seed(seed)
     folder = adapter_folder(options.model_name_or_path)

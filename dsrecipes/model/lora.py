@@ -38,6 +38,7 @@ def add_lora(model: PreTrainedModel, options: ModelConfig, heads: list[str], kee
         target_modules=lora_targets(options.lora_target_modules),
         modules_to_save=heads or None,
         exclude_modules=module_pattern([*heads, *unreached_by_text(model)]),
+        # GPT-2's Conv1D stores its weight transposed.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:
@@ -64,6 +65,7 @@ def load_lora(model: PreTrainedModel, options: ModelConfig, folder: Path, keep_d
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
+        # A saved adapter is marked for inference, which would freeze it.
         config.lora_dropout, config.inference_mode = options.lora_dropout, False
         adapted = PeftModel.from_pretrained(
             model, str(folder), config=config, is_trainable=True, autocast_adapter_dtype=not keep_dtype

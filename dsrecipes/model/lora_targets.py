@@ -114,7 +114,7 @@ def _check_adapter_file(model: PreTrainedModel, options: ModelConfig, folder: Pa
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     base_weights = [name for name in shapes if name.endswith(".base_layer.weight")]
     if base_weights:
-        # peft would replace the base's weight by it, and saving the adapter would lose it
+        # peft would replace the base's weight with it, and saving the adapter would lose it.
         raise UserError("DSR219", f"{path} holds a weight of the base model ({base_weights[0]}): remove it from the file")
     try:
         missing, unexpected = _load_shapes(model, folder, shapes)
@@ -137,7 +137,8 @@ def _load_shapes(model: PreTrainedModel, folder: Path, shapes: dict[str, list[in
     # Some initializations (PiSSA, LoftQ) compute with the base's weights, which are not there yet.
     config.init_lora_weights, config.inference_mode = True, False
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that nothing is copied to the meta device
+        # torch warns that nothing is copied to the meta device.
+        warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
         result: Any = set_peft_model_state_dict(adapted, tensors)

@@ -31,6 +31,7 @@ def row_loss(
     Returns:
         A scalar; the bare sum where num_items_in_batch is None.
     """
+    # fp32: a sum of many losses drops digits in 16 bits.
     losses = losses_by_row(outputs.logits.float(), labels)
     loss = losses.sum() if weights is None else (losses * weights.to(losses.device)).sum()
     return loss / num_items_in_batch if num_items_in_batch is not None else loss
@@ -50,7 +51,7 @@ def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     has_label = labelled(labels)
     if labels.ndim == 2:
-        # NaN marks rows without labels; times 0 it would stay NaN
+        # NaN marks rows without labels, and NaN times 0 is NaN.
         targets = labels.masked_fill(~has_label[:, None], 0)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     else:

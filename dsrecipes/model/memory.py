@@ -11,6 +11,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator's memory, or this process's, ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # libraries raise plain errors for it: cuBLAS, torch's CPU allocator, the operating system
+    # cuBLAS, torch's CPU allocator and the operating system raise plain errors for it.
     text = str(error).lower()
     return isinstance(error, (RuntimeError, OSError)) and any(phrase in text for phrase in _PHRASES)

@@ -19,6 +19,7 @@ _MODALITY_OR_BRIDGE = re.compile(_MODALITY.pattern + r"|projector|connector|mult
 def has_other_modalities(config: PretrainedConfig) -> bool:
     """Whether a configuration has a part for images or sound."""
     parts = getattr(type(config), "sub_configs", {})
+    # The text model is one part of several: the others are for images or sound.
     if config.get_text_config(decoder=True) is not config:
         return len(parts) > 1
     return any(_MODALITY.search(name) and getattr(config, name, None) is not None for name in parts)
@@ -33,7 +34,7 @@ def unreached_by_text(model: Any) -> list[str]:
     if not has_other_modalities(model.config):
         return []
     decoder = model.get_decoder()
-    # some classes hold the towers and the layers of the decoder in one module, where only names tell them apart
+    # Some classes hold the towers and the layers of the decoder in one module, where only names tell them apart.
     is_mixed = decoder in (model, model.base_model)
     parts = [part for part in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     reached = {id(below) for part in parts for below in part.modules()}
@@ -47,6 +48,7 @@ def unreached_by_text(model: Any) -> list[str]:
         else:
             holds_text = any(id(below) in reached for below in module.modules())
             if holds_text:
+                # A module around text layers is reached, but its own parameters, such as an image newline, are not.
                 names += [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
             unreached = not holds_text and any(True for _ in module.parameters())
         if unreached:

@@ -21,6 +21,7 @@ def refuse_missing_weights(missing: list[str], model: PreTrainedModel, name: str
         UserError: names the first one.
     """
     body = f"{model.base_model_prefix}."
+    # A pooler belongs to the head: masked language models are saved without one.
     refused = [key for key in missing if trained_head or (key.startswith(body) and "pooler" not in key)]
     if refused:
         raise UserError(

@@ -16,6 +16,7 @@ def four_bit_config(options: ModelConfig, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        # ZeRO-3 shards weights of one dtype only, and the default, uint8, is another one.
         bnb_4bit_quant_storage=dtype,
     )
 

@@ -28,7 +28,7 @@ class RouterLoss:
     """False: the model has a formula of its own, which is computed over the whole micro batch."""
 
     def note(self) -> str:
-        """A line of the header."""
+        """Describe the loss in a line of the header."""
         scope = "micro batches and ranks (it depends on their size)"
         if self.by_sequence:
             scope = "the sequences of a step"
@@ -90,16 +90,16 @@ def trained_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         predicts = shifted != IGNORE
     else:
         predicts = pad(labels[:, 1:] != IGNORE, (0, 1))
-    # a position that predicts a label is followed by the labelled token itself
+    # A position that predicts a label is followed by the labelled token itself.
     is_label = pad(predicts, (1, 0))[:, :-1] | predicts
-    # a cumulative sum from the right: True up to the last label
+    # A cumulative sum from the right: True up to the last label.
     tokens = is_label.flip(1).cumsum(1).flip(1) > 0
     mask = batch.get("attention_mask")
     return tokens if mask is None else tokens & mask.bool()
 
 
 def router_loss_of(model: nn.Module) -> RouterLoss | None:
-    """The router loss that a model of transformers adds to its loss; None where its configuration asks for none."""
+    """The router loss that a model of transformers adds to its loss; None where its configuration has it off."""
     base = unwrapped(model)
     config = base.config.get_text_config()
     if not (getattr(config, "output_router_logits", False) or getattr(base.config, "output_router_logits", False)):

@@ -21,12 +21,14 @@ def class_names(table: str) -> set[str]:
     """Names of the model classes in one of transformers' tables."""
     names: set[str] = set()
     for value in getattr(modeling_auto, table).values():
+        # Some families have several classes for one task.
         names |= {value} if isinstance(value, str) else set(value)
     return names
 
 
 def unwrapped(model: nn.Module) -> Any:
     """The model of transformers inside a LoRA model, or the model itself."""
+    # By method instead of type, so that peft need not be imported.
     wrapper: Any = model
     return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else model
 
@@ -60,6 +62,7 @@ def loading_class(auto_class: str, config: PretrainedConfig) -> Any:
     A model that also takes images or sound is loaded in full by a causal recipe, so that it is saved in full.
     """
     architectures = set(config.architectures or [])
+    # AutoModelForCausalLM would load the text part alone, and saving would lose the rest.
     if auto_class == "AutoModelForCausalLM" and not architectures & class_names(_CAUSAL) and accepts_text(config):
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, auto_class)
@@ -78,7 +81,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trained = frozen = 0
     for parameter in model.parameters():
         count = full_numel(parameter)
-        if hasattr(parameter, "quant_state"):  # bitsandbytes packs two 4-bit values into an element
+        # bitsandbytes packs two 4-bit values into an element.
+        if hasattr(parameter, "quant_state"):
             shape = getattr(parameter.quant_state, "shape", None)
             count = int(torch.Size(shape).numel()) if shape is not None else count * 2
         if parameter.requires_grad:

@@ -35,6 +35,7 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """
     name, from_options = weights_source(options)
     adapter = adapter_folder(options.model_name_or_path)
+    # A run may have added a chat template or tokens to the base's tokenizer.
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         name = str(adapter)
     missing = UserError("DSR213", f"model {name} has no tokenizer: add its tokenizer.json and tokenizer_config.json")

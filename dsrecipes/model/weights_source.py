@@ -13,7 +13,7 @@ from dsrecipes.io.paths import starter_path, user_path
 from dsrecipes.model.bundled import converted_model, is_bundled, offline_hint
 from dsrecipes.runs.folder import RunFolder
 
-if TYPE_CHECKING:  # importing the schema imports transformers' Trainer, which those who ask for a folder do not need
+if TYPE_CHECKING:
     from dsrecipes.config.schema import ModelConfig
 
 _FLAG = "--model_name_or_path"
@@ -34,7 +34,8 @@ def local_model(name: str) -> str:
     path = user_path(name)
     if path.is_dir():
         _check_model_folder(path, name)
-        return str(path.absolute())  # an adapter's files name this path, and are read from other working directories
+        # Absolute, because an adapter's files name this path and are read from other working directories.
+        return str(path.absolute())
     # A name of the hub has one slash at most.
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError("DSR200", f"{_FLAG} {name}: no such folder")
@@ -45,7 +46,7 @@ def _check_model_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
         raise UserError("DSR200", f"{_FLAG} {name}: {_models_near(path) or 'no config.json in this folder'}")
     if (path / ADAPTER_CONFIG).is_file():
-        # from_pretrained would load the adapter into the model without a message
+        # from_pretrained would load the adapter into the model without a message.
         raise UserError(
             "DSR201",
             f"{_FLAG} {name}: this folder holds a model (config.json) and a LoRA adapter ({ADAPTER_CONFIG}): move "
@@ -103,6 +104,7 @@ def _explain(error: Exception, name: str, alternative: str) -> UserError:
     hub_problem = hub_error(error, name, "model", alternative)
     if hub_problem is not None:
         return UserError("DSR206", hub_problem)
+    # transformers raises one type for all causes; the option that the message names tells them apart.
     if "trust_remote_code" in str(error):
         advice = "read it, then give --trust_remote_code true to run it"
         return UserError("DSR203", f"model {name} comes with Python code of its own: {advice}")
@@ -117,6 +119,7 @@ def refuse_pickles(name: str, options: ModelConfig) -> None:
     if any(folder.glob("model*.safetensors*")):
         index = folder / "model.safetensors.index.json"
         if index.is_file():
+            # Refuses an index that names files outside the folder.
             from dsrecipes.runs.weights import indexed_files
 
             indexed_files(index)

@@ -23,7 +23,7 @@ _PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForSequenceCl
 
 
 def _name(value: Any) -> Any:
-    """A path of this machine as its last part, inside lists and mappings too; anything else as it is."""
+    """Reduce paths of this machine to their last part, inside lists and mappings too."""
     if isinstance(value, list):
         return [_name(item) for item in value]
     if isinstance(value, dict):
@@ -37,10 +37,12 @@ def model_card(run: FinishedRun, result: dict[str, Any]) -> str:
     """README.md in the hub's form, without paths of this machine; the license is for the user to add."""
     options, auto = run.config.model, run.recipe.auto_class
     base = str(options.model_name_or_path)
+    # A path of this machine means nothing to a reader, and may hold the name of a user.
     values = {key: _name(value) for key, value in yaml.safe_load(run.folder.config.read_text(encoding="utf-8")).items()}
     head = {"library_name": "transformers", "tags": ["dsrecipes", values["recipe"]]}
     if auto in _PIPELINES:
         head["pipeline_tag"] = _PIPELINES[auto]
+    # The hub links base_model to a repository, so a path or a starter: name is left out.
     if not options.from_scratch and _name(base) == base and ":" not in base:
         head["base_model"] = base
     sections = [
@@ -71,7 +73,7 @@ def _code(auto: str) -> str:
 
 
 def _prompt(run: FinishedRun) -> list[str]:
-    """How the recipe words a question, where its model answers one."""
+    """A section on the recipe's prompt, where its model answers prompts."""
     try:
         field = find_prompt_field(run)
     except UserError:
@@ -85,7 +87,7 @@ def _prompt(run: FinishedRun) -> list[str]:
 def _figures(run: FinishedRun) -> str:
     """A table of metrics.json's numbers; for a checkpoint, of the last that the log has up to its step."""
     if run.checkpoint:
-        step = int(run.checkpoint.name[11:])
+        step = int(run.checkpoint.name.removeprefix("checkpoint-"))
         figures: dict[str, Any] = {}
         for values in read_log(run.folder.log):
             if values["step"] <= step:
@@ -95,6 +97,7 @@ def _figures(run: FinishedRun) -> str:
             figures = json.loads(run.folder.metrics.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return f"No figures: {run.folder.metrics.name} is missing or damaged."
+    # Times belong to the machine, not to the model.
     timing = ("_runtime", "_per_second")
     rows = [
         f"| {key} | {value:.4g} |"

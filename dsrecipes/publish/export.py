@@ -54,6 +54,7 @@ def export(
     folder = find_run(run, ended=checkpoint is None)
     target = _check_target(user_path(to))
     finished = FinishedRun(folder, _checkpoint(folder, checkpoint) if checkpoint else None, device)
+    # Written under another name and renamed, so that a failed export leaves nothing that looks complete.
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -86,7 +87,10 @@ def _checkpoint(folder: RunFolder, name: str) -> Path:
     path = folder.checkpoints / f"checkpoint-{name.removeprefix('step')}"
     problem = find_problem(path)
     if problem:
-        known = ", ".join(f"step{checkpoint.name[11:]}" for checkpoint in folder.complete_checkpoints()) or "none"
+        known = (
+            ", ".join(f"step{checkpoint.name.removeprefix('checkpoint-')}" for checkpoint in folder.complete_checkpoints())
+            or "none"
+        )
         raise UserError("DSR533", f"--checkpoint {name}: {path} {problem}; intact ones of this run: {known}")
     return path
 
@@ -99,6 +103,7 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
     from dsrecipes.model.task import loading_class
     from dsrecipes.publish.card import model_card
 
+    # In 16 bits, merging would round the sum of base and adapter.
     model = run.load(dtype=torch.float32)
     expected = _logits(model, run)
     four_bit = bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
@@ -106,10 +111,12 @@ def _write(run: FinishedRun, folder: Path, dtype: str | None, max_shard_size: st
     if run.has_adapter:
         merged = "QLoRA" if four_bit else "LoRA"
         model = _merge(run, model, four_bit)
+    # A merged weight is a sum in float32; rounding it is the user's choice.
     stored = dtype or ("float32" if run.has_adapter else _dtype(run.source))
     _save(model, folder, stored, max_shard_size)
     kind = loading_class(run.recipe.auto_class, model.config)
-    del model  # two float32 copies are the most that --device promises to need
+    # The help of --device counts two float32 copies at most, and the next line loads one.
+    del model
     run.tokenizer.save_pretrained(folder)
     exported = prepare_for_inference(kind.from_pretrained(folder, dtype=torch.float32), run.device)
     difference, allowed = _compare(_logits(exported, run), expected, stored, four_bit)
@@ -125,17 +132,20 @@ def _save(model: Any, folder: Path, dtype: str, max_shard_size: str) -> None:
 
     config = model.config.get_text_config()
     if getattr(config, "use_cache", None) is False:
-        config.use_cache = True  # training turned it off
-    with hide_packages(["deepspeed"]):  # accelerate would import it to see whether this is an engine
+        # Training turned it off, and generation without it is slow.
+        config.use_cache = True
+    # accelerate would import DeepSpeed, which takes seconds, to see whether the model is an engine.
+    with hide_packages(["deepspeed"]):
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def _compare(logits: torch.Tensor, expected: torch.Tensor, dtype: str, four_bit: bool) -> tuple[float, float]:
-    """The largest difference of the logits, and what rounding to the dtype may explain (UserError: it is above that)."""
+    """Largest difference of the logits, and the largest that rounding to the dtype explains (UserError: it is larger)."""
     from dsrecipes.runs.reference import allowed_difference
 
     difference = (logits - expected).abs().max().item()
     allowed = allowed_difference(expected, "fp32" if dtype == "float32" else dtype, four_bit)
+    # Written so that NaN is refused too.
     if not difference <= allowed:
         cure = "--dtype bfloat16 or float32 has more range" if dtype == "float16" else "The weights do not fit the run"
         raise UserError(
@@ -178,7 +188,7 @@ def _logits(model: Any, run: FinishedRun) -> torch.Tensor:
 
 
 def rounding(dtype: str) -> str:
-    """How far a weight may move when it is stored, for a person."""
+    """Describe how far rounding may move a weight."""
     import torch
 
     return f"{dtype} keeps a weight to {torch.finfo(getattr(torch, dtype)).eps / 2:.1g} of its size"

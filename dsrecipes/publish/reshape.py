@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from dsrecipes.zero.checkpoint_states import CheckpointStates
 
 _SHARD = 2 << 30
-"""About the bytes of a file, all of which are in memory at once."""
+"""Approximate bytes of a file, which are all in memory at once."""
 
 
 def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
-    """Write checkpoints/universal-N beside checkpoint-N, unless it exists.
+    """Write checkpoints/universal-N next to checkpoint-N, unless it exists.
 
     Args:
         run: a run folder, or `last`.
@@ -47,15 +47,16 @@ def reshape(run: str, *, checkpoint: str | None = None) -> dict[str, Any]:
     if not candidates:
         raise UserError("DSR555", f"{folder.path} has no checkpoint")
     source = first_intact(candidates, find_damage, print)
-    made = read_writer(source)
+    writer = read_writer(source)
     step = int(source.name.rsplit("-", 1)[-1])
-    if (source / UNIVERSAL).is_file() or made.get("zero") in (None, 0):  # not sharded
+    # Plain PyTorch and ZeRO-0 do not shard, so their checkpoints fit any number of ranks.
+    if (source / UNIVERSAL).is_file() or writer.get("zero") in (None, 0):
         return {"path": str(source), "step": step, "bytes": 0}
     target = source.with_name(f"universal-{step}")
     origin = checksum(source / MANIFEST)
     if is_complete(target) and read_writer(target).get("from") == origin:
         return {"path": str(target), "step": step, "bytes": 0}
-    size = _write_atomically(read_states(source, []), source, target, origin, made.get("sequences"))
+    size = _write_atomically(read_states(source, []), source, target, origin, writer.get("sequences"))
     return {"path": str(target), "step": step, "bytes": size}
 
 
@@ -72,6 +73,7 @@ def _write_atomically(saved: CheckpointStates, source: Path, target: Path, origi
     Raises:
         UserError: too little space.
     """
+    # States are written in fp32: 4 bytes per element.
     needed = sum(saved.numel(name) * 4 * len(saved.keys(name)) for name in saved.fragments)
     free = shutil.disk_usage(source).free
     if needed > free:
@@ -80,7 +82,8 @@ def _write_atomically(saved: CheckpointStates, source: Path, target: Path, origi
             f"{target} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, or resume as it is",
         )
     staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a command that was killed
+    # A killed command may have left one.
+    shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
         _write(saved, source, staging)
@@ -113,6 +116,7 @@ def _write(saved: CheckpointStates, source: Path, folder: Path) -> None:
         shutil.copy(path, folder)
     engine = saved.engine
     if (source / "scheduler.pt").is_file():
+        # scheduler.pt, copied above, already holds the schedule.
         engine = {key: value for key, value in engine.items() if key != "lr_scheduler"}
     facts = {"keys": keys, "steps": saved.steps, "groups": saved.groups, "rates": saved.rates, "engine": engine}
     (folder / UNIVERSAL).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -139,9 +143,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder, or `last`")
     parser.add_argument("--checkpoint", metavar="stepN|PATH", help="default: the newest intact one")
     flags = parser.parse_args(argv)
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # otherwise DeepSpeed, whose objects are read, reports that it finds no GPU
+    # Reading DeepSpeed's objects imports DeepSpeed, which would report that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     result = reshape(flags.run, checkpoint=flags.checkpoint)
     written = f"{result['bytes'] / 1e6:,.1f} MB written" if result["bytes"] else "nothing to write: it exists"
     print(f"step {result['step']:<5}{result['path']} · {written}")

@@ -42,10 +42,12 @@ def verify(run: str, *, device: str = "auto") -> dict[str, Any]:
 
     finished = open_run(run, device)
     folder = finished.folder
+    # The result of an earlier check must not outlive a failed one.
     folder.verified.unlink(missing_ok=True)
     facts, batches = read_reference(folder)
     count = _check_tensors(folder.model, facts)
     _check_tokenizer(finished, facts)
+    # After the tensors, because a message about a tensor says more than one about its file.
     for name, known in facts["files"].items():
         if not (folder.model / name).is_file() or checksum(folder.model / name) != known:
             raise UserError("DSR540", f"{folder.model / name} is missing or was changed since training ended")
@@ -88,7 +90,7 @@ def _check_tensors(model: Path, facts: dict[str, Any]) -> int:
     if not facts["weights"]:
         raise UserError("DSR541", f"{model} has no tensors; {GATHER_HINT}")
     if adapter_is_zero and all(adapter_is_zero) and facts["learned"]:
-        # lora_B starts at zero, so an adapter that is still zero has learned nothing
+        # lora_B starts at zero, so an adapter that is still zero was never updated.
         raise UserError(
             "DSR544", f"{model}: every lora_B of the adapter is zero, so it changes nothing: training did not reach it"
         )
@@ -138,7 +140,8 @@ def load_saved(run: FinishedRun, facts: dict[str, Any]) -> Any:
     disable_progress_bar()
     dtype = getattr(torch, facts["dtype"])
     if run.device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32  # a CPU computes little in fp16
+        # torch has few fp16 operations for a CPU.
+        dtype = torch.float32
     faults: tuple[type[Exception], ...] = (*damaged(), RuntimeError)
     try:
         model = _load_adapter(run, dtype) if run.has_adapter else _load_whole(run, facts["auto_class"], dtype)
@@ -159,10 +162,12 @@ def _load_whole(run: FinishedRun, auto_class: str, dtype: torch.dtype) -> PreTra
         path,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, all alike
+        # Reported below, in the same form as missing and unexpected tensors.
+        ignore_mismatched_sizes=True,
         use_safetensors=True,
         trust_remote_code=trusted,
     )
+    # from_pretrained only warns about these, and initializes missing weights at random.
     for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "not part of the model")):
         if info[key]:
             names = ", ".join(sorted(info[key])[:3])
@@ -193,6 +198,7 @@ def _load_adapter(run: FinishedRun, dtype: torch.dtype) -> Any:
     from dsrecipes.runs.weights import read_tensors, weight_files
 
     model = PeftModel.from_pretrained(run.load_base(dtype), str(run.folder.model), torch_device=str(run.device))
+    # As model/lora.py saves it, without weights of the base.
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     saved = {name for path in weight_files(run.folder.model) for name, _ in read_tensors(path)}
     for name in sorted(expected ^ saved):
@@ -225,6 +231,7 @@ def _compare(
                 f"{run.folder.reference} is damaged, or of another model: its inputs of {name} cannot be computed ({error})",
             ) from error
         limit = allowed_difference(expected, facts["precision"], run.config.model.load_in_4bit)
+        # Written so that NaN is refused too.
         if not difference <= limit:
             raise UserError("DSR551", _differs(run, name, difference, limit))
         differences.append(difference)

@@ -41,7 +41,7 @@ class Chart:
     split: str = ""
 
     def table(self) -> list[list[float | None]]:
-        """A row for each x: x and the value of each series; of many rows every n-th, always with the first and the last."""
+        """A row per x: x and the value of each series; if there are too many, every n-th, with the first and the last."""
         columns = [dict(zip(series.x, series.y, strict=True)) for series in self.series]
         steps = sorted(set().union(*columns))
         if len(steps) > _TABLE_ROWS:
@@ -94,13 +94,13 @@ def thin(points: list[tuple[float, float | None]], limit: int) -> list[tuple[flo
         return points
     # Two points remain of each stretch, so there are limit / 2 stretches.
     size = -(-len(points) * 2 // limit)
-    kept: list[tuple[float, float | None]] = []
+    selected: list[tuple[float, float | None]] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         finite = [(y, index) for index, (_, y) in enumerate(stretch) if y is not None]
         extremes = {min(finite)[1], max(finite)[1]} if finite else {0}
-        kept += [stretch[index] for index in sorted(extremes)]
-    return kept
+        selected += [stretch[index] for index in sorted(extremes)]
+    return selected
 
 
 def lengths(runs: list[RecordedRun]) -> list[Chart]:

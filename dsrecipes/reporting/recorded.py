@@ -74,7 +74,7 @@ class RecordedRun:
     @cached_property
     def log(self) -> list[dict[str, Json]]:
         """The complete lines of log.jsonl."""
-        # log.jsonl may hold anything after a crash or an edit; what has a step can be drawn
+        # log.jsonl may hold anything after a crash or an edit; only lines with a step can be drawn.
         lines = read_log(self.folder.log) if self.folder.log.is_file() else []
         return [line for line in lines if isinstance(line, dict) and is_number(line.get("step"))]
 
@@ -108,7 +108,8 @@ def as_mapping(value: Json) -> dict[str, Json]:
 
 
 def is_number(value: Json) -> TypeGuard[float]:
-    """Whether a value is a finite number, also as a float; true and false are not numbers."""
+    """Whether a value is a finite number; true and false are not."""
+    # Also false for NaN and infinity, which a chart cannot draw. bool is a subclass of int.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -123,6 +124,7 @@ def open_recorded(names: list[str | Path]) -> list[RecordedRun]:
     for path in paths:
         if paths.count(path) > 1:
             raise UserError("DSR561", f"{path}: this run is given twice")
+    # Run folders are named by time, so two recipes may have folders of one name.
     short = [path.name for path in paths]
     return [
         RecordedRun(folder, path.name if short.count(path.name) == 1 else str(path))

@@ -102,6 +102,7 @@ def _check_target(path: Path) -> None:
         raise UserError("DSR563", f"--out {path}: there is no folder {path.parent}")
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
+            # The mark is in the head of the page, and a report can have many megabytes.
             if _MARK not in file.read(2000):
                 raise UserError(
                     "DSR564", f"{path}: this file was not written by `dsrecipes report`; choose another name with --out"

@@ -11,7 +11,7 @@ from dsrecipes.reporting.recorded import is_number
 
 Json = Any
 _CELL = 2000
-"""Characters of a cell; a longer text is cut and says so."""
+"""Most characters of a cell; a longer text is cut and says so."""
 _DEEP = 3
 """Levels of objects that become tables of their own; deeper ones are shown as JSON."""
 
@@ -29,9 +29,9 @@ class Table:
     def right(self) -> list[bool]:
         """Which columns hold only numbers, which are aligned to the right."""
         columns = zip(*self.rows, strict=True)
-        return [all(value is None or is_number(value) for value in column) for column in columns] or [False] * len(
-            self.columns
-        )
+        numeric = [all(value is None or is_number(value) for value in column) for column in columns]
+        # Without rows there are no columns to look at.
+        return numeric or [False] * len(self.columns)
 
 
 def is_plain(value: Json) -> bool:
@@ -48,7 +48,7 @@ def tables(value: Json, caption: str, room: int, depth: int = 0) -> list[Table]:
         room: characters that one table may take; its first rows that fit are shown.
         depth: objects around this value.
     """
-    # {"physics": {"accuracy": ...}, ...}: one table with a row for each name reads better than a table for each
+    # {"physics": {"accuracy": ...}, ...}: one table with a row per name reads better than one table per name.
     if isinstance(value, dict) and value and all(map(_is_record, value.values())):
         return [_records([{"": name} | record for name, record in value.items()], caption, room)]
     if isinstance(value, dict) and depth < _DEEP:
@@ -73,6 +73,7 @@ def by_run(runs: list[tuple[str, Mapping[str, Json]]]) -> Table:
 
 def differing(table: Table) -> Table:
     """The rows whose values are not the same for all runs."""
+    # The first column is the name of the row.
     rows = [row for row in table.rows if any(value != row[1] for value in row[2:])]
     return Table(table.caption, table.columns, rows, len(rows))
 
@@ -114,14 +115,15 @@ def _records(records: list[dict[str, Json]], caption: str, room: int) -> Table:
 
 def _cut(caption: str, columns: list[str], rows: list[list[Json]], room: int) -> Table:
     """A table of the first rows that fit into `room` characters, at least one."""
-    kept: list[list[Json]] = []
+    shown: list[list[Json]] = []
     for row in rows:
         cells = [_cell(value) for value in row]
         room -= sum(len(str(cell)) for cell in cells)
-        if room < 0 and kept:
+        # At least one row, so that a reader sees what the table is about.
+        if room < 0 and shown:
             break
-        kept.append(cells)
-    return Table(caption, columns, kept, len(rows))
+        shown.append(cells)
+    return Table(caption, columns, shown, len(rows))
 
 
 def _cell(value: Json) -> Json:

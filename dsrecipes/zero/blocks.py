@@ -32,7 +32,7 @@ _UNTRIED = (
     "steps_per_print",
     "dump_state",
 )
-"""Blocks that the trial of an engine leaves out: they would write files, or print."""
+"""Blocks that the trial of an engine leaves out, because they write files or print."""
 _TRIAL_WIDTH = 8
 _ENGINE_PARAMS = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 """Parameters that DeepSpeed removes before it builds an Adam."""
@@ -63,14 +63,17 @@ def fill_optimizer(block: Json, train: Json) -> None:
     params = block.setdefault("params", {})
     kind = block["type"]
     if kind.lower() in _ADAM:
-        params.setdefault("torch_adam", True)  # DeepSpeed's own compiles for a minute or more at first use
-        if params.get("bias_correction") is True:  # torch's always corrects, and has no such parameter
+        # DeepSpeed's own Adam compiles for a minute or more at first use.
+        params.setdefault("torch_adam", True)
+        # torch's Adam always corrects the bias, and has no such parameter.
+        if params.get("bias_correction") is True:
             del params["bias_correction"]
     torch_class = torch_optimizer(kind, params)
     accepted = (
         set(inspect.signature(torch_class).parameters) if torch_class else _FEWER_PARAMS.get(kind.lower(), _ADAM_PARAMS)
     )
-    if "betas" not in accepted:  # the eps of other families is not Adam's: adam_epsilon does not apply to it
+    # The eps of other families is another quantity, to which adam_epsilon does not apply.
+    if "betas" not in accepted:
         accepted -= {"eps"}
     values = {
         "lr": train["learning_rate"],
@@ -87,7 +90,8 @@ def fill_scheduler(block: Json, learning_rate: float) -> None:
 
     params = block.setdefault("params", {})
     if block["type"] not in lr_schedules.VALID_LR_SCHEDULES:
-        return  # check_blocks refuses it
+        # check_blocks refuses it, with a message.
+        return
     accepted = inspect.signature(getattr(lr_schedules, block["type"])).parameters
     if "warmup_max_lr" in accepted:
         params["warmup_max_lr"] = learning_rate
@@ -118,6 +122,7 @@ def _check_optimizer(block: Json, config: Json, path: Path, accelerator: bool) -
     name, source = kind.lower(), f"{path}: optimizer {kind}"
     if name in (removed.lower() for removed in key_table(None)["removed_optimizers"]):
         raise UserError("DSR263", f"{source} was removed from DeepSpeed: use AdamW")
+    # muadam, muadamw and musgd.
     if name.startswith("mu") and name != "muon" and importlib.util.find_spec("mup") is None:
         raise UserError("DSR264", f"{source} needs the package mup: pip install mup")
     # DeepSpeed has them as CUDA extensions (FusedLamb, FusedLion).
@@ -127,8 +132,8 @@ def _check_optimizer(block: Json, config: Json, path: Path, accelerator: bool) -
         )
     torch_class = torch_optimizer(kind, params)
     if torch_class is None and name not in _DEEPSPEED:
-        known = [each for each in vars(torch.optim) if each[0].isupper() and each != "Optimizer"]
-        raise UserError("DSR263", f"{source}: there is no such optimizer{nearest(kind, [*known, *_DEEPSPEED])}")
+        classes = [attribute for attribute in vars(torch.optim) if attribute[0].isupper() and attribute != "Optimizer"]
+        raise UserError("DSR263", f"{source}: there is no such optimizer{nearest(kind, [*classes, *_DEEPSPEED])}")
     if torch_class is not None:
         _check_under_zero(torch_class, name, config, source)
         params = {key: value for key, value in params.items() if key not in _ENGINE_PARAMS}
@@ -181,7 +186,7 @@ def _without_auto_steps(params: Json) -> Json:
 
 
 def _build(kind: type, first: Any, params: Json, source: str) -> None:
-    """Build an optimizer or scheduler; whatever it raises about its parameters is the user's to fix (UserError)."""
+    """Build an optimizer or scheduler; any exception is about parameters that the user can fix (UserError)."""
     try:
         kind(first, **params)
     except Exception as error:
@@ -204,13 +209,15 @@ def try_engine(config: Json, path: Path) -> None:
     trial = _trial_config(config)
     optimizer = None
     if "optimizer" not in config:
+        # DeepSpeed calls any optimizer untested that it did not build itself.
         optimizer, trial["zero_allow_untested_optimizer"] = torch.optim.AdamW(layer.parameters()), True
     try:
         engine, *_ = deepspeed.initialize(
             model=layer, model_parameters=list(layer.parameters()), optimizer=optimizer, config=trial
         )
         inputs = torch.ones(1, _TRIAL_WIDTH, device=engine.device, dtype=next(engine.module.parameters()).dtype)
-        engine.set_gradient_accumulation_boundary(True)  # as accelerate does
+        # As accelerate does before each update.
+        engine.set_gradient_accumulation_boundary(True)
         engine.backward(engine(inputs).float().mean())
         engine.step()
         engine.destroy()

@@ -22,7 +22,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.runs.checkpoint_manifest import is_complete, read_manifest
 
 WEIGHT = "weight"
-"""The key of a parameter's value in full precision, beside the optimizer's own: exp_avg, exp_avg_sq, ..."""
+"""The key of a parameter's value in full precision; the optimizer has its own: exp_avg, exp_avg_sq, ..."""
 UNIVERSAL = "parameters.json"
 """The file that marks a folder written by `dsrecipes reshape`, which any number of ranks and any stage can load."""
 ROUND_ROBIN = (
@@ -72,6 +72,7 @@ class CheckpointStates:
 
     def keys(self, name: str) -> list[str]:
         """Keys of the states that are saved of a parameter."""
+        # Every piece of a parameter has the same states.
         tensors, _, _ = self.fragments[name][0]
         return list(tensors)
 
@@ -103,6 +104,7 @@ def loads_directly(writer: dict[str, Any], reader: dict[str, Any]) -> bool:
     if "zero" not in writer or writer["zero"] != reader["zero"]:
         return False
     is_sharded = writer["zero"] not in (None, 0)
+    # A checkpoint without a recorded layout counts as one of this run's layout.
     same_layout = writer.get("ranks") == reader["ranks"] and writer.get("layout", reader["layout"]) == reader["layout"]
     return same_layout or not is_sharded
 
@@ -183,6 +185,7 @@ def _flatten(owner: str, state: dict[str, Any], weight: torch.Tensor) -> tuple[T
     tensors: Tensors = {WEIGHT: weight.flatten()}
     step = 0.0
     for key, value in state.items():
+        # A tensor of torch's optimizers, a number of DeepSpeed's.
         if key == "step":
             step = float(value)
         # A shard may be padded; a smaller state, such as Adafactor's rows and columns, belongs to no single element.
@@ -223,6 +226,7 @@ def _read_zero3(shards: list[dict[str, Any]], shapes: list[dict[str, torch.Size]
             for name, shape in names.items():
                 # The files do not record offsets: DeepSpeed pads each parameter to equal shares of all ranks.
                 share = math.ceil(shape.numel() / len(shards))
+                # The last ranks may hold nothing but padding.
                 numel = max(0, min(share, shape.numel() - rank * share))
                 saved.fragments.setdefault(name, []).append((tensors, offset, numel))
                 saved.steps[name], saved.groups[name] = step, group_of[sub_group]
@@ -237,7 +241,8 @@ def _read_plain(checkpoint: Path, names: list[str]) -> CheckpointStates:
     file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def weight(name: str) -> torch.Tensor:
-        saved_name = name if name in file_of else name.replace(".default.", ".")  # as peft saves an adapter
+        # peft saves an adapter without its name.
+        saved_name = name if name in file_of else name.replace(".default.", ".")
         if saved_name not in file_of:
             raise UserError("DSR275", f"{checkpoint} has no weights of {name}: it was written by another model")
         return file_of[saved_name].get_tensor(saved_name)
@@ -277,6 +282,6 @@ def _read_universal(folder: Path) -> CheckpointStates:
 
 
 def layout_independent_files(checkpoint: Path) -> Iterable[Path]:
-    """Files beside weights and optimizer state, which fit any layout: schedule, Trainer's state, random number states."""
+    """Files other than weights and optimizer state, which fit any layout: schedule, Trainer's state, random number states."""
     patterns = ("trainer_state.json", "progress.json", "scheduler.pt", "rng_state*.pth", "scaler.pt")
     return (path for pattern in patterns for path in sorted(checkpoint.glob(pattern)))

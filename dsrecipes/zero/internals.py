@@ -131,7 +131,8 @@ def import_muon_uncompiled() -> None:
 
     replaced.compile = leave_uncompiled
     try:
-        with contextlib.suppress(ImportError):  # other versions have no such module
+        # Other versions have no such module.
+        with contextlib.suppress(ImportError):
             importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         replaced.compile = compiler
@@ -182,9 +183,10 @@ def inner_optimizer(optimizer: Any) -> Any:
 
 
 def gradient_buffers(optimizer: Any) -> list[Any]:
-    """What DeepSpeed's optimizer holds of gradients between backward and update, beside the parameters' own `grad`."""
+    """Gradients that DeepSpeed's optimizer holds between backward and update, other than the parameters' own `grad`."""
     if _is_zero3(optimizer):
-        return [optimizer.grad_partitions_flat_buffer]  # averaged_gradients are views of it
+        # averaged_gradients are views of this buffer.
+        return [optimizer.grad_partitions_flat_buffer]
     return [getattr(optimizer, "averaged_gradients", None)]
 
 
@@ -225,6 +227,7 @@ def flat_groups(optimizer: Any, names: dict[int, str]) -> list[FlatGroup] | None
         return [[(flat, list(_fragments(group, names)))] for flat, group in zip(flats, grouped, strict=True)]
     groups: list[FlatGroup] = []
     for group in optimizer.param_groups:
+        # ZeRO-0 in 16 bits steps fp32 copies, which have no names.
         if any(id(parameter) not in names for parameter in group["params"]):
             return None
         groups.append([(p, [Span(names[id(p)], p.numel(), 0, p.numel(), 0)]) for p in group["params"]])
@@ -235,7 +238,8 @@ def _fragments(group: list[Any], names: dict[int, str]) -> Iterator[Span]:
     """ZeRO-1 and 2: a group is one long tensor, of which each rank updates an equal part."""
     for parameter in group:
         name, numel, mapping = names[id(parameter)], parameter.numel(), parameter._hp_mapping
-        if mapping is None:  # all of it belongs to other ranks
+        # None: all of it belongs to other ranks.
+        if mapping is None:
             yield Span(name, numel, 0, 0, 0)
             continue
         piece = mapping.lp_fragment_address
@@ -250,7 +254,8 @@ def _zero3_groups(optimizer: Any, names: dict[int, str]) -> list[FlatGroup]:
         spans, offset = [], 0
         for parameter in parameters:
             numel = parameter.ds_numel
-            share = math.ceil(numel / world)  # the last ranks' shards are padded to the same length
+            # The last ranks' shards are padded to the same length.
+            share = math.ceil(numel / world)
             start = min(rank * share, numel)
             spans.append(Span(names[id(parameter)], numel, start, min(share, numel - start), offset))
             offset += share

@@ -47,6 +47,7 @@ def _driver() -> str:
     """The driver and its version, as nvidia-smi reports it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
+        # nvidia-smi can hang on a broken driver.
         output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return "version unknown"
@@ -78,7 +79,7 @@ def check_precision(stage: int, precision: str, chosen: bool) -> None:
     Args:
         stage: of ZeRO.
         precision: of the run: fp32, bf16 or fp16.
-        chosen: whether the user asked for fp16; otherwise it is the default on this GPU.
+        chosen: whether the user requested fp16; otherwise it is the default on this GPU.
 
     Raises:
         UserError: says what to use instead.
@@ -106,7 +107,8 @@ def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -
         UserError: names each key and what to do.
     """
     if int(section.get("stage", 0)) != 3:
-        return  # the keys have no effect there, as a note on the JSON says
+        # The keys have no effect there, which lint has noted.
+        return
     quantized = [key for key in _QUANTIZED if section.get(key) in (True, "true")]
     problems = []
     if quantized and device == "cpu":
@@ -123,6 +125,7 @@ def check_zeropp(path: Path, section: dict[str, Any], world: int, device: str) -
 
 def _divides(size: Any, world: int) -> bool:
     """Whether a value of the JSON is a whole number, possibly written as text, that divides the number of ranks."""
+    # bool is a subclass of int.
     if isinstance(size, bool) or not str(size).isdecimal():
         return False
     return int(size) >= 1 and world % int(size) == 0

@@ -90,11 +90,13 @@ def _has(config: Json, key: str) -> bool:
 def _rename(config: Json, old: str, new: str, table: Json, path: Path) -> str | None:
     block, name = _block(config, old)
     value, target = block.pop(name), new.rpartition(".")[2]
-    if value is False:  # such as cpu_offload false: what it turns off is off by default
+    # An old switch that is off, such as cpu_offload false, turns off what is off by default.
+    if value is False:
         return None
     if target in block:
         raise UserError("DSR255", f"{path}: {old} and {new} are both given; keep {new}")
-    if new in table["sections"] and isinstance(value, bool):  # cpu_offload: true
+    # cpu_offload: true names no device, which was always the CPU.
+    if new in table["sections"] and isinstance(value, bool):
         value = {"device": "cpu"}
     block[target] = value
     shown = f" {json.dumps(value)}" if isinstance(value, dict) else ""
@@ -118,11 +120,12 @@ def _refuse_unknown(config: Json, section: str, table: Json, path: Path) -> None
 
 
 def _unknown(name: str, table: Json, path: Path) -> UserError:
-    """What to say of a key that its block does not have."""
+    """Describe a key that its block does not have."""
     if name in table["removed"]:
         return UserError("DSR254", f"{path}: DeepSpeed has removed {name} ({table['removed'][name]})")
     section, _, key = name.rpartition(".")
     known = {known_key.lower(): known_key for known_key in table["sections"].get(section, ())}
+    # A key in the wrong block is a common mistake, so the message names the right one.
     owners = [f"{block}.{key}" if block else key for block, keys in table["sections"].items() if key in keys]
     if name in table["elsewhere"]:
         suggestion = f": use {table['elsewhere'][name]}"
@@ -180,6 +183,7 @@ def _unused_at_stage(config: Json, path: Path) -> list[str]:
     """A note on keys that DeepSpeed reads only at stage 3, where the stage is another one."""
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
+    # A key that is off changes nothing at any stage.
     unused = [key for key in zero if key.startswith(_STAGE_3) and zero[key] not in (None, False, "auto")]
     if str(stage) == "3" or not unused:
         return []

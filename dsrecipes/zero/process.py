@@ -1,4 +1,4 @@
-"""How the process is prepared for DeepSpeed or plain PyTorch, and whether what started is what was asked for."""
+"""How the process is prepared for DeepSpeed or plain PyTorch, and whether what started is what was requested."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def set_threads(ranks: Ranks, env: MutableMapping[str, str]) -> None:
 
 def computes_bf16() -> bool:
     """Whether this CPU multiplies bf16 numbers in hardware (AVX-512 BF16)."""
-    # torch 2.13 has no public function for it
+    # torch 2.13 has no public function for it.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())
 
@@ -51,7 +51,7 @@ def probe_deepspeed(nvme: bool) -> str | None:
         nvme: whether the ZeRO JSON offloads to NVMe, which needs a library and a compiler.
 
     Raises:
-        UserError: NVMe offload is asked for and cannot work.
+        UserError: NVMe offload is requested and cannot work.
     """
     try:
         version = importlib.metadata.version("deepspeed")
@@ -61,9 +61,11 @@ def probe_deepspeed(nvme: bool) -> str | None:
         import deepspeed  # noqa: F401 (whether it imports is the question)
     except Exception as error:
         modules: dict[str, Any] = sys.modules
-        modules["deepspeed"] = None  # or accelerate imports it again, and fails
+        # None ends a later import at once; accelerate would import it again, and fail.
+        modules["deepspeed"] = None
         reason = str(error).splitlines()[0] if str(error) else ""
         return f"deepspeed {version} does not import ({type(error).__name__}: {reason})"
+    # A local build has a suffix, such as 0.19.8+1a2b3c.
     numbers = version.split("+")[0].split(".")[:3]
     if tuple(int(number) for number in numbers if number.isdigit()) < _MINIMUM:
         minimum = ".".join(map(str, _MINIMUM))
@@ -81,7 +83,7 @@ def probe_deepspeed(nvme: bool) -> str | None:
 
 
 def use_single_process(device: str) -> None:
-    """Let Trainer train a single rank of plain PyTorch without a process group or DDP, on one device."""
+    """Have Trainer train a single rank of plain PyTorch without a process group or DDP, on one device."""
     for key in RANK_KEYS:
         os.environ.pop(key, None)
     if device == "cuda":
@@ -110,6 +112,7 @@ def check_started(requested_stage: int | None, ranks: Ranks, args: Any) -> None:
     wants_engine = requested_stage is not None
     has_engine = args.distributed_state.distributed_type == DistributedType.DEEPSPEED
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    # accelerate can start fewer ranks, or no engine, than were requested, without an error.
     if started == ranks.world == args.world_size and has_engine == wants_engine:
         return
     raise UserError(

@@ -9,7 +9,7 @@ import torch
 
 
 class RankGroup:
-    """A gloo group of all ranks, beside the group that the gradients use.
+    """A gloo group of all ranks, apart from the group that the gradients use.
 
     It works on CPU tensors, so that a collective call does not wait for the work queued on a GPU.
     """
@@ -19,6 +19,7 @@ class RankGroup:
 
     def greatest(self, values: list[float]) -> list[float]:
         """Maximum over ranks of each value; a collective call."""
+        # float64 holds numbers of bytes exactly.
         tensor = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self._group)
         return tensor.tolist()

@@ -25,7 +25,7 @@ _OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """A ZeRO JSON as it was read: stage 0 to 3, where states are offloaded to, and the JSON itself."""
+    """A ZeRO JSON as it was read, with its stage, where states are offloaded to, and notes."""
 
     path: Path
     json: Json
@@ -54,7 +54,7 @@ class ZeroConfig:
 
     @property
     def layout(self) -> list[Any]:
-        """What decides, beside stage and ranks, where a parameter's state is in a checkpoint's files."""
+        """Settings that decide, with stage and ranks, where a parameter's state is in a checkpoint's files."""
         section = self.json.get("zero_optimization", {})
         return [section.get("sub_group_size"), bool(section.get("round_robin_gradients")), self.uses_nvme]
 
@@ -87,7 +87,8 @@ def _check_offload(block: str, section: Json, path: Path) -> None:
     if not isinstance(options, dict):
         raise UserError("DSR256", f"{path}: {name} must be an object with a device")
     device = options.get("device", "none")
-    if device == "auto":  # DeepSpeed would drop it, and offload nothing
+    # DeepSpeed would drop it, and offload nothing.
+    if device == "auto":
         raise UserError("DSR260", f"{path}: {name}.device is 'auto'; choose cpu, nvme or none")
     if device == "nvme" and not options.get("nvme_path"):
         raise UserError("DSR260", f'{path}: {name} has no nvme_path; name a folder of a fast disk, or "auto"')
@@ -106,14 +107,16 @@ def check_with_deepspeed(config: Json, path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = _without_auto(json.loads(json.dumps(config)))
-    del config["train_batch_size"]  # it would be compared with the ranks that have started so far
+    # It would be compared with the number of ranks that have started so far.
+    del config["train_batch_size"]
     try:
         DeepSpeedConfig(config)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join([_section_of(config, first["loc"], first["input"]), *map(str, first["loc"])]).lstrip(".")
         raise UserError("DSR262", f"{path}: {key}: {first['msg']} (found {first['input']!r})") from None
-    except Exception as error:  # assertions, KeyError, TypeError and errors of its own
+    except Exception as error:
+        # DeepSpeed raises assertions, KeyError, TypeError and errors of its own.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError("DSR262", f"{path}: DeepSpeed refuses it: {reason}") from error
 
@@ -173,7 +176,8 @@ def resolve(zero: ZeroConfig, model: PretrainedConfig, values: TrainerValues, no
         section["stage3_gather_16bit_weights_on_model_save"] = True
         change = "does not gather the weights on saving; turned on, else no loadable model would be left"
         notes.append(coded("DSR283", f"{zero.path} {change}"))
-    if zero.offloads_optimizer:  # torch's optimizers are as fast on the host, and DeepSpeed's compile for a minute
+    # torch's optimizers are as fast on the host, and DeepSpeed's compile for a minute.
+    if zero.offloads_optimizer:
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if "optimizer" in config:
         fill_optimizer(config["optimizer"], values.train)
@@ -221,6 +225,7 @@ def hidden_size(model: PretrainedConfig) -> int:
     for name in ("hidden_size", "n_embd", "d_model", "dim"):
         if isinstance(getattr(text, name, None), int):
             return getattr(text, name)
+    # A model with stages of different widths has a list.
     sizes = getattr(text, "hidden_sizes", None)
     return max(sizes) if sizes else 1024
 

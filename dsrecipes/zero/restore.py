@@ -41,7 +41,7 @@ def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     wrapper = engine.optimizer if engine is not None else optimizer
     stepped = inner_optimizer(wrapper)
-    # only ZeRO-1 and 2 distribute gradients round robin; ZeRO-3 ignores the key
+    # Only ZeRO-1 and 2 distribute gradients round robin; ZeRO-3 ignores the key.
     if engine is not None and engine.zero_optimization_stage() in (1, 2) and engine.zero_round_robin_gradients():
         raise UserError("DSR273", f"{checkpoint}: {ROUND_ROBIN}")
     shard_parameters(wrapper)
@@ -58,7 +58,8 @@ def load(model: torch.nn.Module, engine: Any | None, optimizer: Any, scheduler: 
         for name, buffer in model.named_buffers():
             if name in saved.buffers:
                 buffer.copy_(saved.buffers[name])
-    update_weights(wrapper)  # the optimizer has fp32 copies; the model computes with their rounded values
+    # The optimizer has fp32 copies; the model computes with their rounded values.
+    update_weights(wrapper)
     saved_groups = [_saved_group(group, saved) for group in groups]
     _restore_schedule(scheduler, getattr(engine, "lr_scheduler", None), stepped, saved, saved_groups, checkpoint)
     if engine is not None:
@@ -77,10 +78,10 @@ def _check_same_parameters(saved: CheckpointStates, groups: list[FlatGroup], che
                 f"{checkpoint} has {saved.numel(name):,} elements of {name}, and this run's model {numel:,}: it was "
                 "written by another model",
             )
-    further = sorted(set(saved.fragments) - set(numels))
-    if further:
+    extra = sorted(set(saved.fragments) - set(numels))
+    if extra:
         raise UserError(
-            "DSR275", f"{checkpoint} has trained {further[0]}, which this run does not train: it was written by another run"
+            "DSR275", f"{checkpoint} has trained {extra[0]}, which this run does not train: it was written by another run"
         )
 
 
@@ -101,10 +102,11 @@ def _fill(
             state[key] = target.view_as(flat)
     step = saved.steps[spans[0].name]
     if type(optimizer).__module__.startswith("torch."):
-        # torch keeps the step of a fused or capturable optimizer on the device, any other on the CPU
+        # torch keeps the step of a fused or capturable optimizer on the device, of any other on the CPU.
         device = flat.device if options.get("fused") or options.get("capturable") else "cpu"
         state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-    else:  # DeepSpeed's own optimizers pass it to C++ as an integer
+    else:
+        # DeepSpeed's own optimizers pass it to C++ as an integer.
         state["step"] = int(step)
     # Optimizers create their state at the first step; before that there is none to copy into.
     optimizer.state[flat] = state

@@ -1,4 +1,4 @@
-"""How many bytes of weights, gradients and optimizer states a rank holds, and whether the ZeRO stage promises as much."""
+"""How many bytes of weights, gradients and optimizer states a rank holds, and whether the ZeRO stage promises that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def storage_bytes(tensors: Iterable[Any], exclude: dict[int, int]) -> dict[int, 
 
 
 def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested lists, tuples and dicts."""
+    """Yield the tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -76,6 +76,7 @@ class Shards:
     def share(self, part: str) -> tuple[int, int]:
         """Bytes held and bytes of the whole, for weights, gradients or states."""
         held = getattr(self, part)
+        # Padding can make the held bytes exceed the computed whole.
         return held, max(held, getattr(self, f"whole_{part}"))
 
 
@@ -105,6 +106,7 @@ def measure_shards(module: nn.Module, optimizer: Any, gradients: tuple[int, int]
         states=states,
         whole_weights=sum(full_numel(parameter) * parameter.element_size() for parameter in parameters),
         whole_gradients=trained * gradients[1],
+        # In proportion to the elements, because optimizers differ in what they hold of each.
         whole_states=states * trained // updated if updated else 0,
     )
 
@@ -115,7 +117,7 @@ def _updated_elements(optimizer: Any) -> int:
     sizes = [max((tensor.numel() for tensor in iter_tensors(dict(state))), default=0) for state in adam.state.values()]
     if any(sizes):
         return sum(sizes)
-    # SGD without momentum: its only state is ZeRO's copy of the parameters
+    # SGD without momentum: its only state is ZeRO's copy of the parameters.
     return sum(parameter.numel() for group in adam.param_groups for parameter in group["params"])
 
 
@@ -150,8 +152,9 @@ def check_shards(stage: int | None, ranks: list[Shards], offloaded: bool) -> str
                 )
     largest = [max(shards.share(part) for shards in ranks) for part in _TITLES]
     parts = [f"{title} {_megabytes(held, whole)}" for title, (held, whole) in zip(_TITLES.values(), largest, strict=True)]
-    place = (" off the device" if offloaded else "") + (" on each rank" if len(ranks) > 1 else "")
-    return " · ".join(parts) + place
+    device = " off the device" if offloaded else ""
+    each_rank = " on each rank" if len(ranks) > 1 else ""
+    return " · ".join(parts) + device + each_rank
 
 
 def _megabytes(held: int, whole: int) -> str:
