@@ -33,7 +33,7 @@ def saved_as_pretrained(model: PreTrainedModel, folder: Path, state_dict: dict |
         config.use_cache = True
     try:
         yield
-        # an adapter's config.json is the base's, which knows neither the number of classes nor their names
+        # an adapter's folder has no config.json, which would record the number of classes and their names
         is_classifier = type(unwrapped(model)).__name__.endswith("ForSequenceClassification")
         if is_classifier and (folder / CONFIG).is_file():
             settings = json.dumps(head_settings(unwrapped(model).config), ensure_ascii=False, indent=1)

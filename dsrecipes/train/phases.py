@@ -18,7 +18,6 @@ class PhaseReporter(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # not entered under DeepSpeed before its update: there, "backward" includes the optimizer
         self.watchdog.enter("optimizer step")
 
     def on_optimizer_step(

@@ -63,8 +63,10 @@ class RecipeTrainer(Trainer):
         """
         self.causal: bool = is_causal_lm(model)
         if self.causal:
+            # the evaluation would keep the logits of all validation tokens
             kwargs["compute_metrics"] = None
         else:
+            # Trainer infers this from **kwargs in forward(), but a classifier's own loss ignores num_items_in_batch
             untyped: Any = model
             untyped.accepts_loss_kwargs = False
         self.step_loss = StepLoss(model, self.causal, weighted)
@@ -93,8 +95,10 @@ class RecipeTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, str):
             self.resumer.begin(Path(resume_from_checkpoint))
+            # that evaluation belongs to step 0
             self.args.eval_on_start = False
-        self.add_callback(self.resumer)  # the last one: it may evaluate, which other callbacks then report
+        # the last callback, because it may evaluate, which the others then report
+        self.add_callback(self.resumer)
         with self.context.signals:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.writer.owes_save:
@@ -120,6 +124,7 @@ class RecipeTrainer(Trainer):
         self.meter.clock.start()
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
         batches = list(islice(epoch_iterator, num_batches))
+        # after the first batch of a resumed epoch, where Trainer has restored the random numbers of the other ranks
         self.resumer.batch_read()
         countable = self.step_loss.begin_step(batches, self.args)
         divisor: Items = self.step_loss.total_weight(device)
@@ -127,6 +132,7 @@ class RecipeTrainer(Trainer):
             divisor = self._get_num_items_in_batch(countable, device)
         if batches and isinstance(self.train_dataset, Stream):
             check_weights(self.train_dataset, batches[0])
+        # it removes the counts, which the model does not take
         self.meter.count(batches)
         self.batches, self.losses = batches, []
         return batches, divisor
@@ -150,6 +156,7 @@ class RecipeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> Any:
         """The loss; when the model trains, the backward pass comes next."""
+        # Trainer pops the labels out of `inputs`, and the loss function gets neither weights nor inputs
         self.step_loss.inputs = dict(inputs)
         inputs.pop(WEIGHTS, None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -173,7 +180,8 @@ class RecipeTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights, once its files are checked."""
-        self.watchdog.enter("finishing")  # the watchdog allows this phase as much time as it needs
+        # a phase without a time limit of its own length: reading a large checkpoint takes minutes
+        self.watchdog.enter("finishing")
         best = str(self.state.best_model_checkpoint)
         self.resumer.check_best(Path(best))
         if self.resumer.must_reshard(best):
@@ -240,7 +248,7 @@ class RecipeTrainer(Trainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        """Log, evaluate and save as all ranks agree, and stop if the run is told to (RunStopped)."""
+        """Log, evaluate and save as all ranks agree, and stop where a signal or the time limit says so (RunStopped)."""
         self.step_end.decide(grad_norm)
         save_is_due = self.control.should_save
         try:
@@ -285,7 +293,8 @@ class RecipeTrainer(Trainer):
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
             if self.control.should_save:
-                self._save_checkpoint(self.model_wrapped, trial)  # the run can resume with another figure
+                # the run can then resume with the name of another figure
+                self._save_checkpoint(self.model_wrapped, trial)
             raise self.evaluator.no_such_figure(metrics, self.writer.last_complete()) from error
 
     # ---- what is logged ----

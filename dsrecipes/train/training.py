@@ -58,7 +58,7 @@ class Training:
     """A run of one recipe: prepared, started, trained, finished."""
 
     def __init__(self, recipe: RecipeBase) -> None:
-        """Nothing is loaded and nothing is taken yet."""
+        """Set up; nothing is loaded yet."""
         self.recipe, self.config, self.console = recipe, recipe.config, recipe.console
         self.environment = RunEnvironment()
         self.progress = Progress()
@@ -82,6 +82,7 @@ class Training:
                     return RunResult(run.folder.path, run.trainer.state.global_step, {})
                 return finish_run(run, self.recipe, began)
             except FAILURES as error:
+                # a collective that failed only because another rank died is reported by that rank, or by its watchdog
                 if self.environment.watchdog is not None:
                     self.environment.watchdog.exit_if_peer_left(error)
                 explained = explain(error, self.config, self.progress, self.folder)
@@ -128,6 +129,7 @@ class Training:
         model_config, engine, tokenizer = self._load_descriptions(setup)
         rows = prepare_rows(recipe, setup, tokenizer, model_config)
         self.environment.stream = rows.stream
+        # between rows and model: the labels are known now, and the head does not exist yet
         call_hook(recipe, "configure", model_config=model_config, splits=rows.splits)
         take_notes(recipe, setup)
         if recipe.auto_class.endswith("ForSequenceClassification"):
@@ -169,7 +171,8 @@ class Training:
         if cache_note:
             self.console.say(f"{'cache':<10}{cache_note}")
         if not train["verbose"]:
-            disable_progress_bar()  # transformers' own, of reading and writing shards
+            # transformers' own, of reading and writing shards
+            disable_progress_bar()
         return setup
 
     def _load_descriptions(self, setup: RunSetup) -> tuple[PretrainedConfig, dict[str, Any] | None, PreTrainedTokenizerBase]:
@@ -195,6 +198,7 @@ class Training:
         """Create the process group, claim the folder, choose the checkpoint, load the model and build the trainer."""
         train = self.config.train
         args = start_process_group(prepared)
+        # all refusals come before the folder is claimed and weights are loaded, where they can
         check_arguments(prepared, args, self._validation_metrics)
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         signals = StopSignals(limit, rank_group(args.ddp_timeout_delta))
@@ -204,12 +208,14 @@ class Training:
         checkpoint = choose_checkpoint(prepared.candidates, prepared.setup.ranks, signals, self.console.say)
         identity = run_identity(prepared)
         changed = check_identity(checkpoint, identity, train["allow_changed"]) if checkpoint else []
+        # after the checkpoint is chosen, which says where in the files a stream resumes
         read_first_rows(prepared, signals, checkpoint, changed)
         if not train["dry_run"]:
             self.console.log_to(folder.console)
             if self.console.main:
                 artifacts.write_start(folder, self.config, prepared.setup)
                 write_data(folder, prepared, step_of(checkpoint)[0] if checkpoint else 0)
+        # not earlier: its records are in the run folder; not later: loading weights is where ranks run out of memory
         watchdog = self._watch(prepared, args, folder)
         context = CheckpointContext(folder, prepared.setup.made_by(), identity, signals, self.console.say, changed)
         trainer = self._build_trainer(prepared, args, watchdog, context)
