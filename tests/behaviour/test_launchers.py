@@ -88,7 +88,7 @@ def test_a_launcher_line_of_the_readme(line: str, folder: Path, logged: dict):
         assert done.stderr == ""
 
 
-def test_a_command_on_a_finished_run_prints_its_result_alone(folder: Path, logged: dict):
+def test_a_command_on_a_finished_run_prints_only_its_result(folder: Path, logged: dict):
     """In a process of its own, as a user starts it; libraries print their remarks when they are imported."""
     run = folder / "line0"
     if not run.is_dir():
@@ -175,7 +175,7 @@ RUN = "-m dsrecipes.run --recipe gpt2_clm"
     ],
     ids=["one process of two", "two owners", "use_deepspeed and none", "MASTER_PORT"],
 )
-def test_what_was_asked_for_and_cannot_run_is_an_error(line: str, parts: list[str], folder: Path):
+def test_a_request_that_cannot_run_is_an_error(line: str, parts: list[str], folder: Path):
     (folder / "zero.yaml").write_text(ACCELERATE_WITH_ZERO)
     done = start(f"{line} {SMALL.replace('--use_cpu true', '')} --output_dir {folder / 'refused'}", folder)
     assert done.returncode == (2 if line.startswith("MASTER_PORT") else 1)

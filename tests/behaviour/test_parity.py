@@ -113,7 +113,7 @@ def plain_loss(folder: Path, auto_class: str, rows: list[dict[str, Any]]) -> flo
                 choices = [
                     model(torch.tensor([[i]]), token_type_ids=torch.tensor([[k]])) for i, k in zip(ids, kinds, strict=True)
                 ]
-                logits, labels = torch.cat([each.logits for each in choices], dim=1), labels[None]
+                logits, labels = torch.cat([choice.logits for choice in choices], dim=1), labels[None]
         total += float(cross_entropy(logits, labels, reduction="sum"))
         count += int((labels != -100).sum())
     return total / count

@@ -127,10 +127,10 @@ def test_ranks_end_with_their_launcher_and_a_stopped_one_is_named(small: Small, 
     ranks = {run.name: [read_heartbeat(run / "ranks", rank) for rank in (0, 1)] for run in runs}
     processes[0].kill()
     processes[0].wait()
-    until(lambda: all(process_state(each) == "X" for each in ranks["orphaned"]), 15, output)
+    until(lambda: all(process_state(rank) == "X" for rank in ranks["orphaned"]), 15, output)
 
     stopped = ranks["stopped"][0]
     os.kill(stopped.pid, signal.SIGSTOP)
     assert processes[1].wait(30) == 75
     assert f"error: rank 0 (pid {stopped.pid}) was stopped (SIGSTOP" in output.read_text()
-    assert all(process_state(each) == "X" for each in ranks["stopped"])
+    assert all(process_state(rank) == "X" for rank in ranks["stopped"])
