@@ -32,8 +32,7 @@ from dsrecipes.train.saving import CheckpointContext, CheckpointWriter
 from dsrecipes.train.speed import SpeedMeter
 from dsrecipes.train.step_end import StepEnd
 
-Items = torch.Tensor | int | None
-"""What divides the loss of a step."""
+Items = torch.Tensor | int | None  # what divides the loss of a step
 
 
 class RecipeTrainer(Trainer):
@@ -78,8 +77,7 @@ class RecipeTrainer(Trainer):
         self.resumer = Resumer(self, self.writer)
         self.evaluator = Evaluator(self, watchdog, context, self.causal)
         self.add_callback(PhaseReporter(watchdog))
-        self.step_end = StepEnd(self, self.writer)
-        self.meter = SpeedMeter()
+        self.step_end, self.meter = StepEnd(self, self.writer), SpeedMeter()
         self._learning_rate = 0.0
         self.batches: list[dict[str, torch.Tensor]] = []
         self.losses: list[torch.Tensor] = []
@@ -95,10 +93,8 @@ class RecipeTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, str):
             self.resumer.begin(Path(resume_from_checkpoint))
-            # that evaluation belongs to step 0
             self.args.eval_on_start = False
-        # the last callback, because it may evaluate, which the others then report
-        self.add_callback(self.resumer)
+        self.add_callback(self.resumer)  # the last one, because it may evaluate, which the others then report
         with self.context.signals:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.writer.owes_save:
@@ -124,7 +120,6 @@ class RecipeTrainer(Trainer):
         self.meter.clock.start()
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
         batches = list(islice(epoch_iterator, num_batches))
-        # after the first batch of a resumed epoch, where Trainer has restored the random numbers of the other ranks
         self.resumer.batch_read()
         countable = self.step_loss.begin_step(batches, self.args)
         divisor: Items = self.step_loss.total_weight(device)
@@ -132,7 +127,6 @@ class RecipeTrainer(Trainer):
             divisor = self._get_num_items_in_batch(countable, device)
         if batches and isinstance(self.train_dataset, Stream):
             check_weights(self.train_dataset, batches[0])
-        # it removes the counts, which the model does not take
         self.meter.count(batches)
         self.batches, self.losses = batches, []
         return batches, divisor
@@ -180,8 +174,7 @@ class RecipeTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights, once its files are checked."""
-        # a phase without a time limit of its own length: reading a large checkpoint takes minutes
-        self.watchdog.enter("finishing")
+        self.watchdog.enter("finishing")  # the watchdog allows this phase as much time as it needs
         best = str(self.state.best_model_checkpoint)
         self.resumer.check_best(Path(best))
         if self.resumer.must_reshard(best):
@@ -235,8 +228,6 @@ class RecipeTrainer(Trainer):
             steps_trained_in_current_epoch,
         )
 
-    # ---- the end of a step ----
-
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -264,7 +255,7 @@ class RecipeTrainer(Trainer):
         if self.context.signals.leaving:
             raise RunStopped(self.writer.farewell())
 
-    # ---- evaluation ----
+    # ---- evaluation and log ----
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -293,11 +284,8 @@ class RecipeTrainer(Trainer):
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
             if self.control.should_save:
-                # the run can then resume with the name of another figure
-                self._save_checkpoint(self.model_wrapped, trial)
+                self._save_checkpoint(self.model_wrapped, trial)  # the run can resume with another figure
             raise self.evaluator.no_such_figure(metrics, self.writer.last_complete()) from error
-
-    # ---- what is logged ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed (useful tokens and rows of all ranks, over training time alone) and the greatest peak memory."""

@@ -129,7 +129,6 @@ class Training:
         model_config, engine, tokenizer = self._load_descriptions(setup)
         rows = prepare_rows(recipe, setup, tokenizer, model_config)
         self.environment.stream = rows.stream
-        # between rows and model: the labels are known now, and the head does not exist yet
         call_hook(recipe, "configure", model_config=model_config, splits=rows.splits)
         take_notes(recipe, setup)
         if recipe.auto_class.endswith("ForSequenceClassification"):
@@ -171,8 +170,7 @@ class Training:
         if cache_note:
             self.console.say(f"{'cache':<10}{cache_note}")
         if not train["verbose"]:
-            # transformers' own, of reading and writing shards
-            disable_progress_bar()
+            disable_progress_bar()  # transformers' own, of reading and writing shards
         return setup
 
     def _load_descriptions(self, setup: RunSetup) -> tuple[PretrainedConfig, dict[str, Any] | None, PreTrainedTokenizerBase]:
@@ -198,7 +196,6 @@ class Training:
         """Create the process group, claim the folder, choose the checkpoint, load the model and build the trainer."""
         train = self.config.train
         args = start_process_group(prepared)
-        # all refusals come before the folder is claimed and weights are loaded, where they can
         check_arguments(prepared, args, self._validation_metrics)
         limit = seconds_of(train["time_limit"]) if train["time_limit"] else None
         signals = StopSignals(limit, rank_group(args.ddp_timeout_delta))
@@ -208,7 +205,6 @@ class Training:
         checkpoint = choose_checkpoint(prepared.candidates, prepared.setup.ranks, signals, self.console.say)
         identity = run_identity(prepared)
         changed = check_identity(checkpoint, identity, train["allow_changed"]) if checkpoint else []
-        # after the checkpoint is chosen, which says where in the files a stream resumes
         read_first_rows(prepared, signals, checkpoint, changed)
         if not train["dry_run"]:
             self.console.log_to(folder.console)
