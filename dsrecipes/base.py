@@ -53,7 +53,7 @@ class RunResult:
 
 
 class RecipeBase(ABC):
-    """A recipe: what a row means. Everything else about a run is the same for all recipes, and lies in train/.
+    """A recipe: what a row means. Everything else about a run is the same for all recipes, and is in train/.
 
     Row hooks (format_row, encode, finish) are static, because their arguments are then all that can change tokens: the key of
     the token cache covers exactly these. The other hooks receive what a run has made so far as arguments, so that none
@@ -182,7 +182,7 @@ class RecipeBase(ABC):
     def metrics(
         self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig
     ) -> Metrics | None:
-        """Make the function that computes figures of a split beside its loss.
+        """Make the function that computes figures of a split in addition to its loss.
 
         For recipes with one label a row: the evaluation of a causal model keeps no logits, and reports its perplexity.
 

@@ -94,7 +94,7 @@ def _prepare_process() -> None:
     """Set what must be set before torch is imported, and end this process with its launcher."""
     if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that spin while they wait for each other are a fifth faster on an idle
-        # machine, and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s with sleeping.
+        # machine, and starve next to another busy process: two steps of qlora_zero3 took 180 s, and 32 s with sleeping threads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     end_with_launcher()
     # until the training begins there is nothing to save; Python allows handlers only in the main thread

@@ -104,15 +104,15 @@ class SeqClassification(RecipeBase):
                 self.notes.append(coded("DSR604", note))
 
     def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
-        """The figures of `label_scores`; of one label a row also what always giving the commonest class reaches."""
+        """The figures of `label_scores`; with one label a row also the accuracy of always giving the most common class."""
         kind = str(model_config.problem_type)
         names = list((model_config.id2label or {}).values())
-        commonest = _commonest_class(_files(train)) if kind == ONE else None
+        most_common = _most_common_class(_files(train)) if kind == ONE else None
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             figures = label_scores(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), kind, names)
-            if commonest is not None:
-                figures["accuracy_majority"] = float(np.mean(prediction.label_ids == commonest))
+            if most_common is not None:
+                figures["accuracy_majority"] = float(np.mean(prediction.label_ids == most_common))
             return figures
 
         return compute
@@ -141,7 +141,7 @@ def _read_labels(files: list[Path]) -> tuple[str, list[str]]:
     return facts["problem_type"], facts["names"]
 
 
-def _commonest_class(files: list[Path]) -> int:
+def _most_common_class(files: list[Path]) -> int:
     columns = [read_columns(path).column("labels") for path in files]
     labels = np.concatenate([np.asarray(chunk) for column in columns for chunk in column.chunks])
     return int(np.bincount(labels).argmax())

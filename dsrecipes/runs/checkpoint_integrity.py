@@ -23,7 +23,7 @@ _KNOWN_GLOBALS = frozenset(
         "numpy.ndarray",
     }
 )
-"""Names in the files of DeepSpeed 0.19 and Trainer beside those that torch.load(weights_only=True) allows: data, no code."""
+"""Names in files of DeepSpeed 0.19 and Trainer that torch.load(weights_only=True) would refuse: data, no code."""
 
 
 def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -43,7 +43,7 @@ _FACTS = {
     "weights": dict,
     "files": dict,
 }
-"""Fact that is recorded beside the logits -> its type."""
+"""Fact that is recorded with the logits -> its type."""
 
 
 def random_inputs(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:

@@ -40,7 +40,7 @@ class _Audit:
 class FirstStep(TrainerCallback):
     """Audits the first step of this process; a fault on any rank ends all ranks with the same UserError.
 
-    Gradients are looked at as they arise and sizes just before the update, because neither exists afterwards.
+    Gradients are examined as they arise and sizes just before the update, because neither exists afterwards.
     """
 
     def __init__(self, run: Run) -> None:

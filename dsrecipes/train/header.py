@@ -31,7 +31,7 @@ def line(name: str, *parts: str) -> str:
 
 
 def loading(model: ModelConfig) -> str:
-    """The line before the model is looked for, which may be a download or a conversion."""
+    """The line printed before the model is loaded, which may include a download or a conversion."""
     name = model.model_name_or_path or ""
     note = "random weights" if model.from_scratch else ""
     if needs_conversion(name):

@@ -212,7 +212,7 @@ def _sequences_of(
 
 
 def read_first_rows(prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]) -> None:
-    """Read a stream's first window, or the one that the checkpoint lies in; note what is odd about rows. A collective call.
+    """Read a stream's first window, or the one that the checkpoint is in; note what is odd about rows. A collective call.
 
     Raises:
         UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.

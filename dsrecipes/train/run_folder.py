@@ -42,7 +42,7 @@ def choose_folder(config: Config, setup: RunSetup, say: Callable[[str], None]) -
         )
     candidates = find_checkpoints(resume, RunFolder(path) if path else None, say) if resume else []
     checkpoint = candidates[0] if candidates else None
-    # CHECKPOINT lies in RUN/checkpoints/: without --output_dir, the run resumes in its own folder
+    # a checkpoint is in RUN/checkpoints/: without --output_dir, the run resumes in its own folder
     if checkpoint and path is None:
         path = checkpoint.parent.parent
     if checkpoint:

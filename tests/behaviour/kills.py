@@ -78,6 +78,7 @@ class Start:
             if record and record.step >= after and (moment == "step" or PHASES[record.phase] == PHASE_OF[moment]):
                 time.sleep(draw.uniform(0, 0.3 if moment == "step" else 0.08))
                 return self.process.poll() is None
+            # a save of a small model takes some tens of milliseconds
             time.sleep(0.001)
         return False
 
@@ -122,6 +123,7 @@ def chain(
     run, log, rows = folder / f"chain-{number}", folder / f"chain-{number}.log", []
     for index, (victim, moment) in enumerate(plan):
         start = Start(command(small, run, name), run, log)
+        # each kill comes at a later step than the one before, so that a chain ends
         after = int(STEPS * (index + 0.2) / (len(plan) + 1)) + draw.randrange(3)
         hit = start.await_moment(moment, after, draw)
         record = read_heartbeat(run / "ranks", 0)

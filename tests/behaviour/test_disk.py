@@ -79,6 +79,7 @@ def test_a_folder_that_is_removed_is_created_again(two_ranks: Ranks, runs: Runs,
     folder = tmp_path / "run"
     run = ran(two_ranks, small, folder, {"3": [["remove", 0, str(folder)]]})
     assert run["step"] == 10 and same_weights(folder, runs)
+    # the lines of the first steps were removed with the folder
     assert is_complete(RunFolder(folder).checkpoints / "checkpoint-5") and steps_logged(folder) == list(range(3, 11))
 
 

@@ -40,8 +40,10 @@ def command(line: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
-    if words[0] == "deepspeed":  # its fixed port may be another test's
+    # the fixed port of this launcher may be in use by another test
+    if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(free_port())]
+    # an own HF_HOME, since accelerate reads its default configuration there; ranks of several tests share the cores
     ours = {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "PYTEST_"))}
     folder.mkdir(parents=True, exist_ok=True)

@@ -103,14 +103,27 @@ def flags(case: Case) -> dict[str, Any]:
         "steps": {"eval_strategy": "steps", "eval_steps": 2},
         "epoch": {"eval_strategy": "epoch"},
         "stopping": {
-            "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 5, "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "early_stopping_patience": 5,
+            "load_best_model_at_end": True,
+            # so high that evaluations get worse and early stopping has something to count
             "learning_rate": 0.1 if case.tuning == "full" else 1.0,
         },
-    }[case.between]  # fmt: skip
+    }[case.between]
     return {
-        "deepspeed": case.engine, "packing": case.packing == "packed", "max_length": 400, "max_steps": 8 if case.between == "stopping" else 6, "save_steps": 1, "save_total_limit": None,
-        "logging_steps": 3, "dataloader_num_workers": case.workers, **tuning, **between,
-    }  # fmt: skip
+        "deepspeed": case.engine,
+        "packing": case.packing == "packed",
+        "max_length": 400,
+        "max_steps": 8 if case.between == "stopping" else 6,
+        "save_steps": 1,
+        "save_total_limit": None,
+        # most checkpoints are between two log lines, so a resume must restore the losses since the last one
+        "logging_steps": 3,
+        "dataloader_num_workers": case.workers,
+        **tuning,
+        **between,
+    }
 
 
 def cut_at(run: dict[str, Any], case: Case) -> int:

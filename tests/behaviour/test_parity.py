@@ -81,6 +81,7 @@ def test_layouts_of_eight_rows_a_step_agree_with_eight_at_once(
         )  # fmt: skip
         return {1: one_rank, 2: two_ranks}[world].run("train", **case)[0]
 
+    # Adam divides by the root of the second moment: a large epsilon keeps rounding of tiny gradients from growing
     whole = run(1, 8, 1, "none")
     rows = whole["rows"]["train"]
     assert rows % 8, "the last step of an epoch must be a short one"

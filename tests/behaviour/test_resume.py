@@ -91,6 +91,7 @@ def test_auto_resumes_from_the_newest_complete_checkpoint_to_the_same_end(
     assert figures(resumed) == figures(whole)
     cut = next(line["epoch"] for line in whole["log"] if line["step"] == 5)
     assert cut % 1, "the checkpoint must lie inside an epoch"
+    # the times show that the first steps were read from the log and not trained again
     times = [(line["step"], line["time"]) for line in whole["log"] if line["step"] <= 5]
     assert [(line["step"], line["time"]) for line in resumed["log"] if line["step"] <= 5] == times
     assert min(line["time"] for line in resumed["log"] if line["step"] > 5) > max(line["time"] for line in whole["log"])

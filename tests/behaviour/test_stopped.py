@@ -81,6 +81,7 @@ def test_rows_that_never_end(one_rank: Ranks, small: Small, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stage", ["none", "zero2"])
 def test_no_memory(fresh_rank: Ranks, small: Small, tmp_path: Path, stage: str) -> None:
+    # large enough that the batch, and not the model, is what does not fit
     batch = {"per_device_train_batch_size": 64, "global_batch_size": 64}
     said = ends(fresh_rank, small, tmp_path, "gpt2", stage, "little_memory", **batch)
     assert re.match(r"rank 0 ran out of host memory in step \d: ", said), said

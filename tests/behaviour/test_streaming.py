@@ -372,6 +372,7 @@ def test_a_streamed_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     if stage == "zero3":
         return
     alone = one_rank.run("train_in_windows", **run(output_dir=str(tmp_path / "alone"), per_device_train_batch_size=2))[0]
+    # sums in another order differ in their last bits
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-5)
     moved = one_rank.run("train_in_windows", **run(output_dir=str(tmp_path / "moved"), resume_from_checkpoint=checkpoint))[0]
     assert losses(moved) == pytest.approx(losses(whole)[4:], rel=1e-5)

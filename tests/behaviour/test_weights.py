@@ -47,6 +47,7 @@ class Mine(RecipeBase):
         weights = [record.get("weights") or [record.get("weight", 1.0)] * len(record["ids"]) for record in records]
         return {{"input_ids": ids, "labels": labels, "weights": weights}}
 """
+# SGD, whose update is proportional to the gradient: Adam would hide a wrong scale of the loss
 SGD = {
     "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "weight_decay": 0.0, "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no",

@@ -73,6 +73,7 @@ def test_hung_and_killed_ranks_are_named_and_the_run_ends_with_the_same_weights(
 ):
     recipe, run, output = tmp_path / "hangs.py", tmp_path / "run", tmp_path / "output.txt"
     recipe.write_text(HANGS)
+    # a recipe in a file has no profiles; 20 s are longer than any step here, and keep the test short
     changed = {"max_steps": 50, "save_steps": 10, "eval_steps": 20, "profile": "auto", "hang_timeout": 20}
     values = small.values("gpt2", **changed)["values"]
     two_ranks.run("train", recipe=str(recipe), values={**values, "output_dir": str(tmp_path / "undisturbed")})

@@ -62,6 +62,7 @@ def test_ctrl_c_twice_stops_at_once_but_a_signal_delivered_twice_does_not():
 )
 def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
     program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.sync(); print(o.leaving)"
+    # exec keeps what the shell ignores, as nohup and a background job pass it on
     shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
     command = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

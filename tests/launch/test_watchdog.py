@@ -71,6 +71,7 @@ def start(run: Path, fault: str) -> list[subprocess.Popen]:
     """Two ranks that wait for each other at every step."""
     run.mkdir()
     words = [[sys.executable, "-c", RANK, str(run), str(rank), fault] for rank in (0, 1)]
+    # with it, the watchdog would leave the message to the launcher
     env = {key: value for key, value in os.environ.items() if key != environment.RUN_FOLDER_FILE}
     return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in words]
 
@@ -157,6 +158,7 @@ def test_a_record_says_where_its_process_is_and_is_removed_when_the_run_succeeds
     for step in range(1, 1001):
         for phase in ("reading rows", "forward", "backward"):
             watchdog.enter(phase, step if phase == "reading rows" else None)
+    # a few records for each micro batch must cost next to nothing
     assert (time.perf_counter() - began) / 3000 < 50e-6
     stored = read_heartbeat(tmp_path / "ranks", 0)
     assert stored and (stored.pid, stored.position()) == (os.getpid(), "step 1000, backward (micro batch 1)")

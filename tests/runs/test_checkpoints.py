@@ -79,6 +79,7 @@ def test_a_file_that_was_not_saved_is_found(tmp_path):
     torch.save({}, path / "scaler.pt")
     assert find_problem(path) == f"scaler.pt is not in its {MANIFEST.split('.')[0]}"
     (path / "scaler.pt").unlink()
+    # a link passes a check that looks at regular files only
     (path / "scheduler.pt").symlink_to(path / "latest")
     assert "scheduler.pt" in find_problem(path)
 
@@ -109,6 +110,7 @@ def test_a_pickle_that_runs_code_is_refused_though_its_manifest_matches(tmp_path
     write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
     assert is_complete(path)
     assert find_damage(path) == f"{name} would run posix.mkdir when it is loaded"
+    # a bare pickle, without the zip format of torch.save
     (path / name).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
     assert "is not a file of torch.save" in find_damage(path)

@@ -44,6 +44,7 @@ def test_what_is_logged_reaches_file_board_and_bar(tmp_path, capfd):
     recorder.on_log(None, state, control, {"train_runtime": 3.0})
     recorder.on_train_end(None, state, control)
     recorder.board.close()
+    # Python reads NaN, which is no JSON and which other parsers refuse
     lines = [json.loads(line, parse_constant=pytest.fail) for line in folder.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and all({"epoch", "time"} <= set(line) for line in lines)
     assert (lines[0]["loss"], lines[1]["loss"], lines[2]["eval_loss"]) == (2.0, "nan", 1.5)

@@ -26,6 +26,7 @@ def _environment(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr("dsrecipes.train.setup.computes_bf16", lambda: False)
     for key in (*RANKS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        # set and deleted, so that monkeypatch also removes what the code under test sets
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
     yield
