@@ -16,6 +16,8 @@ from dsrecipes.runs.checkpoint_manifest import MANIFEST, find_problem, is_comple
 
 _PREFIX = "checkpoint-"
 _RESUME = "--resume_from_checkpoint"
+REPLACED = ".replaced-"
+"""Begins the names of folders, inside a run folder, that hold what --overwrite_output_dir is to delete once the run starts."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def _check_not_empty(path: Path, overwrite: bool) -> None:
             f"--output_dir {path}: the folder exists and is not empty. Resume its run: {_RESUME} auto; "
             "start a new one: another --output_dir, or --overwrite_output_dir to delete it",
         )
-    # a mistyped --output_dir must not delete somebody's home directory
-    if not RunFolder(path).config.is_file():
+    # a mistyped --output_dir must not delete somebody's home directory; a killed start may have set config.yaml aside
+    if not RunFolder(path).config.is_file() and not any(path.glob(f"{REPLACED}*/config.yaml")):
         raise UserError(
             "DSR336", f"--overwrite_output_dir: {path} is not a run folder (no config.yaml in it); delete it yourself"
         )

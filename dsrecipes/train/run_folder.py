@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,11 @@ from dsrecipes.launch.environment import Ranks
 from dsrecipes.launch.signals import StopSignals
 from dsrecipes.launch.watchdog import Watchdog
 from dsrecipes.runs.checkpoint_integrity import find_damage, first_intact
-from dsrecipes.runs.folder import RunFolder, check_output, default_path, find_checkpoints
+from dsrecipes.runs.folder import REPLACED, RunFolder, check_output, default_path, find_checkpoints
 from dsrecipes.train.setup import RunSetup
 
 PATIENCE = 30
 """Seconds to wait for another process to leave the run folder; the ranks of a dead launcher may need some."""
-_REPLACED = ".replaced"
-"""Holds, inside a run folder, what --overwrite_output_dir is to delete, until the run can start."""
 _BUSY = "busy"
 
 
@@ -89,6 +88,8 @@ class ClaimedFolder:
     """None in a dry run, whose folder is temporary."""
     is_new: bool
     """Whether this run made it."""
+    replaced: Path | None = None
+    """Where this start has set aside what --overwrite_output_dir is to delete; None where it has not."""
 
     def release(self) -> None:
         """Let other processes in."""
@@ -100,23 +101,22 @@ class ClaimedFolder:
 
         The corrected command then needs no other --output_dir.
         """
-        replaced = self.folder.path / _REPLACED
         if self.is_new:
             shutil.rmtree(self.folder.path, ignore_errors=True)
-        elif replaced.is_dir():
-            for path in self.folder.path.iterdir():
-                if path in (replaced, self.folder.lock):
-                    continue
+        # never what another start has set aside: checkpoints of this folder may be newer
+        elif self.replaced is not None:
+            for path in _contents(self.folder.path):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            _move(replaced, self.folder.path)
-            replaced.rmdir()
+            _move(self.replaced, self.folder.path)
+            self.replaced.rmdir()
 
     def delete_replaced(self) -> None:
-        """Delete what --overwrite_output_dir set aside."""
-        shutil.rmtree(self.folder.path / _REPLACED, ignore_errors=True)
+        """Delete what --overwrite_output_dir set aside, now or in a start that was killed."""
+        for path in self.folder.path.glob(f"{REPLACED}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def claim_folder(
@@ -136,7 +136,9 @@ def claim_folder(
     lock, is_new = FileLock(folder.lock), not folder.path.exists()
     empty = bool(config.train["overwrite_output_dir"]) and not _resumes_in(folder.path, config, candidates)
     # as a value, not an exception: the other ranks wait in this collective for it
-    problem = signals.all_gather(_lock(folder, lock, empty) if main else None)[0]
+    # a name of its own: a start that was killed may have left another one, whose contents must not be mixed with these
+    replaced = folder.path / f"{REPLACED}{uuid.uuid4().hex[:8]}" if main and empty else None
+    problem = signals.all_gather(_lock(folder, lock, replaced) if main else None)[0]
     if problem == _BUSY:
         raise UserError(
             "DSR359",
@@ -144,17 +146,17 @@ def claim_folder(
         )
     if problem:
         raise UserError("DSR360", f"--output_dir {folder.path} cannot be written: {problem}")
-    return ClaimedFolder(folder, lock, is_new=main and is_new)
+    return ClaimedFolder(folder, lock, is_new=main and is_new, replaced=replaced)
 
 
-def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
+def _lock(folder: RunFolder, lock: FileLock, replaced: Path | None) -> str | None:
     """Create and lock the folder; returns what prevents it, which all ranks then raise."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
         # a rename costs nothing, and a run that is refused later can be undone by the reverse
-        if empty:
-            _move(folder.path, folder.path / _REPLACED)
+        if replaced is not None:
+            _move(folder.path, replaced)
         # the fault of an earlier start would end this one at once
         Watchdog.remove_records(folder.path)
     except Timeout:
@@ -165,11 +167,16 @@ def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move everything in a folder into another one, except the lock and the other folder itself."""
+    """Move the contents of a folder into another one."""
     target.mkdir(exist_ok=True)
-    for path in list(source.iterdir()):
-        if path != target and path.name != RunFolder(source).lock.name:
-            path.rename(target / path.name)
+    for path in _contents(source):
+        path.rename(target / path.name)
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a folder holds, except the lock and what --overwrite_output_dir has set aside."""
+    lock = RunFolder(folder).lock.name
+    return [path for path in folder.iterdir() if path.name != lock and not path.name.startswith(REPLACED)]
 
 
 def choose_checkpoint(candidates: list[Path], ranks: Ranks, signals: StopSignals, say: Callable[[str], None]) -> Path | None:

@@ -3,8 +3,12 @@
 import pytest
 from support.tiny import small_disk
 
+from dsrecipes.config.layers import layer
+from dsrecipes.config.parse import build_config
 from dsrecipes.errors import UserError
+from dsrecipes.launch.signals import StopSignals
 from dsrecipes.runs.folder import check_output, default_path
+from dsrecipes.train.run_folder import ClaimedFolder, claim_folder
 
 
 def test_an_existing_folder_is_overwritten_only_on_request(tmp_path):
@@ -28,6 +32,34 @@ def test_an_existing_folder_is_overwritten_only_on_request(tmp_path):
         check_output(run, resuming=False, overwrite=False)
     with pytest.raises(UserError, match="file is a file.*DSR337"):
         check_output(run / "below", resuming=False, overwrite=False)
+
+
+def test_what_a_start_set_aside_survives_whatever_ends_it(tmp_path):
+    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter"}))
+    old = tmp_path / "checkpoints" / "checkpoint-5"
+    old.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("recipe: gpt2_clm\n")
+    signals = StopSignals(None)
+
+    def start(overwrite: bool) -> ClaimedFolder:
+        config.train["overwrite_output_dir"] = overwrite
+        claimed = claim_folder(tmp_path, [], config, signals, main=True)
+        (tmp_path / "ranks").mkdir()
+        (tmp_path / "log.txt").write_text("starting")
+        claimed.release()
+        return claimed
+
+    start(overwrite=True)  # killed while it loads, before it wrote its config.yaml
+    check_output(tmp_path, resuming=False, overwrite=True)
+    start(overwrite=True).restore()
+    [kept] = tmp_path.glob(".replaced-*")
+    assert (kept / "checkpoints" / "checkpoint-5").is_dir() and (tmp_path / "log.txt").is_file()
+    # a run that did start, but could not delete all of what it had replaced
+    old.mkdir(parents=True)
+    start(overwrite=False).restore()
+    assert old.is_dir() and kept.is_dir()
+    start(overwrite=True).delete_replaced()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["log.txt", "ranks"]
 
 
 def test_a_full_disk_is_refused_before_anything_starts(tmp_path):
