@@ -75,7 +75,7 @@ class RecordedRun:
     def log(self) -> list[dict[str, Json]]:
         """The complete lines of log.jsonl."""
         # log.jsonl may hold anything after a crash or an edit; only lines with a step can be drawn.
-        lines = read_log(self.folder.log) if self.folder.log.is_file() else []
+        lines = read_log(self.folder.log)
         return [line for line in lines if isinstance(line, dict) and is_number(line.get("step"))]
 
     @cached_property

@@ -11,7 +11,10 @@ from dsrecipes.io.disk import write_whole
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a run's log.jsonl; damaged ones are skipped, since a killed run may leave half a line."""
-    lines = []
+    lines: list[dict[str, Any]] = []
+    # a finished checkpoint that is resumed in another folder takes no step, and so logs none
+    if not path.is_file():
+        return lines
     # as bytes: a line that is cut inside a character must not spoil the others
     for text in path.read_bytes().splitlines():
         try:

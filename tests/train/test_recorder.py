@@ -61,10 +61,12 @@ def test_what_is_logged_reaches_file_board_and_bar(tmp_path, capfd):
         [{"step": s, "loss": 3 / s} for s in range(1, 20)] + [{"step": 10, "eval_loss": 1.0}],
         [{"step": 1, "loss": "nan"}],
         [],
+        None,  # no step was taken
     ],
 )
 def test_the_curve_is_a_picture(tmp_path, lines):
     log, picture = tmp_path / "log.jsonl", tmp_path / "curve.png"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if lines is not None:
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_curve(log, picture, "title $with_ ^signs")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5000
