@@ -55,31 +55,42 @@ def _check_methods(recipe: type[RecipeBase], file: str) -> None:
             f"{file}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
             "and reports the perplexity. Remove the method, or set auto_class",
         )
-    # only too many arguments are refused: call_hook leaves out what a method does not take
+    # only arguments that a run does not have are refused: call_hook leaves out what a method does not take
     for name in _RUN_HOOKS:
         given = list(inspect.signature(getattr(RecipeBase, name)).parameters)
-        required = [key for key, value in _positional(getattr(recipe, name)).items() if value.default is value.empty]
-        if len(required) > len(given):
+        positional, by_name = _arguments(getattr(recipe, name))
+        unknown = [key for key in _required(by_name) if key not in given]
+        by_position = [key for key in given if key not in by_name]
+        if len(_required(positional)) > len(by_position) or unknown:
             raise UserError("DSR628", f"{file}: {recipe.__name__}.{name} is called with ({', '.join(given)}), not more")
 
 
 def call_hook(recipe: RecipeBase, name: str, **made: Any) -> Any:
-    """Call a method of a recipe with as many of the arguments as it takes, in their order.
+    """Call a method of a recipe with as many of the arguments as it takes, in their order; by name those after its `*`.
 
     Before hooks had arguments, `collator(self)` read `self.tokenizer`: what a method does not take is set on the recipe.
     """
     hook = getattr(recipe, name)
+    positional, by_name = _arguments(hook)
     # *args takes all of them; **kwargs takes none, since arguments are passed by position
     takes_all = any(value.kind is value.VAR_POSITIONAL for value in inspect.signature(hook).parameters.values())
-    taken = len(made) if takes_all else len(_positional(hook))
-    for key, value in list(made.items())[taken:]:
+    named = {key: value for key, value in made.items() if key in by_name}
+    others = {key: value for key, value in made.items() if key not in by_name}
+    taken = len(others) if takes_all else len(positional)
+    for key, value in list(others.items())[taken:]:
         setattr(recipe, key, value)
-    return hook(*list(made.values())[:taken])
+    return hook(*list(others.values())[:taken], **named)
 
 
-def _positional(hook: Callable) -> dict[str, inspect.Parameter]:
+def _arguments(hook: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, inspect.Parameter]]:
+    """Parameters that a hook takes by position, and those that it takes only by name (after `*`)."""
     parameters = inspect.signature(hook).parameters
-    return {key: value for key, value in parameters.items() if value.kind is value.POSITIONAL_OR_KEYWORD}
+    positional = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return positional, {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _required(parameters: dict[str, inspect.Parameter]) -> list[str]:
+    return [key for key, value in parameters.items() if value.default is value.empty]
 
 
 def load_recipe(recipe: str | None, **values: Any) -> RecipeBase:

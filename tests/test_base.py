@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from dsrecipes import load_recipe
 from dsrecipes.errors import UserError
 from dsrecipes.publish.verify import verify
+from dsrecipes.recipe_class import call_hook
 from dsrecipes.run import main
 from dsrecipes.runs.log import read_log
 
@@ -84,6 +85,10 @@ def test_a_bad_row_of_ones_own_recipe_names_the_field(mine, tmp_path, capfd):
             MINE + "\n    def collator(self, model, tokenizer, device):\n        return None\n",
             r"Haiku\.collator is called with \(self, model, tokenizer\), not more.*DSR628",
         ),
+        (
+            MINE + "\n    def collator(self, *, model, device):\n        return None\n",
+            r"Haiku\.collator is called with \(self, model, tokenizer\), not more.*DSR628",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, problem):
@@ -106,6 +111,16 @@ def test_a_recipe_written_before_hooks_had_arguments_still_runs(mine, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         load_recipe(str(mine), **values).run()
     assert "True" in out.getvalue() and (tmp_path / "run" / "mine.txt").read_text() == "written"
+
+
+def test_a_hook_s_arguments_after_the_star_are_given_by_name(mine):
+    mine.write_text(
+        MINE + "\n    def collator(self, tokenizer, *, model, own=1):\n        return tokenizer, model, own\n\n"
+        "    def write_extras(self, folder, /, *, own=2):\n        return folder, self.sources, own\n"
+    )
+    recipe = load_recipe(str(mine), model_name_or_path="m", dataset="d")
+    assert call_hook(recipe, "collator", model="M", tokenizer="T") == ("T", "M", 1)
+    assert call_hook(recipe, "write_extras", folder="F", sources="S") == ("F", "S", 2)
 
 
 def test_a_recipe_s_own_callbacks_are_called(mine, tmp_path):
