@@ -100,6 +100,8 @@ class Evaluator:
         problem = next((text for text in self.context.signals.all_gather(problem) if text), None)
         if problem is None:
             return metrics
+        # of an earlier evaluation, or of the ranks where this one succeeded
+        self.details = {}
         text = f"the evaluation at step {self.trainer.state.global_step} failed ({problem}); log.txt has the traceback"
         self.context.say(coded("DSR371", f"warning   {text}"))
         return {}

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from support.tiny import arrow_file, tiny_gpt2
 
@@ -13,9 +14,12 @@ from dsrecipes.config.parse import build_config
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.split import SplitStats
 from dsrecipes.launch.environment import Ranks
+from dsrecipes.launch.signals import StopSignals
 from dsrecipes.runs.folder import RunFolder
 from dsrecipes.train import artifacts, header
+from dsrecipes.train.evaluating import Evaluator
 from dsrecipes.train.footer import footer
+from dsrecipes.train.saving import CheckpointContext
 from dsrecipes.train.setup import RunSetup
 
 
@@ -38,6 +42,16 @@ def test_no_token_is_written(tmp_path, monkeypatch, flags):
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "hf_abcdef" not in written and "S3CRET" not in written
     assert "--seed 3" in json.loads((tmp_path / "environment.json").read_text())["command"]
+
+
+def test_a_failed_evaluation_has_no_tables(tmp_path):
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), state=SimpleNamespace(global_step=3))
+    said = []
+    context = CheckpointContext(RunFolder(tmp_path), {}, {}, StopSignals(None), said.append)
+    evaluator = Evaluator(trainer, None, context, causal=False)
+    evaluator.details = {"accuracy_by_subject": {"law": 1.0}}  # of the validation rows
+    assert evaluator.guarded(lambda: {"test_loss": 1 / 0}) == {} and evaluator.details == {}
+    assert "DSR371" in said[0]
 
 
 def test_config_yaml_runs_the_same_again(tmp_path):
