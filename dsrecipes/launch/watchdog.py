@@ -272,7 +272,7 @@ class Watchdog:
         if fault.what == "died":
             reason = "died; the system's log may say why (`dmesg`: Out of memory)"
         elif fault.what == "stopped":
-            reason = f"was stopped (SIGSTOP; `kill -CONT {record.pid}` continues it) and gives no stack"
+            reason = "was stopped (SIGSTOP), gives no stack and was killed"
         else:
             reason = f"has made no progress for {fault.seconds:.0f} s and blocks the other ranks"
         first = f"error: rank {fault.rank} (pid {record.pid}) {reason}. Last phase: {record.position()}."
