@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from dsrecipes.config.schema import Config
 from dsrecipes.model.task import count_parameters
 from dsrecipes.train.setup import RunSetup
+from dsrecipes.zero.internals import full_numel
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ def out_of_memory(load: Load, rank: int, error: BaseException, where: str) -> st
 
 def load_of(config: Config, setup: RunSetup, model: PreTrainedModel | None) -> Load:
     """The numbers of a run; `model` is None while it is not loaded."""
-    trained, frozen = count_parameters(model) if model is not None else (0, 0)
-    width = 4 if setup.precision == "fp32" else 2
+    trained, _ = count_parameters(model) if model is not None else (0, 0)
+    parameters = model.parameters() if model is not None else ()
     # in 16-bit training 12 bytes (Rajbhandari et al., arXiv:1910.02054, section 3.1) and the gradient;
-    # in fp32 the gradient and Adam's two moments
-    bytes_of_states = 14 if width == 2 else 12
+    # where the weights are fp32 the gradient and Adam's two moments
+    bytes_of_states = 12 if setup.dtype(config.model) == torch.float32 else 14
     return Load(
         micro=setup.micro,
         accumulation=setup.accumulation,
@@ -114,7 +116,8 @@ def load_of(config: Config, setup: RunSetup, model: PreTrainedModel | None) -> L
         lora_r=config.model.lora_r,
         in_4bit=config.model.load_in_4bit,
         on_device=setup.device != "cpu",
-        weights=(trained + frozen) * width,
+        # as stored: 4-bit weights are packed, and their elements have any dtype
+        weights=sum(full_numel(parameter) * parameter.element_size() for parameter in parameters),
         states=trained * bytes_of_states,
         training=model is not None,
     )

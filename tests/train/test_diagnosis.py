@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dsrecipes.config.layers import layer
+from dsrecipes.config.parse import build_config
+from dsrecipes.launch.environment import Ranks
 from dsrecipes.model.memory import is_out_of_memory
 from dsrecipes.train.diagnosis import Health, health, nan_remedies
-from dsrecipes.train.memory import Load, out_of_memory, remedies
+from dsrecipes.train.memory import Load, load_of, out_of_memory, remedies
+from dsrecipes.train.setup import RunSetup
 
 RUN = {"max_grad_norm": 1.0, "learning_rate": 2e-4}
 LOAD = Load(
@@ -55,6 +60,17 @@ def test_what_to_change_has_the_numbers_of_the_run():
         "--deepspeed zero2_offload (12.2 GB of optimizer states a rank go to host memory)",
         "--lora_r 16 (gradients and optimizer states are 98 GB now)",
     ]
+
+
+def test_the_weights_have_the_bytes_that_are_stored():
+    setup = RunSetup(Ranks(0, 0, 1, 1), "cpu", "bf16", None, None, 4, 2)
+    full = load_of(build_config(layer({"recipe": "gpt2_clm", "profile": "starter"})), setup, torch.nn.Linear(8, 4, bias=False))
+    assert (full.weights, full.states) == (32 * 4, 32 * 12), "plain PyTorch trains fp32 weights under autocast"
+    packed = torch.nn.Parameter(torch.zeros(16, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=(8, 4))
+    values = {"recipe": "gpt2_clm", "profile": "starter", "lora_r": 4, "load_in_4bit": True}
+    values |= {"from_scratch": False}
+    assert load_of(build_config(layer(values)), setup, torch.nn.ParameterList([packed])).weights == 16
 
 
 def test_what_is_on_or_would_not_help_is_left_out():
