@@ -1,4 +1,4 @@
-"""What a checkpoint holds: its manifest names every file with size and sha256, is written last and checked before use."""
+"""Is a checkpoint complete? Its manifest names every file with size and sha256, is written last and checked before use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How does a run that stopped anywhere continue as if it had not?"""
+"""How does a run that stopped anywhere continue as if it had not?
+
+Why a resume is refused is in identity.py, which compares the run with the one that wrote the checkpoint.
+"""
 
 from __future__ import annotations
 

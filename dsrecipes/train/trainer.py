@@ -1,4 +1,4 @@
-"""Which rows does a rank train on in a step, how is their loss divided, and what is logged?
+"""How does Trainer run a step of any recipe: what divides its loss, and what is logged?
 
 One subclass of transformers.Trainer for all recipes. It delegates: checkpoints to saving.py, resuming to resuming.py, the
 evaluation loop to evaluating.py. Its overrides of private methods are listed in private_surface.py.
