@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import uuid
@@ -110,8 +111,7 @@ class ClaimedFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            _move(self.replaced, self.folder.path)
-            self.replaced.rmdir()
+            _put_back(self.replaced, self.folder.path)
 
     def delete_replaced(self) -> None:
         """Delete what --overwrite_output_dir set aside, now or in a start that was killed."""
@@ -162,6 +162,10 @@ def _lock(folder: RunFolder, lock: FileLock, replaced: Path | None) -> str | Non
     except Timeout:
         return _BUSY
     except OSError as error:
+        # a part may have been moved: a folder in it that is a mount point cannot be
+        if replaced is not None and replaced.is_dir():
+            with contextlib.suppress(OSError):
+                _put_back(replaced, folder.path)
         return error.strerror or type(error).__name__
     return None
 
@@ -171,6 +175,11 @@ def _move(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for path in _contents(source):
         path.rename(target / path.name)
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    _move(replaced, folder)
+    replaced.rmdir()
 
 
 def _contents(folder: Path) -> list[Path]:

@@ -93,7 +93,11 @@ def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_pa
     records = {fault: reach(run, 20) for fault, run in runs.items()}
     os.kill(records["killed"].pid, signal.SIGKILL)
     os.kill(records["stopped"].pid, signal.SIGSTOP)
-    words = {"killed": "died", "stopped": r"was stopped \(SIGSTOP\), gives no stack and was killed\.", "hangs": r"has made no progress for [3-6] s"}
+    words = {
+        "killed": "died",
+        "stopped": r"was stopped \(SIGSTOP\), gives no stack and was killed\.",
+        "hangs": r"has made no progress for [3-6] s",
+    }
     for fault, text in words.items():
         assert [rank.wait(20) for rank in ranks[fault]] == [RESUME_CODE, -signal.SIGKILL]
         output = ranks[fault][0].stderr.read()

@@ -62,6 +62,15 @@ def test_what_a_start_set_aside_survives_whatever_ends_it(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["log.txt", "ranks"]
 
 
+def test_a_folder_that_cannot_be_set_aside_stays_as_it_was(tmp_path):
+    config = build_config(layer({"recipe": "gpt2_clm", "profile": "starter", "overwrite_output_dir": True}))
+    (tmp_path / "config.yaml").write_text("recipe: gpt2_clm\n")
+    (tmp_path / "log.txt").write_text("mine")
+    with small_disk(tmp_path / "model"), pytest.raises(UserError, match="DSR360"):  # a mount point cannot be renamed
+        claim_folder(tmp_path, [], config, StopSignals(None), main=True)
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"config.yaml", "log.txt", "model"}
+
+
 def test_a_full_disk_is_refused_before_anything_starts(tmp_path):
     with small_disk(tmp_path / "disk") as disk, pytest.raises(UserError, match=r"\(\d MB free\).*DSR338"):
         check_output(disk / "run", resuming=False, overwrite=False)

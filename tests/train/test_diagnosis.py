@@ -64,7 +64,9 @@ def test_what_to_change_has_the_numbers_of_the_run():
 
 def test_the_weights_have_the_bytes_that_are_stored():
     setup = RunSetup(Ranks(0, 0, 1, 1), "cpu", "bf16", None, None, 4, 2)
-    full = load_of(build_config(layer({"recipe": "gpt2_clm", "profile": "starter"})), setup, torch.nn.Linear(8, 4, bias=False))
+    full = load_of(
+        build_config(layer({"recipe": "gpt2_clm", "profile": "starter"})), setup, torch.nn.Linear(8, 4, bias=False)
+    )
     assert (full.weights, full.states) == (32 * 4, 32 * 12), "plain PyTorch trains fp32 weights under autocast"
     packed = torch.nn.Parameter(torch.zeros(16, dtype=torch.uint8), requires_grad=False)
     packed.quant_state = SimpleNamespace(shape=(8, 4))
