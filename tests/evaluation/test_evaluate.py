@@ -119,7 +119,9 @@ def test_overlap_is_of_the_rows_that_are_measured(done, tmp_path, task, rows):
     held_out = {int(item["item"].rpartition(" ")[2]) for item in own}
     data = write_rows(tmp_path / "all.jsonl", [row | {"weight": int(n >= 4)} for n, row in enumerate(instructions(24))])
     found = overlap(Evaluation(open_run(path), data, None, task, False, Settings(limit=5), None))
-    assert found["rows"] == len(rows) and {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*rows} - held_out
+    assert (
+        found["rows"] == len(rows) and {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*rows} - held_out
+    )
 
 
 @pytest.mark.parametrize(
