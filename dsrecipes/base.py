@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 Metrics = Callable[["EvalPrediction"], dict[str, Any]]
 """All logits and labels of a split, in row order -> figures by name."""
 
+# imported by name when a recipe is run: commands that only read a recipe must not import the training
 _TRAINING = "dsrecipes.train.training"
-"""Imported by name when a recipe is run: a recipe describes, and what only reads one must not import the training."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunResult:
 
 
 class RecipeBase(ABC):
-    """A recipe: what a row means. Everything else about a run is the same for all recipes, and lies in train/.
+    """A recipe: what a row means. Everything else about a run is the same for all recipes, and is in train/.
 
     Row hooks (format_row, encode, finish) are static, because their arguments are then all that can change tokens: the key of
     the token cache covers exactly these. The other hooks receive what a run has made so far as arguments, so that none
@@ -103,12 +103,14 @@ class RecipeBase(ABC):
         splits = load_splits(data.dataset, data.dataset_config)
         if data.eval_dataset:
             held_out = load_splits(data.eval_dataset, data.dataset_config)
+            # a file without splits counts as train
             name = next(name for name in ("validation", "train", "test") if name in held_out)
             splits["validation"] = held_out[name]
         return renamed(splits, data.columns)
 
     def of_source(self, source: Source) -> RecipeBase:
         """Copy this recipe with the settings of one source, for its load_rows."""
+        # a shallow copy: hooks that add notes add them to the list of the run
         recipe = copy.copy(self)
         recipe.config = replace(self.config, data=self.config.data.of_source(source))
         return recipe
@@ -146,8 +148,10 @@ class RecipeBase(ABC):
         if not self.auto_class.endswith("ForSequenceClassification"):
             return
         classes = {label for split in splits.values() for label in split.data["labels"][:]}
+        # a negative label would index from the end of the logits, or be ignored as -100 is
         if min(classes) < 0:
             raise UserError("DSR622", f"classifier labels must start at 0, but the rows have {min(classes)}")
+        # never fewer than the model has: its head may know classes that these rows lack
         model_config.num_labels = max(model_config.num_labels, max(classes) + 1)
 
     def load_model(self, model_config: PretrainedConfig, dtype: torch.dtype, deepspeed: bool) -> PreTrainedModel:
@@ -158,6 +162,7 @@ class RecipeBase(ABC):
             dtype: of the weights.
             deepspeed: whether DeepSpeed will hold the weights, and fp32 copies of those it trains.
         """
+        # here, as in the other hooks: importing a recipe must not import torch
         from dsrecipes.model.load import load_model
 
         return load_model(self.config.model, model_config, self.auto_class, dtype, self.config.train["seed"], deepspeed)
@@ -177,7 +182,7 @@ class RecipeBase(ABC):
     def metrics(
         self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig
     ) -> Metrics | None:
-        """Make the function that computes figures of a split beside its loss.
+        """Make the function that computes figures of a split in addition to its loss.
 
         For recipes with one label a row: the evaluation of a causal model keeps no logits, and reports its perplexity.
 
@@ -230,7 +235,7 @@ class RecipeBase(ABC):
         )
 
     def build_trainer(self) -> Trainer:
-        """Prepare rows and model, and return the trainer without training."""
+        """Prepare rows and model, and return the trainer, untrained."""
         return import_module(_TRAINING).Training(self).build_trainer()
 
     def run(self) -> RunResult:

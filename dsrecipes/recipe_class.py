@@ -26,9 +26,11 @@ def recipe_class(files: RecipeFiles) -> type[RecipeBase]:
     except SyntaxError as error:
         raise UserError("DSR624", f"{error.filename}, line {error.lineno}: {error.msg}") from None
     except ImportError as error:
+        # a shipped recipe that does not import is our fault, and keeps its traceback
         if str(files.module).startswith("dsrecipes."):
             raise
         raise UserError("DSR624", f"{files.module}: {error}") from error
+    # of this module: it may import the recipe that it derives from
     classes = [
         value
         for value in vars(module).values()
@@ -53,6 +55,7 @@ def _check_methods(recipe: type[RecipeBase], file: str) -> None:
             f"{file}: {recipe.__name__}.metrics is never called: the evaluation of a causal language model keeps no logits "
             "and reports the perplexity. Remove the method, or set auto_class",
         )
+    # only too many arguments are refused: call_hook leaves out what a method does not take
     for name in _RUN_HOOKS:
         given = list(inspect.signature(getattr(RecipeBase, name)).parameters)
         required = [key for key, value in _positional(getattr(recipe, name)).items() if value.default is value.empty]
@@ -66,6 +69,7 @@ def call_hook(recipe: RecipeBase, name: str, **made: Any) -> Any:
     Before hooks had arguments, `collator(self)` read `self.tokenizer`: what a method does not take is set on the recipe.
     """
     hook = getattr(recipe, name)
+    # *args takes all of them; **kwargs takes none, since arguments are passed by position
     takes_all = any(value.kind is value.VAR_POSITIONAL for value in inspect.signature(hook).parameters.values())
     taken = len(made) if takes_all else len(_positional(hook))
     for key, value in list(made.items())[taken:]:

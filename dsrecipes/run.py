@@ -49,10 +49,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         check_docstrings()
         adopt_ranks(os.environ)
-        cache_note = redirect_caches()  # before the libraries read where their caches are
+        # before the libraries are imported, which read then where their caches are
+        cache_note = redirect_caches()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    # after --help, which must answer at once
     _prepare_process()
     rank = int(os.environ.get("RANK", "0"))
     console, layers, training = Console(main=rank == 0), None, None
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         training = _load(layers, console)
         training.run()
     except UserError as error:
+        # first of all: while the console captures, a message would go into log.txt
         console.release()
         if layers is not None and layers.is_on("verbose"):
             traceback.print_exc()
@@ -91,10 +94,11 @@ def _prepare_process() -> None:
     """Set what must be set before torch is imported, and end this process with its launcher."""
     if os.environ.get("WORLD_SIZE", "1") == "1" and _others_are_busy():
         # Read when torch is loaded. OpenMP threads that spin while they wait for each other are a fifth faster on an idle
-        # machine, and starve beside another busy process: two steps of qlora_zero3 took 180 s so, and 32 s with sleeping.
+        # machine, and starve next to another busy process: two steps of qlora_zero3 took 180 s, and 32 s with sleeping threads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     end_with_launcher()
-    if threading.current_thread() is threading.main_thread():  # until the training begins there is nothing to save
+    # until the training begins there is nothing to save; Python allows handlers only in the main thread
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(RESUME_CODE))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         restore_child_signal()
@@ -109,7 +113,8 @@ def _others_are_busy() -> bool:
     except OSError:
         return False
     ticks = [int(new) - int(old) for old, new in zip(before[1:], after[1:], strict=True)]
-    idle, total = ticks[3] + ticks[4], sum(ticks[:8])  # proc(5): user nice system idle iowait irq softirq steal
+    # proc(5): user nice system idle iowait irq softirq steal; guest, which follows, is a part of user
+    idle, total = ticks[3] + ticks[4], sum(ticks[:8])
     return total > 0 and (total - idle) / total * (os.cpu_count() or 1) > _BUSY_SHARE
 
 
@@ -120,7 +125,9 @@ def _open_console(layers: Layers, rank: int, cache_note: str | None) -> Console:
         # not DETAIL: with it torch 2.13's DDP on gloo ends in a segmentation fault
         os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "INFO")
     else:
+        # libraries warn of things that a user of a recipe cannot change
         warnings.filterwarnings("ignore")
+        # unset, tokenizers warns in every forked process
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     console = Console(main=rank == 0, capture=not verbose, rank_logs=rank if verbose else None)
     console.say(layers.first_line())

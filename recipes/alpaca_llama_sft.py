@@ -68,6 +68,7 @@ def _segments(record: dict) -> Segments:
     """
     if "instruction" in record:
         return [(_prompt(record["instruction"], record["input"]), False), (record["output"], True)]
+    # refused, since dropping them silently would train on answers to calls that nobody sees
     if record.get("tools") or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in record["messages"]):
         raise ValueError("Stanford's templates have no form for tools; give --prompt_style chat")
     system: list[str] = []
@@ -76,6 +77,7 @@ def _segments(record: dict) -> Segments:
     for turn in joined_roles(record["messages"]):
         if turn["role"] == "assistant":
             segments += [(_prompt("\n\n".join([*system, *user]), ""), False), (turn["content"], True)]
+            # a template holds one instruction: earlier turns are not repeated in it
             user = []
         elif turn["role"] == "system":
             system.append(turn["content"])
@@ -102,5 +104,6 @@ def _weights(record: dict) -> list[float]:
     row = weight_of(record, "the row")
     if "messages" not in record:
         return [row]
+    # in the form in which _segments sees the turns, so that each weight meets its answer
     turns = joined_roles(leading_as_context(record["messages"]))
     return [row * weight_of(turn, f"turn {number}") for number, turn in enumerate(turns, 1) if turn["role"] == "assistant"]

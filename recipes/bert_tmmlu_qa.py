@@ -41,6 +41,7 @@ class BertTmmluQa(RecipeBase):
             max_length=options.max_length,
             return_attention_mask=False,
         )
+        # the tokenizer takes a flat list of pairs: four in a row are one question's
         count = len(LETTERS)
         batch = {name: [flat[i : i + count] for i in range(0, len(flat), count)] for name, flat in encoded.items()}
         return batch | {
@@ -59,6 +60,7 @@ class BertTmmluQa(RecipeBase):
             splits["validation"] = [
                 pair for _, rows in question_sources(data.eval_dataset, data.subjects, data.columns) for pair in rows
             ]
+        # TMMLU+ has 5 dev questions a subject and most of its questions in test, so its own splits train little
         elif data.split == "pooled":
             splits = pool([pair for rows in splits.values() for pair in rows], self.config.train["seed"])
         return {name: LocatedRows(rows) for name, rows in splits.items() if rows}
@@ -87,7 +89,8 @@ class BertTmmluQa(RecipeBase):
             try:
                 record = self.format_row(row)
             except ValueError:
-                continue  # dropped by --skip_bad_rows
+                # training has dropped it too, by --skip_bad_rows
+                continue
             questions.append(
                 {
                     "subject": record["subject"],

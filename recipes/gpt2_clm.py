@@ -38,5 +38,6 @@ class Gpt2Clm(RecipeBase):
 
 
 def _as_documents(rows: Iterable[Row]) -> Iterable[Row]:
+    # a .txt file is split into documents when it is read; `rows` is what --columns wraps
     is_file = isinstance(getattr(rows, "rows", rows), FileRows)
     return LineRows(rows) if not is_file and LineRows.fit(rows) else rows

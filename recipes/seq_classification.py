@@ -58,7 +58,8 @@ class SeqClassification(RecipeBase):
     @staticmethod
     def finish(paths: dict[str, Path], held_out: bool, options: EncodeOptions) -> dict[str, str]:
         """Decide from the training labels what they are, and replace the text of each label by its number."""
-        if held_out:  # validation rows are training rows, and a rare class may have gone there
+        # held-out rows are training rows too, and a rare class may be only among them
+        if held_out:
             decisive = ["train", "validation"]
         elif "train" in paths:
             decisive = ["train"]
@@ -68,6 +69,7 @@ class SeqClassification(RecipeBase):
             fingerprints, kind, names = number_labels(paths, decisive, options.problem_type)
         except ValueError as error:
             raise UserError("DSR600", str(error)) from None
+        # beside the prepared files, since a later run takes these from the cache without calling finish
         text = json.dumps({"problem_type": kind, "names": names}, ensure_ascii=False)
         next(iter(paths.values())).with_name("labels.json").write_text(text, encoding="utf-8")
         return fingerprints
@@ -89,26 +91,28 @@ class SeqClassification(RecipeBase):
         model_config.problem_type = kind  # type: ignore[assignment]  # a Literal of the three kinds
         classes = "" if kind == NUMBER else f" {plural(len(names), 'class')}: {list_names(names)}"
         self.notes.append(_KIND_NOTES[kind] + classes)
+        # test splits of GLUE and others have -1 where a label is withheld
         if "-1" in names:
             note = "-1 is taken as a class; where it means that a row has no label, remove these rows"
             self.notes.append(coded("DSR603", note))
         limit = self.config.data.max_length
         for name, split in splits.items():
             cut = sum(pc.sum(read_columns(path).column("cut")).as_py() for path in _files(split))
+            # a note, not a refusal: the beginning of a text often suffices for its class
             if cut:
                 note = f"{cut:,} of {split.stats.kept:,} {name} rows were cut at {limit} tokens (--max_length)"
                 self.notes.append(coded("DSR604", note))
 
     def metrics(self, split: Split | MixedSplit, train: Split | MixedSplit, model_config: PretrainedConfig) -> Metrics:
-        """The figures of `label_scores`; of one label a row also what always giving the commonest class reaches."""
+        """The figures of `label_scores`; with one label a row also the accuracy of always giving the most common class."""
         kind = str(model_config.problem_type)
         names = list((model_config.id2label or {}).values())
-        commonest = _commonest_class(_files(train)) if kind == ONE else None
+        most_common = _most_common_class(_files(train)) if kind == ONE else None
 
         def compute(prediction: EvalPrediction) -> dict[str, Any]:
             figures = label_scores(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), kind, names)
-            if commonest is not None:
-                figures["accuracy_majority"] = float(np.mean(prediction.label_ids == commonest))
+            if most_common is not None:
+                figures["accuracy_majority"] = float(np.mean(prediction.label_ids == most_common))
             return figures
 
         return compute
@@ -137,7 +141,7 @@ def _read_labels(files: list[Path]) -> tuple[str, list[str]]:
     return facts["problem_type"], facts["names"]
 
 
-def _commonest_class(files: list[Path]) -> int:
+def _most_common_class(files: list[Path]) -> int:
     columns = [read_columns(path).column("labels") for path in files]
     labels = np.concatenate([np.asarray(chunk) for column in columns for chunk in column.chunks])
     return int(np.bincount(labels).argmax())

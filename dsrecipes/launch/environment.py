@@ -48,7 +48,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Launch:
-    """What accelerate was asked for beside ranks."""
+    """What the accelerate command requests in addition to ranks."""
 
     deepspeed: bool
     use_cpu: bool
@@ -91,6 +91,7 @@ def read_launch(env: MutableMapping[str, str], zero: Path | None = None) -> Laun
     )
     if launch.deepspeed:
         _refuse_second_owner(env, zero)
+    # Trainer would read them, and let accelerate's precision and DeepSpeed win over the flags
     for key in list(env):
         if key in _ACCELERATE_KEYS or key.startswith("ACCELERATE_DEEPSPEED_"):
             del env[key]
@@ -126,6 +127,7 @@ def _accelerate_command() -> list[str]:
     for _ in range(_MAX_PARENTS):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            # proc(5): the name in parentheses may hold spaces and parentheses, so fields are counted from the last one
             pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         except (OSError, ValueError, IndexError):
             return []
@@ -143,6 +145,7 @@ def _accelerate_config(command: list[str]) -> str:
             return command[index + 1]
         if word.startswith("--config_file="):
             return word.partition("=")[2]
+    # here, because it is read for an error message only, and imports torch
     from accelerate.commands.config.config_args import default_config_file
 
     return str(default_config_file)
@@ -155,15 +158,18 @@ def complete_ranks(env: MutableMapping[str, str]) -> Ranks:
     """
     adopt_ranks(env)
     if "RANK" not in env:
+        # leftovers of another launcher would be taken for a part of this group
         for key in RANK_KEYS:
             env.pop(key, None)
         with socket.socket() as probe:
+            # the port is free again when the process group binds it; the gap is short, and only this machine is concerned
             probe.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(probe.getsockname()[1])
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", env["RANK"])
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))  # LOCAL_SIZE: the deepspeed launcher
+    # the deepspeed launcher names it LOCAL_SIZE
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     return Ranks(
         rank=int(env["RANK"]),

@@ -23,6 +23,7 @@ PHASES = (
     "saving",
     "finishing",
 )
+# how long these take depends on the size of the model, not on how long they took before
 _SLOW_PHASES = {PHASES.index(name) for name in ("starting", "saving", "finishing")}
 _MICRO_BATCH_PHASES = {PHASES.index(name) for name in ("forward", "backward")}
 # A fixed layout, which one pwrite of a few microseconds replaces: ranks record every phase of every micro batch.
@@ -99,7 +100,8 @@ def process_stat(pid: int) -> tuple[str, int] | None:
         return fields[0], int(fields[19])
     except OSError:
         pass
-    try:  # without /proc only its existence can be checked
+    # without /proc (macOS) only its existence can be checked
+    try:
         os.kill(pid, 0)
     except OSError:
         return None
@@ -117,6 +119,7 @@ def process_state(record: Heartbeat) -> str:
 def host_id() -> bytes:
     """This machine since its last boot, and the process namespace: equal where process ids mean the same."""
     try:
+        # a host name is not unique: containers share one, and cloud images ship one
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:20]
         return f"{boot}{os.stat('/proc/self/ns/pid').st_ino}".encode()[:32].ljust(32)
     except OSError:
@@ -144,8 +147,10 @@ def find_stalled(
     """
     silence = {rank: now - max(record.time, awake_since) for rank, record in records.items()}
     died = [Fault(rank, "died", silence[rank]) for rank in records if states[rank] == "X"]
+    # a death explains why the others are silent, so nothing else is looked for
     if died or not hang_timeout:
         return died[:1]
+    # a stop that Ctrl-Z and `fg` enclose is no fault; a debugger has the state t and never counts
     limit = min(hang_timeout, _STOPPED_SECONDS)
     stopped = [Fault(rank, "stopped", silence[rank]) for rank in records if states[rank] == "T" and silence[rank] > limit]
     if stopped or len(records) < 2:
@@ -160,9 +165,11 @@ def _find_hanging(
     if min(silence.values()) <= min(hang_timeout, SUSPENDED_SECONDS) / 2:
         return []  # some rank still makes progress, so the others are not waiting for long
     position = {rank: (record.step, record.count) for rank, record in records.items()}
+    # in a collective, those that wait have gone further than the one that they wait for
     behind = [rank for rank in records if position[rank] == min(position.values())]
     phase = records[behind[0]].phase
     durations = [record.longest[phase] for record in records.values() if record.longest[phase] >= 0]
+    # the first time compiles, allocates and fills caches, so that it says nothing about a hang
     if phase in _SLOW_PHASES or any(records[rank].longest[phase] < 0 for rank in behind):
         limit = max(hang_timeout, slow_timeout)
     else:
@@ -173,6 +180,7 @@ def _find_hanging(
 def thread_stack(dump: str, thread: int) -> list[str]:
     """Frames of one thread of a faulthandler dump, innermost first."""
     parts = re.split(r"(?m)^(?:Current thread|Thread) (0x[0-9a-f]+).*$", dump)
+    # the last one: the file may hold earlier dumps
     stacks = [frames for name, frames in zip(parts[1::2], parts[2::2], strict=True) if int(name, 16) == thread]
     return [line.strip() for line in stacks[-1].splitlines() if line.strip()] if stacks else []
 

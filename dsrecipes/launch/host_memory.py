@@ -29,7 +29,8 @@ def _control_groups() -> list[Path]:
     groups: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):  # "": version 2 has one hierarchy for all controllers
+        # version 2 of control groups has one hierarchy for all controllers, written as ""
+        if controllers in ("", "memory"):
             root = Path("/sys/fs/cgroup", controllers)
             # In a container the path may not be visible below the root; the root then is the container's own group.
             innermost = root / path.strip("/")
@@ -72,6 +73,7 @@ class HostMemory:
     def report(self) -> tuple[bool, str]:
         """Whether memory ran out or nearly did, and the figures in words."""
         facts = []
+        # counted since the start, because the counters are of the machine, or of the whole job
         ran_out = _count_kills(self.groups) > self.kills_before
         if ran_out:
             facts.append("the kernel has killed a process for memory since the start")
@@ -79,9 +81,11 @@ class HostMemory:
         if total and self.least_free is not None:
             ran_out |= self.least_free < (1 - _NEARLY_ALL) * total
             facts.append(f"of the machine's {total / 1e9:.1f} GB at least {self.least_free / 1e9:.1f} GB were free")
-        limits = [(limit, group) for group in self.groups if (limit := _limit(group))]
-        if limits:
-            limit, group = min(limits)
+        limits = {group: _limit(group) for group in self.groups}
+        bounded = [(limit, group) for group, limit in limits.items() if limit]
+        if bounded:
+            # the narrowest limit is the one that is reached first
+            limit, group = min(bounded)
             peak = _read_number(group / "memory.peak") or _read_number(group / "memory.max_usage_in_bytes")
             ran_out |= peak is not None and peak >= _NEARLY_ALL * limit
             used = f", of which {peak / 1e9:.1f} GB were used" if peak else ""

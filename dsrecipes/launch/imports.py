@@ -17,10 +17,12 @@ _QUANTIZED_OPTIMIZERS = ("8bit", "bnb", "paged")
 def unneeded_packages(layers: Layers) -> list[str]:
     """Packages that transformers imports wherever they are installed, and that this process does not use."""
     if Path(sys.argv[0]).name not in ("dsrecipes", "run.py"):
-        return []  # not our own command: what runs later in this process may need them
+        # not our own command: what runs later in this process may need them
+        return []
     values = {key: str(value) for key, (value, _) in layers.merged().items()}
     if not str(layers.recipe.module).startswith("dsrecipes.recipes."):
-        return ["scipy"]  # a user's own recipe may give Trainer a Dataset, or a model an adapter
+        # a user's own recipe may give Trainer a Dataset, or a model an adapter
+        return ["scipy"]
     optimizer = values.get("optim", "")
     needs_bitsandbytes = any(part in optimizer for part in _QUANTIZED_OPTIMIZERS)
     if values.get("lora_r", "0") == "0" and not needs_bitsandbytes:
@@ -36,7 +38,8 @@ def _scan_models_once() -> None:
     from transformers.utils import import_utils
 
     scan: Any = getattr(import_utils, "create_import_structure_from_path", None)
-    if hasattr(scan, "cache_info"):  # the cache of 5.23; another version may have another function
+    # the cache of 5.23; another version may have another function
+    if hasattr(scan, "cache_info"):
 
         def scan_once(path: str | Path) -> object:
             return scan(Path(path).parent if Path(path).name == "__init__.py" else Path(path))
@@ -47,7 +50,8 @@ def _scan_models_once() -> None:
 @contextlib.contextmanager
 def hide_packages(packages: list[str]) -> Iterator[None]:
     """Make packages appear not installed for the duration of a block."""
-    modules: dict[str, Any] = sys.modules  # None in it makes an import raise ModuleNotFoundError
+    # None in sys.modules makes an import raise ModuleNotFoundError
+    modules: dict[str, Any] = sys.modules
     names = [name for name in packages if name not in modules]
     modules.update(dict.fromkeys(names))
     try:
@@ -69,5 +73,6 @@ def quick_imports(unneeded: list[str]) -> Iterator[None]:
             _scan_models_once()
             yield
     finally:
+        # what was imported stays for good, so later collections need not go through it
         gc.freeze()
         gc.enable()

@@ -54,7 +54,7 @@ class _Start:
 
     @property
     def interrupted_twice(self) -> bool:
-        """Whether the ranks were told to stop without saving."""
+        """Whether Ctrl-C came twice: stop without saving."""
         return self.stop_signals.count(signal.SIGINT) > 1
 
     def folder(self) -> Path | None:
@@ -82,6 +82,7 @@ class _Start:
         for rank, process in enumerate(self.processes):
             if rank in self.ended:
                 continue
+            # not Popen.poll, which drops how much memory the process used
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 self.ended[rank] = process.returncode = os.waitstatus_to_exitcode(status)
@@ -108,9 +109,11 @@ def _free_port() -> Iterator[str]:
 
 def _environments(ranks: int, port: str) -> list[dict[str, str]]:
     """Environment variables of each rank; a single rank sets its own."""
+    # complete_ranks chooses a free port, or the run needs no process group at all
     if ranks == 1:
         return [{}]
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # as torchrun does: else each rank has a thread for every core; set_threads divides them later
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return [shared | threads | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
@@ -125,6 +128,7 @@ def _collect_signals() -> Iterator[list[int]]:
         for name in (*_FORWARDED, "SIGTSTP"):
             number = getattr(signal, name)
             if should_handle(number):
+                # only collected: what a signal leads to happens in _wait, which may be starting or reaping a rank
                 previous[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
@@ -134,7 +138,8 @@ def _collect_signals() -> Iterator[list[int]]:
 
 
 def _forward(start: _Start, number: int) -> None:
-    if number == signal.SIGTSTP:  # Ctrl-Z stops the ranks together with this process, and `fg` continues them all
+    # Ctrl-Z stops the ranks together with this process, and `fg` continues them all
+    if number == signal.SIGTSTP:
         start.send(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         start.send(signal.SIGCONT)
@@ -155,7 +160,8 @@ def _wait(start: _Start, received: list[int]) -> None:
                 deadline = min(deadline, time.monotonic() + _GRACE[_INTERRUPTED])
         start.collect()
         failure = start.first_failure()
-        # A rank that ends with 75 alone was told to save and stop: the others are saving too, for as long as it takes.
+        # A rank that ends with 75, and no fault reported, had a signal to save and stop: the others are saving too, for as
+        # long as it takes.
         if failure and deadline == float("inf") and (failure[1] != RESUME_CODE or start.has_fault()):
             deadline = time.monotonic() + _GRACE.get(failure[1], _DEFAULT_GRACE)
         if time.monotonic() > deadline:
@@ -164,6 +170,7 @@ def _wait(start: _Start, received: list[int]) -> None:
             start.memory.sample()
             start.folder()
             sampled = time.monotonic()
+        # polled: waiting for one rank would miss the others, and a signal may come at any time
         time.sleep(0.05)
 
 
@@ -181,7 +188,8 @@ def _run(ranks: int, argv: list[str], run_folder_file: Path, started: str, recei
         try:
             _wait(start, received)
         finally:
-            start.send(signal.SIGKILL)  # reaches a rank only where this process itself failed
+            # reaches a rank only where this process itself failed
+            start.send(signal.SIGKILL)
     return start
 
 
@@ -202,10 +210,12 @@ def _describe_failure(start: _Start, rank: int, code: int) -> str:
     """Message: which rank failed first, how and where, and how to resume."""
     run = start.folder()
     fault = read_fault(run / "ranks") if run else None
-    if fault and fault[0].what != "died":  # of a death the launcher knows more: the signal, and the memory
+    # of a death the launcher knows more than the watchdogs: the signal, and the memory
+    if fault and fault[0].what != "died":
         return fault[1]
     pid = start.processes[rank].pid
     record = read_heartbeat(run / "ranks", rank) if run else None
+    # a record of another process is from an earlier start
     position = f"at {record.position()}" if record and record.pid == pid else "while it was starting"
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     lines = [coded("DSR308", f"error: rank {rank} (pid {pid}) {end} {position}; the others were stopped.")]
@@ -228,17 +238,19 @@ def _say(text: str) -> None:
 
 
 def _outcome(start: _Start) -> tuple[int, str | None]:
-    """Exit code, and a message; None where the ranks have reported it themselves, or did as they were told."""
+    """Exit code, and a message; None where the ranks have reported it themselves, or have stopped on a signal."""
     failure = start.first_failure()
     if failure is None:
         return 0, None
     rank, code = failure
+    # a signal may end a rank before its handlers are installed: as intended, and no failure
     if start.stop_signals:
         first = start.stop_signals[0]
         if -code == first or (start.interrupted_twice and -code == signal.SIGKILL):
             return RESUME_CODE if first == signal.SIGTERM else 128 + first, None
     if code in (EXIT_CODE, _INTERRUPTED) or (code == RESUME_CODE and not start.has_fault()):
         return code, None
+    # a killed rank can resume; a rank that ended with a code of its own would probably fail again
     return RESUME_CODE if code < 0 else code, _describe_failure(start, rank, code)
 
 
@@ -250,7 +262,7 @@ def launch(ranks: int, argv: list[str], restarts: int) -> int:
 
     Returns:
         0; 2 for a user's mistake; 75 where the same command with --resume_from_checkpoint auto resumes: a rank was
-        killed, stopped or hung, or the run was told to save and stop; else the code of the rank that failed first.
+        killed, stopped or hung, or a signal made the run save and stop; else the code of the rank that failed first.
     """
     started = str(time.time())
     temporary = tempfile.TemporaryDirectory(prefix="dsrecipes-launch-", ignore_cleanup_errors=True)
@@ -261,11 +273,13 @@ def launch(ranks: int, argv: list[str], restarts: int) -> int:
             start = _run(ranks, arguments, run_folder_file, started, received)
             code, message = _outcome(start)
             if message:
-                _say(f"\n{message}")  # below a progress bar
+                # the cursor may be on the line of a progress bar
+                _say(f"\n{message}")
             if not message or not left or start.stop_signals:
                 break
             run = start.folder()
             if run:
+                # later flags win over the user's: the folder must not be emptied of what it resumes from
                 resume = "--resume_from_checkpoint auto --overwrite_output_dir false --output_dir"
                 arguments = [*argv, *resume.split(), str(run)]
             source = f", from the last checkpoint in {run}" if run else ""

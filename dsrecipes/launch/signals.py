@@ -76,7 +76,8 @@ class StopSignals:
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+        # Python allows handlers only there; a run in another thread of a notebook has none
+        if threading.current_thread() is threading.main_thread():
             handled = [*filter(should_handle, _STOPPING), signal.SIGUSR1]
             self._previous_handlers = {number: signal.signal(number, self._receive) for number in handled}
         return self
@@ -85,6 +86,7 @@ class StopSignals:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         if self.group is not None:
+            # its connections would outlive the run in a notebook
             self.group.close()
             self.group = None
 
@@ -93,10 +95,12 @@ class StopSignals:
             self._save = True
             return
         now = time.monotonic()
+        # the second Ctrl-C leaves at once; all else only sets what `sync` exchanges, since a collective may be under way
         if number == signal.SIGINT and self._interrupted_at and now - self._interrupted_at > _SAME_PRESS:
             raise KeyboardInterrupt
         if number == signal.SIGINT and not self._interrupted_at:
             self._interrupted_at = now
+        # the greatest reason wins here as it does between ranks, so that all print the same one
         self._reason = max(self._reason, _STOPPING[signal.Signals(number)])
 
     def sync(self, *more: float) -> list[float]:
@@ -104,11 +108,13 @@ class StopSignals:
 
         The time limit leaves time for two of the longest steps, since the next one may be as long and a save follows.
         """
+        # wall time, not monotonic: the deadline counts from the first of several starts of the process
         if self.deadline is not None and time.time() + 2 * self._longest_step > self.deadline:
             self._reason = max(self._reason, _TIME_LIMIT)
         values = [float(self._reason), float(self._save), *more]
         if self.group is not None:
             values = self.group.greatest(values)
+        # an evaluation syncs between its batches, and must not forget a save that the end of the step owes
         self.leaving, self.saving = int(values[0]), self.saving or bool(values[1])
         self._save = False
         return values[2:]

@@ -53,16 +53,19 @@ def _number(env: Environment, *keys: str) -> int | None:
 
 def find_task(env: Environment) -> Task | None:
     """This process as srun, mpirun or another such launcher describes it; None where it did not start several."""
-    return _mpi_task(env) or _slurm_task(env)  # under mpirun in a Slurm job the job's variables do not describe this process
+    # under mpirun in a Slurm job, the job's variables do not describe this process
+    return _mpi_task(env) or _slurm_task(env)
 
 
 def _mpi_task(env: Environment) -> Task | None:
     for launcher, keys in _MPI.items():
         rank, world, local_rank, local_world = (_number(env, key) for key in keys)
+        # one process alone needs no rank of a launcher
         if rank is None or world is None or world < 2:
             continue
         if local_rank is None and "SLURM_LOCALID" in env:
-            continue  # srun --mpi=pmi2, whose own variables say more
+            # srun --mpi=pmi2, whose own variables say more
+            continue
         if local_rank is None or local_world is None:
             raise UserError(
                 "DSR303",
@@ -80,9 +83,11 @@ def _slurm_task(env: Environment) -> Task | None:
     if rank is None or world is None or world < 2:
         return None
     if "SLURM_STEP_ID" not in env and env.get("ENVIRONMENT") == "BATCH":
-        return None  # sbatch sets SLURM_NTASKS and SLURM_PROCID=0 for the script, which runs once
+        # sbatch sets SLURM_NTASKS and SLURM_PROCID=0 for the script, which runs once
+        return None
     if "SLURM_PTY_PORT" in env and os.isatty(0):
-        return None  # srun --pty bash, and a command typed there
+        # srun --pty bash, and a command typed there
+        return None
     nodes = expand_host_list(
         env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
     )
@@ -92,6 +97,7 @@ def _slurm_task(env: Environment) -> Task | None:
     if local_rank is None:
         local_rank = rank % local_world
     tasks = [int(task) for task in env.get("SLURM_GTIDS", "").split(",") if task.isdecimal()]
+    # a watchdog takes the ranks of its machine to be consecutive
     if local_world > 1 and tasks and tasks != list(range(tasks[0], tasks[0] + local_world)):
         raise UserError(
             "DSR304",
@@ -108,7 +114,8 @@ def _tasks_of_node(env: Environment, world: int, nodes: int) -> int:
         return world
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):  # 2(x3),1: three machines with 2, one with 1
+    # 2(x3),1: three machines with 2, one with 1
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
     node = _number(env, "SLURM_NODEID")
     if len(counts) == nodes and (node is not None or len(set(counts)) == 1):
@@ -182,6 +189,7 @@ def adopt_ranks(env: Environment) -> None:
     job = task.job or (str(os.getppid()) if one_machine else "")
     port = env.get("MASTER_PORT")
     if not port and job:
+        # crc32, because Python's hash() differs between processes
         port = str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)])
     if not host or not port:
         raise UserError(

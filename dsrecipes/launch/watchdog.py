@@ -57,6 +57,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        # SIGTERM and not _exit: the run saves first, as if its batch queue had ended it
         os.kill(os.getpid(), signal.SIGTERM)
 
     if os.environ.get(RUN_FOLDER_FILE):
@@ -81,6 +82,7 @@ class Watchdog:
         """
         self.run, self.folder, self.rank, self.local_ranks = run, run / "ranks", rank, local_ranks
         self.hang_timeout, self.slow_timeout, self.error_fd = hang_timeout, slow_timeout, error_fd
+        # with our launcher, the launcher prints the message; without it, the first watchdog does
         self.run_folder_file = os.environ.get(RUN_FOLDER_FILE)
         stat = process_stat(os.getpid())
         self._identity = (host_id(), os.getpid(), stat[1] if stat else 0, threading.main_thread().ident or 0)
@@ -92,6 +94,7 @@ class Watchdog:
             self._open_files()
         self._write()
         if len(local_ranks) > 1 and self._file >= 0:
+            # a daemon: it must not keep a process alive that has ended its work
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _open_files(self) -> None:
@@ -99,6 +102,7 @@ class Watchdog:
         self._file = os.open(self.folder / f"rank_{self.rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         self._stack_file = os.open(self._stack_path(self.rank), flags, 0o644)
+        # the dump is written by the signal handler in C, and so also while the main thread hangs in a collective
         if hasattr(faulthandler, "register") and threading.current_thread() is threading.main_thread():
             faulthandler.register(signal.SIGUSR2, file=self._stack_file, all_threads=True)
         if self.run_folder_file and self.rank == 0:
@@ -146,10 +150,12 @@ class Watchdog:
 
     def exit_if_peer_left(self, error: BaseException) -> None:
         """End this process silently where `error` only says that another rank has left, which reports the reason itself."""
+        # torch has no error of its own for a peer that has left; gloo, NCCL and the socket store name themselves
         text = str(error).lower()
         if len(self.local_ranks) < 2 or not any(name in text for name in ("gloo", "nccl", "connection", "socket")):
             return
-        for _ in range(25):  # five seconds: where a rank died, the thread ends this process within that time
+        # five seconds: where a rank died, the watchdog's thread ends this process within that time
+        for _ in range(25):
             records = (read_heartbeat(self.folder, rank) for rank in self.local_ranks if rank != self.rank)
             if any(record.ended for record in records if record):
                 os._exit(RESUME_CODE)
@@ -160,6 +166,7 @@ class Watchdog:
             return
         with contextlib.suppress(OSError):
             position = (self._since, self._step, self._micro_batch, self._count)
+            # one call of the kernel, so that a reader sees the old record or the new one but rarely a mixture
             os.pwrite(self._file, LAYOUT.pack(*self._identity, self._phase, ended, *position, *self._longest), 0)
 
     def _stack_path(self, rank: int) -> Path:
@@ -172,6 +179,7 @@ class Watchdog:
         previous: list[tuple[int, str]] = []
         while not self._done.wait(_INTERVAL):
             now = time.monotonic()
+            # a suspended laptop or a stopped job stops the clocks of all ranks, and none of them hangs
             if now - checked > SUSPENDED_SECONDS:
                 awake_since = now
             checked = now
@@ -210,22 +218,27 @@ class Watchdog:
             if len(faults) > 1:
                 faults = [fault for fault in faults if not is_in_collective(stacks[fault.rank])]
             if not faults or len(faults) == len(records):
-                return  # all wait, or all compute: who is at fault cannot be told
+                # all wait, or all compute: it is not clear which rank is at fault
+                return
         fault = faults[0]
+        # the others report it, and end this process
         if fault.rank == self.rank and len(records) > 1:
             return
         # One after the other, so that usually the first one reports and the rest find its file.
         others = [rank for rank in records if rank != fault.rank]
         time.sleep(0.3 * others.index(self.rank) if self.rank in others else 0)
         self._report(fault, self._message(fault, records[fault.rank], stacks.get(fault.rank, [])))
+        # a rank that hangs or is stopped would keep its GPU, and does not react to SIGTERM
         if fault.what != "died":
             with contextlib.suppress(OSError):
                 os.kill(records[fault.rank].pid, signal.SIGKILL)
+        # not sys.exit, which would end this thread alone while the main thread waits in a collective
         os._exit(RESUME_CODE)
 
     def _report(self, fault: Fault, message: str) -> None:
         """Claim the fault by creating its file, and print the message unless the launcher does."""
         try:
+            # mode x creates the file or fails, so that one watchdog alone claims the fault
             with (self.folder / FAULT).open("x", encoding="utf-8") as file:
                 file.write(json.dumps(vars(fault) | {"text": message}))
         except FileExistsError:

@@ -23,7 +23,7 @@ _KNOWN_GLOBALS = frozenset(
         "numpy.ndarray",
     }
 )
-"""Names in the files of DeepSpeed 0.19 and Trainer beside those that torch.load(weights_only=True) allows: data, no code."""
+"""Names in files of DeepSpeed 0.19 and Trainer that torch.load(weights_only=True) would refuse: data, no code."""
 
 
 def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -36,6 +36,7 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         part: which of the files to look at, so that ranks share the work: every `parts`-th from `part` on.
     """
     files = read_manifest(checkpoint)["files"]
+    # sorted, so that all ranks divide the same list
     for name in sorted(files)[part::parts]:
         path = checkpoint / name
         try:
@@ -43,6 +44,7 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} is damaged: its sha256 differs from the manifest's"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
+        # also where the hash is right: a manifest proves only that nothing changed since whoever wrote it
         problem = _pickle_problem(path, name) if path.suffix in _PICKLES else None
         if problem:
             return problem

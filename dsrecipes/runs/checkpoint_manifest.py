@@ -20,13 +20,15 @@ def list_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files except the manifest, in the same order on every rank."""
     # A link to a folder counts as a file, so that it is noticed as one that does not belong here.
     files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    return sorted(name for path in files if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+    names = {path.relative_to(folder).as_posix() for path in files}
+    return sorted(names - {MANIFEST})
 
 
 def hash_files(folder: Path, names: list[str]) -> FileFacts:
     """Write files through to the disk, and read their sizes and hashes; ranks share the work (OSError)."""
     facts: FileFacts = {}
     for name in names:
+        # before the manifest exists, which must not reach the disk earlier than what it vouches for
         sync(folder / name)
         facts[name] = ((folder / name).stat().st_size, checksum(folder / name))
     return facts
@@ -44,6 +46,7 @@ def write_manifest(folder: Path, facts: FileFacts, made_by: dict[str, Any], cont
     for below in (path for path in folder.rglob("*") if path.is_dir()):
         sync(below)
     content = {"made_by": made_by, "contract": contract, "files": facts}
+    # the manifest guards all other files, and its checksum guards the manifest
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1, ensure_ascii=False)
     write_whole(folder / MANIFEST, text)
 
@@ -85,6 +88,7 @@ def find_problem(checkpoint: Path) -> str | None:
                 return f"{name} has {actual:,} bytes instead of {size:,}"
     except (OSError, ValueError) as error:
         return str(error)
+    # a file too many is a fault as well: DeepSpeed and Trainer load what they find by name
     extra = sorted(set(present) - set(expected))
     return f"{extra[0]} is not in its manifest" if extra else None
 

@@ -30,6 +30,7 @@ def draw_curve(log: Path, picture: Path, title: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    # steps are whole numbers, which the ticks of a short run would not be
     locator = axes.xaxis.get_major_locator()
     if isinstance(locator, MaxNLocator):
         locator.set_params(integer=True)

@@ -57,6 +57,7 @@ def _step(checkpoint: Path) -> int:
 def default_path(recipe: str) -> Path:
     """runs/RECIPE/TIMESTAMP, with a number where that exists."""
     base = Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S")
+    # two runs may start within the same second
     path, number = base, 1
     while path.exists():
         number += 1
@@ -82,7 +83,8 @@ def check_output(path: Path, *, resuming: bool, overwrite: bool) -> None:
     if not os.access(ancestor, os.W_OK):
         raise UserError("DSR337", f"{flag}: no permission to write into {ancestor}")
     total, _, free = shutil.disk_usage(ancestor)
-    if not total:  # such as /proc
+    # a file system without blocks, such as /proc
+    if not total:
         raise UserError("DSR337", f"{flag}: the file system of {ancestor} stores no files; choose another folder")
     if free < SPARE_BYTES:
         raise UserError("DSR338", f"{flag}: no space left on the disk ({free / 1e6:.0f} MB free); choose another disk")
@@ -96,6 +98,7 @@ def _check_not_empty(path: Path, overwrite: bool) -> None:
             f"--output_dir {path}: the folder exists and is not empty. Resume its run: {_RESUME} auto; "
             "start a new one: another --output_dir, or --overwrite_output_dir to delete it",
         )
+    # a mistyped --output_dir must not delete somebody's home directory
     if not RunFolder(path).config.is_file():
         raise UserError(
             "DSR336", f"--overwrite_output_dir: {path} is not a run folder (no config.yaml in it); delete it yourself"
@@ -125,6 +128,7 @@ def find_checkpoints(requested: str, folder: RunFolder | None, say: Callable[[st
         path = folder.checkpoints / f"{_PREFIX}{requested[4:]}"
     else:
         path = flag_path("resume_from_checkpoint", requested)
+        # RUN/checkpoints means the run, and so does RUN below
         if path.name == "checkpoints":
             path = path.parent
         if path.name == "model" and (path.parent / "config.yaml").is_file():
@@ -156,6 +160,7 @@ def _unusable(requested: str, path: Path, problem: str, folder: RunFolder | None
 
 def _newest_first(folder: RunFolder, say: Callable[[str], None]) -> list[Path]:
     """The complete checkpoints; newer ones that are incomplete are reported, since the user may expect their step."""
+    # by step, never by time: clocks of machines differ, and copying changes times
     checkpoints = sorted(folder.all_checkpoints(), key=_step, reverse=True)
     problems = {path: find_problem(path) for path in checkpoints}
     complete = [path for path, problem in problems.items() if problem is None]
@@ -183,6 +188,7 @@ def find_run(name: str, *, ended: bool = True) -> RunFolder:
     """
     if name == "last":
         runs = [RunFolder(path.parent) for path in Path("runs").glob("*/*/model")]
+        # somebody else's folder may also have a subfolder named model
         runs = [run for run in runs if run.config.is_file()]
         if not runs:
             raise UserError("DSR341", "last: no finished run under runs/; train one, or give the path of a run folder")

@@ -43,12 +43,13 @@ _FACTS = {
     "weights": dict,
     "files": dict,
 }
-"""Fact that is recorded beside the logits -> its type."""
+"""Fact that is recorded with the logits -> its type."""
 
 
 def random_inputs(auto_class: str, vocabulary: int, length: int, seed: int) -> Batch:
     """Two rows of random ids, (2, length), or (2, 4, length) for multiple choice."""
     shape = (2, 4, length) if auto_class.endswith("ForMultipleChoice") else (2, length)
+    # a generator of its own leaves the random numbers of the run alone
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
     if auto_class.endswith("ForCausalLM"):
         return {"input_ids": ids}
@@ -73,6 +74,7 @@ def logits_of(model: PreTrainedModel, batch: Batch, auto_class: str) -> torch.Te
     """Logits in fp32 on the CPU; of a causal model only those of the last positions."""
     causal = auto_class.endswith("ForCausalLM")
     options = {"use_cache": False} if causal else {}
+    # dropout would make the logits random
     model.eval()
     with torch.no_grad():
         logits = model(**batch, **options).logits
@@ -123,7 +125,9 @@ def save_reference(
         recorded[f"{name}/logits"] = logits_of(model, batch, facts["auto_class"])
     if folder is None:
         return
-    folder.verified.unlink(missing_ok=True)  # it is about an earlier model/
+    # it is about an earlier model/
+    folder.verified.unlink(missing_ok=True)
+    # weights have a fingerprint for each tensor, and a model card is for its user to edit
     others = [path for path in folder.model.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".md")]
     facts = facts | {
         "weights": saved_fingerprints(folder.model),

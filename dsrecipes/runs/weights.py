@@ -65,6 +65,7 @@ def loaded_files(folder: Path) -> list[Path]:
         UserError: the index is damaged, or a file that it names is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    # without config.json, it is an adapter's folder
     if not (folder / "config.json").is_file():
         single = folder / "adapter_model.safetensors"
     if single.is_file():
@@ -105,12 +106,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def fingerprint(tensor: torch.Tensor) -> str:
     """Dtype, shape and CRC-32 of a tensor's bytes, as text."""
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # as bytes: numpy has no bf16
+    # as bytes, because numpy has no bf16
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {list(tensor.shape)} {zlib.crc32(data):08x}"
 
 
 def folder_checksum(folder: Path) -> str:
     """A sha256 over the names and contents of the files directly in a folder."""
+    # sorted: the order of a directory differs between file systems
     lines = [f"{path.name} {checksum(path)}\n" for path in sorted(folder.iterdir()) if path.is_file()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

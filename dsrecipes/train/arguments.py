@@ -32,16 +32,20 @@ def start_process_group(prepared: Prepared) -> TrainConfig:
         _refuse_options_that_need_evaluations(values)
         values["eval_strategy"] = "no"
     values |= {
-        "output_dir": tempfile.gettempdir(),  # until the ranks have agreed on the run folder
+        # until the ranks have agreed on the run folder, for which they need the process group
+        "output_dir": tempfile.gettempdir(),
         "deepspeed": prepared.engine,
         "use_cpu": setup.device == "cpu",
         "bf16": setup.precision == "bf16",
         "fp16": setup.precision == "fp16",
         "per_device_train_batch_size": setup.micro,
         "gradient_accumulation_steps": setup.accumulation,
+        # Training.run passes the checkpoint to train(), once its files are checked
         "resume_from_checkpoint": None,
         "disable_tqdm": True,
+        # batches have keys that forward() does not take, such as the weights of rows
         "remove_unused_columns": False,
+        # early stopping counts on from where the checkpoint was
         "restore_callback_states_from_checkpoint": True,
     }
     values |= best_metric(values)
@@ -49,7 +53,8 @@ def start_process_group(prepared: Prepared) -> TrainConfig:
         args = TrainConfig(**values)
     except ValueError as error:
         raise UserError("DSR351", str(error)) from error
-    args.report_to = [name for name in args.report_to if name != "tensorboard"]  # train/recorder.py writes the curves
+    # train/recorder.py writes the curves: it truncates them on resuming, and a full disk does not end the training
+    args.report_to = [name for name in args.report_to if name != "tensorboard"]
     if prepared.engine is not None:
         keep_fixed_steps(args.hf_deepspeed_config, prepared.engine)
     check_started(setup.zero.stage if setup.zero else None, setup.ranks, args)
@@ -78,6 +83,7 @@ def check_arguments(prepared: Prepared, args: TrainConfig, metrics: Callable[[Pr
     """
     setup, engine, config = prepared.setup, prepared.engine, prepared.config
     setup.notes += check_parts(args, prepared.steps, engine, config.own)
+    # the shipped JSON files start in our tests already
     if engine is not None and setup.zero is not None and not is_shipped(setup.zero.path) and not setup.zero.uses_nvme:
         try_engine(engine, setup.zero.path)
     if args.metric_for_best_model is not None:
@@ -114,7 +120,8 @@ def evaluated_figures(prepared: Prepared, metrics: Metrics | None) -> list[str] 
             if np.issubdtype(labels.dtype, np.integer):
                 classes = max(int(labels.max()) + 1, classes)
             values = metrics(EvalPrediction(np.zeros((len(labels), classes), dtype=np.float32), labels))
-        except Exception:  # a recipe of the user's own may need real predictions: then the name is not checked
+        except Exception:
+            # a user's recipe may need real predictions; the name is then checked by the first evaluation
             return None
         figures += [name for name, figure in values.items() if not isinstance(figure, dict)]
     parts = getattr(split, "parts", {}) if prepared.config.data.is_mixture else {}

@@ -62,24 +62,28 @@ def write_start(folder: RunFolder, config: Config, setup: RunSetup) -> None:
 
 
 def _values_to_repeat(config: Config, setup: RunSetup) -> dict[str, Any]:
-    """The values that were given, as the run used them."""
+    """Collect the values that were given, as the run used them."""
     layers = config.layers
     module = layers.recipe.module
     is_shipped_name = "." not in str(module) or str(module).startswith("dsrecipes.recipes.")
     recipe = layers.recipe.name if is_shipped_name and not isinstance(module, Path) else str(module)
     values: dict[str, Any] = {"recipe": str(recipe)}
     values["profile"] = layers.profile if layers.why_profile != "the only one" else "auto"
-    batch = Batch(setup.micro, setup.accumulation, setup.ranks.world).values()  # defaults among them may have changed
+    # defaults among the batch keys may have given way to what the user set
+    batch = Batch(setup.micro, setup.accumulation, setup.ranks.world).values()
     used = {**vars(config.model), **vars(config.data), **config.train, **batch}
-    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(layers.zero_json().values)  # the recorded JSON sets them again
+    # the recorded ZeRO JSON sets these again, and a value given twice is a contradiction
+    by_json = {*ENGINE_KEYS, "fp16", "bf16"} & set(layers.zero_json().values)
     idle = idle_values(used, setup.zero is not None)
     for key in config.given:
         if key in idle and key not in config.own:
-            continue  # the recipe sets it again; in a file of the user's it would be noted as without effect
+            # the recipe sets it again; in the user's own file it would be noted as having no effect
+            continue
         if key in _NOT_REPEATED or key in by_json or any(secret in key.split("_") for secret in _SECRETS):
             continue
         value = _plain(used.get(key, True))
         values[key] = _absolute(value) if key in _PATHS else value
+    # null removes a key that the recipe sets
     return values | dict.fromkeys(layers.removed() - set(_NOT_REPEATED))
 
 
@@ -152,6 +156,7 @@ def _without_secrets(argv: list[str]) -> list[str]:
     for word in argv:
         if word.startswith("--"):
             secret = any(part in _SECRETS for part in re.split(r"[-_]", word.partition("=")[0].lower()))
+        # a token may also stand where no flag names it
         if not secret and "hf_" not in word:
             words.append(word)
     return words
@@ -164,6 +169,7 @@ def _devices() -> list[str]:
 def write_ds_config(folder: RunFolder, trainer: RecipeTrainer) -> None:
     """Write ds_config.json as the engine took it; no `auto` is left in it."""
     config = engine_config(trainer.accelerator)
+    # JSON has no infinity, which json.dumps writes all the same; other parsers would refuse the file
     text = json.dumps(config, indent=1, default=str).replace("Infinity", "2147483647")
     write_whole(folder.ds_config, text + "\n")
 

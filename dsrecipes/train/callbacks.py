@@ -38,6 +38,7 @@ class StartAndEnd(TrainerCallback):
         self._keep_examples_apart(args)
         if prepared.config.train["dry_run"]:
             prepared.console.say(first_example(trainer, prepared.tokenizer))
+            # a dry run has a temporary folder on each rank
             shutil.rmtree(self.run.folder.path)
             raise DryRunEnded
         if engine is not None and prepared.console.main:
@@ -63,6 +64,7 @@ class StartAndEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the last step, which is the run's result; with a stream, state which epoch the step is in."""
         if self.run.prepared.rows.stream:
+            # Trainer cannot know: a stream has no length
             state.epoch = self.run.prepared.rows.stream.epoch(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_log = True

@@ -37,6 +37,7 @@ def health(losses: list[float], norm: float | None, overflowed: bool) -> Health:
         norm: of the gradients, where the engine gives it.
         overflowed: whether fp16's loss scaler skipped the step, which it does now and then.
     """
+    # before the other checks: an overflow's gradients are infinite, and the scaler has dropped them already
     if overflowed:
         return Health.OK
     if not all(map(math.isfinite, losses)):
@@ -62,7 +63,8 @@ def check_step(run: Run) -> None:
     norm_value = values[len(trainer.losses)] if norm is not None else None
     overflowed = run.prepared.setup.precision == "fp16" and trainer.accelerator.optimizer_step_was_skipped
     own = health(losses, norm_value, overflowed)
-    if own == Health.NO_LOSS and trainer.step_loss.weight == 0:  # all rows of the step have weight 0
+    # where all rows of the step have weight 0, a loss of 0 is right
+    if own == Health.NO_LOSS and trainer.step_loss.weight == 0:
         own = Health.OK
     (worst,) = run.signals.sync(own)
     if worst != Health.OK:
@@ -82,7 +84,7 @@ class _Finding:
 
 
 def _describe(worst: Health, own: Health, losses: list[float], run: Run) -> str:
-    """The message; all ranks call it together."""
+    """Compose the message; a collective call."""
     trainer, setup = run.trainer, run.prepared.setup
     step, data = trainer.state.global_step, trainer.train_dataset
     micro = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
@@ -91,6 +93,7 @@ def _describe(worst: Health, own: Health, losses: list[float], run: Run) -> str:
     rows = [row for sequence in sequences for row in data.rows(sequence)]
     has_labels = any(bool(labelled(batch["labels"]).any()) for batch in trainer.batches)
     own_finding = _Finding(own, micro, None if micro is None else losses[micro], rows, has_labels)
+    # gathered before anything is raised: a rank that raised alone would leave the others in a collective
     findings: list[_Finding] = run.signals.all_gather(own_finding)
     if worst == Health.BAD_LOSS:
         rank, finding = next(pair for pair in enumerate(findings) if pair[1].health == worst)
@@ -100,7 +103,8 @@ def _describe(worst: Health, own: Health, losses: list[float], run: Run) -> str:
     else:
         rows = [row for finding in findings for row in finding.rows]
         what = "the loss is exactly 0" if worst == Health.NO_LOSS else "the gradients hold NaN or infinite numbers"
-    if not any(finding.has_labels for finding in findings):  # the loss is a mean over no labels
+    # the loss is then a mean over no labels, which some models give as NaN and others as 0
+    if not any(finding.has_labels for finding in findings):
         what, worst = f"{what}, because no row of the step has a label", Health.NO_LOSS
     advice = "; or ".join(nan_remedies(worst, run.prepared.config.train, setup.engine, setup.precision))
     return (
@@ -121,6 +125,7 @@ def nan_remedies(fault: Health, train: dict[str, Any], engine: dict[str, Any], p
     remedies = []
     if engine.get("zero_optimization", {}).get("overlap_comm") is True:
         remedies.append("set overlap_comm to false in the ZeRO JSON, which has caused this")
+    # precision, clipping and learning rate change no label
     if fault == Health.NO_LOSS:
         return [*remedies, "look at the labels of these rows: a recipe's collator may leave none"]
     if precision == "fp16":

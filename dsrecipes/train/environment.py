@@ -35,12 +35,15 @@ class RunEnvironment(AbstractContextManager["RunEnvironment"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # first of all: closing a stream or waiting for a lock must not look like a rank that hangs
         if self.watchdog is not None:
             self.watchdog.end(failed=error is not None)
         if self.stream is not None:
             self.stream.close()
         if self.folder is not None:
+            # last of what writes into the folder
             self.folder.release()
+        # else the next model of this process is built for ZeRO-3, with empty weights
         unset_hf_deepspeed_config()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         for key, value in self._variables.items():

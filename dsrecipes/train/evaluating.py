@@ -35,7 +35,7 @@ class Evaluator:
     """
 
     def __init__(self, trainer: Trainer, watchdog: Watchdog, context: CheckpointContext, causal: bool) -> None:
-        """Evaluate nothing yet.
+        """Set up; `run` evaluates.
 
         Args:
             trainer: whose model is evaluated.
@@ -57,6 +57,7 @@ class Evaluator:
         data: Any = dataloader.dataset
         loaders = dict.fromkeys(data.parts, dataloader)
         if len(data.parts) > 1:
+            # one by one, since a batch with rows of two sources would have one loss for both
             loaders = {name: self.trainer.get_eval_dataloader(part) for name, part in data.parts.items()}
         results = {name: self._evaluate_source(loader) for name, loader in loaders.items()}
         self.watchdog.enter("computing metrics")
@@ -69,6 +70,7 @@ class Evaluator:
         for name, (sums, _) in results.items():
             if name:
                 metrics |= {f"{name}_{key}": value for key, value in self._loss_and_perplexity(sums).items()}
+        # log.jsonl, TensorBoard and trackers take numbers only
         self.details = {key: metrics.pop(key) for key in list(metrics) if isinstance(metrics[key], dict)}
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         no_array: Any = None  # predictions are not kept
@@ -85,13 +87,16 @@ class Evaluator:
         problem, metrics = None, {}
         on_gpu = self.trainer.args.device.type == "cuda"
         try:
+            # else dropout after an evaluation would differ, and a resumed run that skips one would not be equal
             with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
                 metrics = evaluate()
         except EvaluationInterrupted:
             raise
         except Exception as error:
-            traceback.print_exc()  # into the run's log
+            # into log.txt: without --verbose, the console captures standard error
+            traceback.print_exc()
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        # all ranks return figures or none does: they decide by them on the best checkpoint and on early stopping
         problem = next((text for text in self.context.signals.all_gather(problem) if text), None)
         if problem is None:
             return metrics
@@ -127,19 +132,22 @@ class Evaluator:
         return loss, outputs.logits
 
     def _loss_and_perplexity(self, sums: torch.Tensor) -> dict[str, Any]:
-        """Of [loss summed over labels, labels], on all ranks."""
+        """Figures of [loss summed over labels, number of labels] of all ranks."""
         total, count = sums.tolist()
         loss = total / count if count else math.nan
         if not self.causal:
             return {"loss": loss}
+        # exp(710) is more than a float holds
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)) if count else math.nan}
 
     def _evaluate_source(self, dataloader: DataLoader) -> tuple[torch.Tensor, Predictions | None]:
-        """[Loss summed over labels, labels] of all ranks; and predictions, where metrics need them."""
+        """Evaluate one source: [loss summed over labels, number of labels] of all ranks, and predictions for metrics."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         model: Any = trainer.model
         model.eval()
-        one = torch.ones((), device=trainer.args.device)  # divides no loss: batches are summed
+        # as the divisor of each batch, it makes the loss a sum
+        one = torch.ones((), device=trainer.args.device)
+        # in fp64, so that the sum does not depend on how rows are divided into batches
         sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
         logits: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
@@ -156,6 +164,7 @@ class Evaluator:
             # compute_loss multiplies by the number of ranks, over which DDP and DeepSpeed average gradients
             sums += torch.stack([loss.double() / accelerator.num_processes, weight])
             if trainer.compute_metrics is not None:
+                # to the CPU at once: the logits of a whole split need not fit on the accelerator
                 logits.append(accelerator.gather(outputs.logits.float()).cpu())
                 labels.append(accelerator.gather(targets).cpu())
             trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
@@ -165,5 +174,6 @@ class Evaluator:
             return sums, None
         sampler: Any = dataloader.batch_sampler
         data: Any = dataloader.dataset
-        in_row_order = np.argsort(sampler.order().flatten(), kind="stable")[-len(data) :]  # padding rows, -1, come first
+        # rows come sorted by length; padding rows have the index -1 and so are first here
+        in_row_order = np.argsort(sampler.order().flatten(), kind="stable")[-len(data) :]
         return sums, (torch.cat(logits).numpy()[in_row_order], torch.cat(labels).numpy()[in_row_order])

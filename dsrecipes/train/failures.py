@@ -31,13 +31,15 @@ class Progress:
 
 
 def explain(error: BaseException, config: Config, progress: Progress, folder: RunFolder | None) -> UserError | None:
-    """The message for a failure that the user can fix; None for any other one."""
+    """Compose the message for a failure that the user can fix; None for any other."""
+    # before the check for a full disk: advice about --output_dir would not help with the cache
     if isinstance(error, OSError) and str(error.filename).startswith(str(cache_root())):
         return UserError(
             "DSR362",
             f"the cache {cache_root()} cannot be used: {error.strerror} ({error.filename}). Set DSRECIPES_CACHE to another "
             "folder",
         )
+    # torch.OutOfMemoryError is a RuntimeError, as is much else
     if is_out_of_memory(error) and progress.setup is not None:
         trainer = progress.trainer
         where = f"in step {trainer.state.global_step + 1}" if trainer else "while the model was loaded"

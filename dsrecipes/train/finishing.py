@@ -45,6 +45,7 @@ def finish_run(run: Run, recipe: RecipeBase, began: float) -> RunResult:
     _save_model(run)
     _save_reference(run)
     result = RunResult(run.folder.path, trainer.state.global_step, _final_metrics(run, recipe))
+    # raised only after the barrier, so that no rank is left waiting in it
     problem = _write_results(run, recipe, result, began) if console.main else None
     trainer.accelerator.wait_for_everyone()
     if problem:
@@ -53,16 +54,18 @@ def finish_run(run: Run, recipe: RecipeBase, began: float) -> RunResult:
 
 
 def _save_model(run: Run) -> None:
-    """Save the model next to model/, and replace that once everything is on the disk."""
+    """Save the model beside model/, and replace model/ once everything is on the disk."""
     trainer, main = run.trainer, run.prepared.console.main
     staged = run.folder.path / "model.writing"
     try:
         if main:
             shutil.rmtree(staged, ignore_errors=True)
+        # no rank may write before rank 0 has removed what an earlier, interrupted save left
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(staged))
         trainer.accelerator.wait_for_everyone()
         if main:
+            # a rename may reach the disk before the contents do, so that a power failure would leave empty files
             for path in staged.rglob("*"):
                 sync(path)
             put_in_place(staged, run.folder.model)
@@ -111,10 +114,12 @@ def _final_metrics(run: Run, recipe: RecipeBase) -> dict[str, Any]:
             compute = call_hook(
                 recipe, "metrics", split=splits[name], train=splits["train"], model_config=run.prepared.model_config
             )
+        # after load_best_model_at_end the weights are not those of the last evaluation, whatever its step
         is_stale = logged.get("step") != trainer.state.global_step or run.args.load_best_model_at_end
         if is_stale or (compute and not trainer.evaluator.details):
             trainer.compute_metrics = compute
             logged = trainer.evaluate(run.prepared.sequences[name], metric_key_prefix=prefix)
+            # the evaluation left the phase, which alone has no time limit of a step
             run.watchdog.enter("finishing")
         metrics |= {key: value for key, value in logged.items() if key.startswith(f"{prefix}_")}
         metrics |= {f"{prefix}_{key}": value for key, value in trainer.evaluator.details.items()}
@@ -168,8 +173,10 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
     Returns:
         What is wrong, or None.
     """
+    # with this rank's variables, the process would take itself for one of several ranks
     env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_") and key not in RANK_KEYS}
-    root = str(Path(__file__).parents[2])  # of a checkout, which need not be installed
+    # a checkout need not be installed
+    root = str(Path(__file__).parents[2])
     python_path = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
     command = [sys.executable, "-m", "dsrecipes.publish.verify", str(folder.path.absolute())]
@@ -178,6 +185,7 @@ def _verify_apart(folder: RunFolder) -> UserError | None:
         return None
     last_line = (process.stderr.strip().splitlines() or [""])[-1]
     if process.returncode == EXIT_CODE:
+        # the message below gets an id of its own
         message = _ID.sub("", last_line).removeprefix("error: ")
         return UserError("DSR355", f"the saved model failed its verification. {message}")
     return UserError(

@@ -16,8 +16,9 @@ from dsrecipes.train.state import Run
 from dsrecipes.zero.internals import local_shard
 from dsrecipes.zero.shards import Shards, check_shards, gradient_bytes, measure_shards
 
+# the router may send no token of a step to some expert, whose parameters then rightly have no gradient
 _EXPERT = re.compile(r"(^|\.)experts\.")
-"""Parameters of a mixture's expert, which a step without tokens for it does not train."""
+"""Names of parameters of experts."""
 _SHOWN = 3
 """Parameters that a message names."""
 
@@ -39,7 +40,7 @@ class _Audit:
 class FirstStep(TrainerCallback):
     """Audits the first step of this process; a fault on any rank ends all ranks with the same UserError.
 
-    Gradients are looked at as they arise and sizes just before the update, because neither exists afterwards.
+    Gradients are examined as they arise and sizes just before the update, because neither exists afterwards.
     """
 
     def __init__(self, run: Run) -> None:
@@ -61,22 +62,26 @@ class FirstStep(TrainerCallback):
         if self.run.prepared.setup.zero is None:
             return
         self.engine = self.trainer.deepspeed
+        # with DeepSpeed, Trainer calls no callback between backward and update: both happen inside the engine
         update = self.engine.step
 
         def look_and_step(*args: Any, **kwargs: Any) -> Any:
-            if not self.done:  # stays in place after the first step, because others may have wrapped it
+            # this wrapper is never removed, because others may have wrapped it in turn
+            if not self.done:
                 self._before_update()
             return update(*args, **kwargs)
 
         self.engine.step = look_and_step
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
+        # a sum of absolute values, because it is 0 or not finite exactly where the gradient is
         size = torch.linalg.vector_norm(gradient.detach(), 1, dtype=torch.float32)
         self.gradients[name] = self.gradients[name] + size if name in self.gradients else size
 
     def _before_update(self) -> None:
         self.gradient_bytes = gradient_bytes(self.trainer.model, self._optimizer())
         sizes = list(self.gradients.values())
+        # reading all weights takes time, and only then is there a reason to
         if sizes and not torch.stack(sizes).isfinite().all():
             self.nonfinite_weight = nonfinite_weight(self.trainer.model)
 
@@ -86,7 +91,7 @@ class FirstStep(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The moment between backward and update with plain PyTorch."""
+        """Look at gradients and weights before the update, with plain PyTorch."""
         if self.engine is None and not self.done:
             self._before_update()
 
@@ -94,11 +99,13 @@ class FirstStep(TrainerCallback):
         """Exchange the findings of all ranks, refuse faults, and report what each rank holds."""
         if self.done:
             return
-        self.done = True  # and it stays in the list of callbacks, which is being iterated over
+        # it stays in the list of callbacks, because Trainer is iterating over that
+        self.done = True
         for hook in self.hooks:
             hook.remove()
         audits: list[_Audit] = self.run.signals.all_gather(self._audit(state.global_step))
         setup = self.run.prepared.setup
+        # causes before effects: weights that hold NaN would also be reported as gradients that do
         check_ranks([audit.rows for audit in audits])
         self._refuse_unlabelled([audit.unlabelled for audit in audits])
         check_weights([audit.nonfinite_weight for audit in audits])

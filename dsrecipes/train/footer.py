@@ -33,6 +33,7 @@ def footer(config: Config, result: RunResult, folder: RunFolder, seconds: float,
     if data:
         lines.append(line("streamed", _describe_stream(data)))
     lines.append(line("model", f"{folder.model} ({form})"))
+    # missing with --verify_model false, and where verification failed
     if folder.verified.is_file():
         lines.append(line("verified", describe_verification(json.loads(folder.verified.read_text()))))
     lines.append(line("curve", f"{folder.curve}, figures {folder.metrics}, log {folder.log}"))
@@ -49,6 +50,7 @@ def _describe_figures(config: Config, metrics: dict[str, Any]) -> list[str]:
     for key, figure in FIGURES.items():
         if figure.footer and key in figures:
             baseline = figures.get(f"{key}_majority")
+            # an accuracy means little without what a constant answer reaches
             remark = f" (always the commonest answer: {baseline:.4g})" if baseline is not None else ""
             shown.append(f"{figure.footer} {figures[key]:.4g}{remark}")
     sources = config.data.eval_sources or config.data.sources
@@ -66,6 +68,7 @@ def _describe_stream(data: dict[str, Any]) -> str:
         f"{data['epochs']:.3g} epochs by bytes",
     ]
     if data["dropped"]:
+        # `rows` counts what format_row accepted, and a bad row is one that it refused
         read = data["rows"] + data["dropped"].get("bad row", 0)
         dropped = describe_dropped(data["dropped"])
         parts.append(f"of {plural(read, 'row')} read, some ahead, dropped {dropped}")

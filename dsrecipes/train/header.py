@@ -31,7 +31,7 @@ def line(name: str, *parts: str) -> str:
 
 
 def loading(model: ModelConfig) -> str:
-    """The line before the model is looked for, which may be a download or a conversion."""
+    """The line printed before the model is loaded, which may include a download or a conversion."""
     name = model.model_name_or_path or ""
     note = "random weights" if model.from_scratch else ""
     if needs_conversion(name):
@@ -72,10 +72,12 @@ def header(prepared: Prepared, trainer: RecipeTrainer) -> str:
 
 def _data_lines(prepared: Prepared) -> Iterator[str]:
     """A line for each split, and below it for each source of a mixture."""
-    is_first = prepared.rows.stream is None  # the stream has the first line
+    # a stream has the line named `data`, above these
+    is_first = prepared.rows.stream is None
     for name, split in prepared.rows.splits.items():
         sequences = prepared.sequences[name]
         yield line("data" if is_first else "", _describe_split(name, split.stats, sequences))
+        # a single data set has none
         yield from _source_lines(split, sequences, prepared.config)
         is_first = False
 
@@ -85,6 +87,7 @@ def _describe_split(name: str, stats: SplitStats, sequences: Sequences) -> str:
     if sequences.counts:
         rows = f"{sum(sequences.counts.values()):,} of {rows} an epoch"
     parts = [f"{name}: {rows} in {plural(len(sequences), 'sequence')}", plural(stats.tokens, "token")]
+    # not for recipes with one label a row, where the share of tokens means nothing
     if stats.supervised > stats.kept:
         parts.append(f"{stats.supervised / stats.tokens:.0%} trained on")
     if stats.tail:
@@ -100,7 +103,8 @@ def source_facts(split: Split | MixedSplit, sequences: Sequences) -> dict[str, d
     for name, part in split.parts.items() if isinstance(split, MixedSplit) else ():
         available = len(sequences.parts[name].row_lengths())
         drawn = sequences.counts.get(name, available)
-        tokens = round(part.stats.tokens * drawn / available)  # the mean of many epochs
+        # which rows an epoch draws differs, so this is the mean of many epochs
+        tokens = round(part.stats.tokens * drawn / available)
         facts[name] = asdict(part.stats) | {"rows_an_epoch": drawn, "tokens_an_epoch": tokens}
     return facts
 
@@ -180,7 +184,7 @@ def _engine_line(prepared: Prepared, trainer: RecipeTrainer) -> str:
 
 
 def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first training row decoded, with ⟦brackets⟧ round what is trained on."""
+    """The first training row decoded, with ⟦brackets⟧ around what is trained on."""
     row = trainer.train_dataset.sample[0][0]
     end = "dry run: nothing was trained or written"
     ids, labels = row["input_ids"], row["labels"]
@@ -199,7 +203,8 @@ def first_example(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _class_names(config: PretrainedConfig) -> Mapping[int, str]:
-    names: Any = config.id2label  # transformers allows names of numbers as text too
+    # transformers types the keys as numbers or text; PretrainedConfig makes them numbers
+    names: Any = config.id2label
     return names
 
 

@@ -83,8 +83,10 @@ def run_identity(prepared: Prepared) -> dict[str, Any]:
         "optim_args": _assignments(train["optim_args"]),
         "lora_target_modules": _targets(config.model),
     }
+    # blocks of the ZeRO JSON replace Trainer's optimizer and schedule, so their values count instead of the flags
     terms |= {key: setup.engine[key] for key in ("optimizer", "scheduler") if key in setup.engine}
     terms |= {key: train[key] for key in _TRAIN} | {key: getattr(config.model, key) for key in _MODEL}
+    # as a manifest will give them back: tuples as lists, enumerations as text
     return json.loads(json.dumps(terms, default=lambda value: str(getattr(value, "value", value))))
 
 
@@ -99,6 +101,7 @@ def check_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]) ->
     """
     manifest = read_manifest(checkpoint)
     before = manifest["contract"]
+    # before the terms are compared: no --allow_changed makes such a checkpoint one to resume from
     if not any(name.startswith("rng_state") for name in manifest["files"]):
         raise UserError(
             "DSR374",
@@ -189,8 +192,9 @@ def _without_words(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            kept = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
-            vars(node)["body"] = kept or [ast.Pass()]
+            statements = [part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
+            # a function that was only a docstring still needs a statement
+            vars(node)["body"] = statements or [ast.Pass()]
     return ast.unparse(tree)
 
 
@@ -201,6 +205,7 @@ def _weights(config: Config, commit: str | None) -> str:
     name = config.model.model_name_or_path or ""
     adapter, base = adapter_folder(name), base_model(name)
     folder = Path(local_model(starter_path(base)))
+    # a commit of the hub cannot change, so its files need not be read
     weights = _hash_samples(folder) if folder.is_dir() else f"{base} {commit or config.model.model_revision}"
     return weights if adapter is None else f"{_hash_samples(adapter)} on {weights}"
 
@@ -209,6 +214,7 @@ def _hash_samples(folder: Path) -> str:
     """Hash a folder's tensors: names, shapes and samples of their bytes."""
     hashed = hashlib.sha256()
     for path in loaded_files(folder):
+        # names and shapes are hashed whole, since they are small and reading them loads no tensor
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
             hashed.update(json.dumps([(name, file.get_slice(name).get_shape()) for name in names]).encode())

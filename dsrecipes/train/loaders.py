@@ -38,8 +38,10 @@ def make_loader(
     """
     if accumulation is None:
         accumulation = args.gradient_accumulation_steps
-    if data.sample.weighted:  # of a stream, each step checks its own, since not all windows need have weights
+    # once before the first step; in a stream each step checks its own batch, since not every window has weights
+    if data.sample.weighted:
         check_weights(data, collate([data.sample[PADDING_ROW]]))
+    # on a CPU, torch warns that pinning has no effect
     pins = args.dataloader_pin_memory and args.device.type == "cuda"
     if isinstance(data, Stream):
         shape = (accumulation, args.world_size, micro)
@@ -81,5 +83,6 @@ def sequences_of_step(trainer: Trainer, step: int) -> list[list[int]]:
     """This rank's sequences of a step (from 1) by micro batch; of the loader's current epoch."""
     loader: Any = trainer.callback_handler.train_dataloader
     sampler, accumulation = loader.batch_sampler, trainer.args.gradient_accumulation_steps
+    # each epoch has the same number of batches, so that the step alone says where in its epoch it is
     first = (step - 1) * accumulation % len(sampler)
     return list(islice(sampler, first, first + accumulation))

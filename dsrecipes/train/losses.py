@@ -32,6 +32,7 @@ class StepLoss:
         self.router = router_loss_of(model) if causal else None
         self.function: Callable | None = None
         """Trainer's compute_loss_func; None leaves the loss to the model."""
+        # Trainer averages a classifier's loss over micro batches, which is wrong where they differ in rows
         if not causal:
             self.function = self._row_loss
         elif self.router is not None or weighted or averages_own_loss(model):
@@ -52,7 +53,8 @@ class StepLoss:
         Returns:
             The micro batches as Trainer can count their labels: it compares them with -100, also where they are numbers.
         """
-        self.weight = None  # not all windows of a stream need have weights
+        # reset, because a window of a stream may have no weights after one that has some
+        self.weight = None
         if batches and WEIGHTS in batches[0]:
             total = sum(float(batch[WEIGHTS].sum(dtype=torch.float64)) for batch in batches)
             self.weight = sum_over_ranks([total], args)[0]
@@ -76,6 +78,7 @@ class StepLoss:
         if not self._router_losses:
             return None
         total = sum_over_ranks([float(torch.stack(self._router_losses).sum())], args)[0]
+        # each router loss is a share of its step already, so the sum is divided by steps, not by micro batches
         mean = total / self._logged_steps
         self._router_losses, self._logged_steps = [], 0
         return mean
@@ -98,6 +101,7 @@ class StepLoss:
             return loss
         router_loss = self.router.of_micro_batch(outputs, trained_tokens(self.inputs)) / self._sequences
         self._router_losses.append(router_loss.detach())
+        # with device_map, the last layer may be on another device than the router
         return loss + router_loss.to(loss.device)
 
     def _weighted_or_plain(

@@ -44,6 +44,7 @@ def _smaller_batches(load: Load) -> list[str]:
         return []
     changes = []
     if load.micro > 1:
+        # an odd number has no half that keeps the sequences a step
         half = load.micro // 2 if load.micro % 2 == 0 else 1
         accumulation = load.accumulation * load.micro // half
         now = f"now {load.micro} and {load.accumulation}"
@@ -52,6 +53,7 @@ def _smaller_batches(load: Load) -> list[str]:
         changes.append(f"--per_device_train_batch_size {half} --gradient_accumulation_steps {accumulation} ({now})")
     if not load.checkpointing:
         changes.append("--gradient_checkpointing true (activations of one layer at a time; a third slower)")
+    # below, rows would be dropped for little memory
     if load.max_length >= 128:
         changes.append(f"--max_length {load.max_length // 2} (now {load.max_length}; longer rows are dropped)")
     return changes
@@ -62,7 +64,9 @@ def _divided_states(load: Load) -> list[str]:
     if load.world > 1 and (load.stage or 0) < 3:
         share = f" (weights {_gb(load.weights)} a rank, then {_gb(load.weights / load.world)})" if load.weights else ""
         changes.append(f"--deepspeed zero3{share}")
+    # offload moves optimizer states to host memory: no help where that ran out, or before there are states
     if load.on_device and not load.offloads and load.training:
+        # ds_configs/ has an offload variant of stages 1 to 3
         stage = load.stage if load.stage in (1, 2, 3) else 2
         share = f" ({_gb(load.states / load.world)} of optimizer states a rank go to host memory)" if load.states else ""
         changes.append(f"--deepspeed zero{stage}_offload{share}")

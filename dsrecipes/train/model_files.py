@@ -23,6 +23,7 @@ def saved_as_pretrained(model: PreTrainedModel, folder: Path, state_dict: dict |
     weights, which ZeRO-3 gathers separately, are made one tensor again and so written once, as by every other stage. An
     adapter of a classifier gets a file with the settings of its head.
     """
+    # before save_pretrained, which recognizes tied weights by their memory
     for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
         if state_dict and tied in state_dict and source in state_dict:
             state_dict[tied] = state_dict[source]
@@ -32,6 +33,7 @@ def saved_as_pretrained(model: PreTrainedModel, folder: Path, state_dict: dict |
         config.use_cache = True
     try:
         yield
+        # an adapter's folder has no config.json, which would record the number of classes and their names
         is_classifier = type(unwrapped(model)).__name__.endswith("ForSequenceClassification")
         if is_classifier and (folder / CONFIG).is_file():
             settings = json.dumps(head_settings(unwrapped(model).config), ensure_ascii=False, indent=1)

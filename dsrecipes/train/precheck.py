@@ -67,6 +67,7 @@ def check_parts(args: TrainConfig, steps: int, engine: dict[str, Any] | None, ow
     notes: list[str] = []
     engine = engine or {}
     stage = int(engine.get("zero_optimization", {}).get("stage", 0))
+    # DeepSpeed checks its own blocks when the engine starts (zero/blocks.py try_engine)
     if "optimizer" not in engine:
         notes += _check_optimizer(args, stage, own)
     if "scheduler" not in engine:
@@ -83,7 +84,8 @@ def _check_optimizer(args: TrainConfig, stage: int, own: dict[str, str]) -> list
     name = _value(args.optim)
     if args.optim_target_modules:
         args = copy.copy(args)
-        args.optim_target_modules = "all-linear"  # names can be checked only against the model's own layers
+        # the user's names can be checked only against the model's own layers
+        args.optim_target_modules = "all-linear"
     assignments = [part.strip() for part in args.optim_args.split(",")] if args.optim_args else []
     malformed = next((part for part in assignments if part.count("=") != 1), None)
     if malformed is not None:
@@ -132,6 +134,7 @@ def _updated(args: TrainConfig, shapes: list[tuple[int, ...]]) -> tuple[torch.op
         set_mode()  # schedule-free optimizers demand it
     # torch's own need no trial; LOMO and the layerwise ones update in the backward pass
     if not _is_torchs(optimizer) and not _value(args.optim).endswith(("lomo", "layerwise")):
+        # two steps, since an error may need a state of the first; of different sizes, so that states matter
         for scale in (1.0, 0.1):
             gradients = iter((values.flip(0) * scale + 0.01).split([p.numel() for p in parameters]))
             for parameter in parameters:
@@ -158,7 +161,8 @@ def _settings(args: TrainConfig, **changes: Any) -> Any:
     for key, value in changes.items():
         setattr(changed, key, value)
     try:
-        layer: Any = nn.Linear(1, 1)  # only named parameters are asked of the model
+        # only the model's named parameters are read here
+        layer: Any = nn.Linear(1, 1)
         settings = Trainer.get_optimizer_cls_and_kwargs(changed, layer)[1]
         return {key: value for key, value in settings.items() if key != "params"}
     except Exception as error:
@@ -191,11 +195,13 @@ def _check_schedule(args: TrainConfig, steps: int) -> list[str]:
         raise UserError(
             "DSR388", "--lr_scheduler_kwargs: leave out last_epoch; --resume_from_checkpoint sets where a schedule resumes"
         )
+    # SGD, so that a fault of the optimizer is not reported as one of the schedule
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     warmup = args.get_warmup_steps(steps)
     with _refusing(f"--lr_scheduler_type {kind}{options}, {steps} steps, {warmup} of them warm-up"):
         scheduler = _Parts(args, nn.Module()).create_scheduler(steps, optimizer)
         for factor in getattr(scheduler, "lr_lambdas", ()):
+            # the ends and the middle of warm-up and decay, where a division by a length of 0 shows
             for step in sorted({0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}):
                 if not math.isfinite(factor(step)):
                     raise ValueError(f"the learning rate of step {step} is not finite")
@@ -242,14 +248,18 @@ def _check_helpers(args: TrainConfig) -> None:
     """The data loader, activation checkpointing and the compiler."""
     with _refusing("--dataloader_*"):
         rows: Any = [0]
+        # its constructor checks the combination, and starts no worker yet
         DataLoader(
-            rows, num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers,
+            rows,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-        )  # fmt: skip
+        )
     if args.activation_checkpointing:
         with _refusing(f"--activation_checkpointing_kwargs {args.activation_checkpointing_kwargs}"):
             given: Any = args.activation_checkpointing_kwargs or {}
+            # as the model's own activation checkpointing calls it
             options = {"use_reentrant": False} | given
             checkpoint(nn.Identity(), torch.ones(1, requires_grad=True), **options).backward()
     if args.torch_compile:

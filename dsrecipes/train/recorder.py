@@ -34,6 +34,7 @@ class Recorder(TrainerCallback):
             step: that the run resumes after; 0 for a new one.
             evaluates: whether the evaluation of that step comes again.
         """
+        # before anything is logged: a killed run may have logged steps that come again now
         truncate_log(folder.log, step, evaluates)
         self.log, self.console = folder.log, console
         self.unwritten: list[str] = []
@@ -54,6 +55,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
         """Write one line; non-finite numbers become text, which JSON has no number for."""
+        # the summary at Trainer's end repeats the figures, over a time that includes evaluations
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         line = {"step": state.global_step, "epoch": state.epoch, "time": time.time()} | logs
@@ -71,14 +73,17 @@ class Recorder(TrainerCallback):
         """Append to log.jsonl; a full or missing disk does not end the training."""
         self.unwritten.append(line)
         try:
+            # the file may have been removed in the meantime, with its folder
             size = self.log.stat().st_size if self.log.exists() else 0
             try:
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write("".join(self.unwritten))
             except OSError:
-                os.truncate(self.log, size)  # a full disk may have taken a part of a line
+                # a full disk may have taken a part of a line, which the next attempt would write again
+                os.truncate(self.log, size)
                 raise
         except OSError as error:
+            # one warning for all lines that wait
             if len(self.unwritten) == 1:
                 text = f"{self.log} cannot be written ({error.strerror}); training continues"
                 self.console.say(coded("DSR392", f"warning   {text}"))
@@ -93,6 +98,7 @@ class Recorder(TrainerCallback):
             for key, value in figures.items():
                 if isinstance(value, (int, float)) and not key.endswith("/epoch"):
                     self.board.add_scalar(key, value, step)
+            # at once, so that a killed run has its curves, and a write error is raised here and not in a thread
             self.board.flush()
         except OSError as error:
             text = f"TensorBoard cannot write ({error.strerror}): its curves end at step {step}"

@@ -31,7 +31,7 @@ class Resumer(TrainerCallback):
     """Loads a checkpoint, also one of another number of ranks or ZeRO stage, and restores what Trainer does not save."""
 
     def __init__(self, trainer: Trainer, writer: CheckpointWriter) -> None:
-        """Nothing is resumed until `begin`."""
+        """Set up; `begin` starts resuming."""
         self.trainer, self.writer, self.context = trainer, writer, writer.context
         self._checkpoint: Path | None = None
         self._progress: dict[str, Any] | None = None
@@ -41,18 +41,20 @@ class Resumer(TrainerCallback):
     def begin(self, checkpoint: Path) -> None:
         """Resume from this checkpoint when training begins."""
         self._checkpoint, self._progress = checkpoint, read_progress(checkpoint)
+        # the step that it starts from needs no save
         self.writer.saved_step = step_number(checkpoint)
 
     # ---- loading ----
 
     def must_reshard(self, checkpoint: str | None) -> bool:
-        """Whether other ranks or another ZeRO stage wrote a checkpoint, so that its states must be divided again."""
+        """Whether other ranks or another ZeRO stage wrote a checkpoint, so that its states must be resharded."""
         return checkpoint is not None and not loads_directly(read_writer(Path(checkpoint)), self.context.made_by)
 
     def reshard(self, checkpoint: Path) -> None:
         """Load a checkpoint that must be resharded into the started engine."""
         trainer = self.trainer
         engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
+        # 0 before training: Trainer reads its state only after the engine's
         step = trainer.state.global_step or step_number(checkpoint)
         assert trainer.model is not None
         restore.load(trainer.model, engine, trainer.optimizer, trainer.lr_scheduler, step, checkpoint)
@@ -61,6 +63,7 @@ class Resumer(TrainerCallback):
         """Complete what Trainer's own loading leaves out, once engine and optimizer exist."""
         if checkpoint is not None and self.must_reshard(checkpoint):
             self.reshard(Path(checkpoint))
+        # only where a change was allowed: otherwise the values are equal, and the loaded ones exact
         if self._progress is not None and self.context.changed:
             self._apply_changed_settings()
 
@@ -76,7 +79,8 @@ class Resumer(TrainerCallback):
                 "betas": (args.adam_beta1, args.adam_beta2),
                 "eps": args.adam_epsilon,
             }
-            if group["weight_decay"] or index == 0:  # Trainer makes the group that decays first
+            # biases and norms do not decay; Trainer makes the group that does first
+            if group["weight_decay"] or index == 0:
                 group["weight_decay"] = args.weight_decay
             if lambdas:
                 scheduler.base_lrs[index] = args.learning_rate
@@ -110,7 +114,7 @@ class Resumer(TrainerCallback):
         """Restore the losses since the last log line, and evaluate if that was due when the checkpoint was saved.
 
         Raises:
-            RunStopped: the run was told to stop in that evaluation, which is still due then.
+            RunStopped: the run had to stop during that evaluation, which is then still due.
         """
         trainer = self.trainer
         progress, self._progress = self._progress, None
@@ -118,6 +122,7 @@ class Resumer(TrainerCallback):
             return
         losses = progress["losses"]
         same_ranks = len(losses) == trainer.args.world_size
+        # each rank has a sum of its own; Trainer logs their mean, which the mean on every rank keeps
         loss = losses[trainer.args.process_index] if same_ranks else sum(losses) / len(losses)
         trainer._tr_loss.fill_(loss)
         trainer._globalstep_last_logged = progress["last_logged"]
@@ -169,5 +174,6 @@ class Resumer(TrainerCallback):
     def _seed(self) -> None:
         """Give this rank random numbers of its own, the same on each resume from this checkpoint."""
         args = self.trainer.args
+        # the seed alone would repeat the numbers of the first steps, and give all new ranks the same ones
         entropy = (args.seed, self.trainer.state.global_step, args.process_index)
         set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

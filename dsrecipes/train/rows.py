@@ -43,7 +43,8 @@ from dsrecipes.train.state import Prepared, Rows
 def unused_settings(recipe: RecipeBase) -> list[str]:
     """Note data settings that the user gave and that a bundled recipe of this kind does not read."""
     if not type(recipe).__module__.startswith("dsrecipes.recipes."):
-        return []  # a recipe of the user's own may read any of them
+        # a user's own recipe may read any of them
+        return []
     is_read = {
         **dict.fromkeys(("prompt_style", "reasoning", "packing"), _has_prompts(recipe)),
         **dict.fromkeys(("subjects", "split"), recipe.auto_class.endswith("ForMultipleChoice")),
@@ -74,6 +75,7 @@ def prepare_rows(
     """
     config, data = recipe.config, recipe.config.data
     sources = source_rows(data, recipe.load_source)
+    # now, so that notes of loading stand above those of later stages
     take_notes(recipe, setup)
     if _has_prompts(recipe):
         setup.notes += style_notes(data)
@@ -91,6 +93,7 @@ def prepare_rows(
                 stream = _stream(recipe, setup, source.splits.pop("train"), tokenizer, model_config)
             splits = _prepare_source(recipe, source, sources[0], tokenizer) if source.splits else {}
             block = options.max_length if recipe.cut_into_blocks else None
+            # before any weights are loaded: a token without a row in the embedding would fail in the first forward pass
             check_splits(splits, tokenizer, embedding_rows(model_config), block)
         prepared.append((source.source, splits))
     by_name: dict[str, Split | MixedSplit] = dict(by_split(prepared) if data.is_mixture else prepared[0][1])
@@ -106,10 +109,11 @@ def take_notes(recipe: RecipeBase, setup: RunSetup) -> None:
 def _prepare_source(
     recipe: RecipeBase, source: SourceRows, first: SourceRows, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Split]:
-    """Prepare one source; where labels are numbered over the training rows, validation rows need some beside them."""
+    """Prepare one source; where training rows decide the numbers of labels, validation rows are prepared with some."""
     seed = recipe.config.train["seed"]
     if "train" in source.splits or not _rewrites(recipe):
         return prepare_source(type(recipe), source, tokenizer, seed, recipe.console)
+    # the training rows decide which number a label has; of this source, only the other splits are used
     source = replace(source, splits={"train": first.splits["train"]} | source.splits)
     splits = prepare_source(type(recipe), source, tokenizer, seed, recipe.console)
     return {name: split for name, split in splits.items() if name != "train"}
@@ -189,7 +193,7 @@ def _sequences_of(
     config: Config,
     setup: RunSetup,
 ) -> Sequences:
-    """A split's sequences; training rows of several sources are drawn where shares were requested."""
+    """Group a split into sequences; training rows of several sources are drawn where shares were requested."""
     if isinstance(split, Split):
         return Sequences(split.path, capacity, weights)
     train = config.train
@@ -208,7 +212,7 @@ def _sequences_of(
 
 
 def read_first_rows(prepared: Prepared, signals: StopSignals, checkpoint: Path | None, changed: list[str]) -> None:
-    """Read a stream's first window, or the one that the checkpoint lies in; note what is odd about rows. A collective call.
+    """Read a stream's first window, or the one that the checkpoint is in; note what is odd about rows. A collective call.
 
     Raises:
         UserError: a row at fault, or files that differ between the ranks or from the checkpoint's.
@@ -217,6 +221,7 @@ def read_first_rows(prepared: Prepared, signals: StopSignals, checkpoint: Path |
     if stream is None:
         stats = prepared.rows.splits["train"].stats
     else:
+        # each rank reads the files by itself, and takes its rows by position
         if len(set(signals.all_gather(stream.fingerprint))) > 1:
             dataset = prepared.config.data.dataset
             raise UserError("DSR365", f"--dataset {dataset}: the ranks see different files, so they would skip rows")

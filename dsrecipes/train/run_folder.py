@@ -42,10 +42,12 @@ def choose_folder(config: Config, setup: RunSetup, say: Callable[[str], None]) -
         )
     candidates = find_checkpoints(resume, RunFolder(path) if path else None, say) if resume else []
     checkpoint = candidates[0] if candidates else None
+    # a checkpoint is in RUN/checkpoints/: without --output_dir, the run resumes in its own folder
     if checkpoint and path is None:
         path = checkpoint.parent.parent
     if checkpoint:
         setup.check_checkpoint(checkpoint, config.train)
+    # rank 0 alone, which creates the folder
     if setup.ranks.rank == 0 and not config.train["dry_run"]:
         overwrite = config.train["overwrite_output_dir"]
         resumes = path is None or _resumes_in(path, config, candidates)
@@ -62,7 +64,7 @@ def _resumes_in(path: Path, config: Config, candidates: list[Path]) -> bool:
 
 
 def _refuse_own_inputs(path: Path, config: Config) -> None:
-    """Refuse to delete a folder that holds what the run reads (UserError)."""
+    """Refuse to delete a folder that holds an input of the run (UserError)."""
     sources = (*config.data.sources, *config.data.eval_sources)
     inputs = [
         config.model.model_name_or_path,
@@ -129,9 +131,11 @@ def claim_folder(
     """
     if config.train["dry_run"]:
         return ClaimedFolder(RunFolder(Path(tempfile.mkdtemp(prefix="dsrecipes-dry-run-"))), None, is_new=True)
+    # rank 0's: a default path has the time in it, which differs between ranks
     folder = RunFolder(signals.all_gather(named or default_path(config.layers.recipe.name))[0])
     lock, is_new = FileLock(folder.lock), not folder.path.exists()
     empty = bool(config.train["overwrite_output_dir"]) and not _resumes_in(folder.path, config, candidates)
+    # as a value, not an exception: the other ranks wait in this collective for it
     problem = signals.all_gather(_lock(folder, lock, empty) if main else None)[0]
     if problem == _BUSY:
         raise UserError(
@@ -148,8 +152,10 @@ def _lock(folder: RunFolder, lock: FileLock, empty: bool) -> str | None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE)
+        # a rename costs nothing, and a run that is refused later can be undone by the reverse
         if empty:
             _move(folder.path, folder.path / _REPLACED)
+        # the fault of an earlier start would end this one at once
         Watchdog.remove_records(folder.path)
     except Timeout:
         return _BUSY
@@ -167,13 +173,15 @@ def _move(source: Path, target: Path) -> None:
 
 
 def choose_checkpoint(candidates: list[Path], ranks: Ranks, signals: StopSignals, say: Callable[[str], None]) -> Path | None:
-    """Choose the first undamaged candidate of rank 0's; a collective call.
+    """Choose the first undamaged candidate; a collective call.
 
     Each rank checks a part of the files, and all get the same result.
     """
+    # a checkpoint may have been completed between two looks, or a disk show it to one machine only
     candidates = signals.all_gather(candidates)[0]
 
     def find_on_all_ranks(checkpoint: Path) -> str | None:
+        # hashing is bound by one core, so ranks share it
         problems = signals.all_gather(find_damage(checkpoint, ranks.rank, ranks.world))
         return next((problem for problem in problems if problem), None)
 

@@ -29,7 +29,7 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class CheckpointContext:
-    """Where a run's checkpoints are, and what is written into each beside the state of the training."""
+    """Where a run's checkpoints are, and what is written into each in addition to the training state."""
 
     folder: RunFolder
     made_by: dict[str, Any]
@@ -47,7 +47,7 @@ class CheckpointContext:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Read what a checkpoint holds of a run's progress beside Trainer's own state."""
+    """Read what a checkpoint holds of a run's progress in addition to Trainer's own state."""
     return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
@@ -70,7 +70,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, trainer: Trainer, context: CheckpointContext, limit: int | None) -> None:
-        """Write nothing yet.
+        """Set up; `save` writes.
 
         Args:
             trainer: whose state is saved.
@@ -85,7 +85,7 @@ class CheckpointWriter:
         """Whether the evaluation of this step comes after its save, which must remember it."""
         self._saved_bytes = 0
         self._failures: list[str] | None = None
-        """Write errors of the current save; None: no save is going on."""
+        """Write errors of the current save; None outside a save."""
 
     def save(self, write_state: Callable[[], None], model: nn.Module) -> None:
         """Save on all ranks, unless this step is saved already; a collective call.
@@ -98,11 +98,13 @@ class CheckpointWriter:
             UserError: writing failed half-way; the complete checkpoints are untouched.
         """
         step, context = self.trainer.state.global_step, self.context
+        # Trainer, --save_strategy best, a signal and the end of an epoch may all ask for the same step
         if self.saved_step == step:
             return
         problem = None
         if self.trainer.is_world_process_zero():
             problem = no_room(context.folder.checkpoints, self._bytes_needed())
+        # all ranks skip this save or none does, since writing is collective
         problem = context.signals.all_gather(problem)[0]
         if problem:
             if not self.owes_save:
@@ -128,11 +130,13 @@ class CheckpointWriter:
         with self.collect_errors(), self._staged_output(), _collecting(file_writer(model), self):
             write_state()
         self._write_progress(staged, step)
+        # nothing may be written into the folder from here on
         facts = self._hash(staged, step)
         self._saved_bytes = sum(size for size, _ in facts.values())
         with self.collect_errors():
             if main:
                 write_manifest(staged, facts, self.context.made_by, self.context.identity)
+                # renamed last: whatever interrupts the save before leaves no folder of a checkpoint's name
                 put_in_place(staged, self.context.path(step))
                 self._staging.rmdir()
                 self._remove_older(step)
@@ -163,6 +167,7 @@ class CheckpointWriter:
         best = state.best_global_step
         if best and (best == step or self.context.path(best).is_dir()):
             state.best_model_checkpoint = str(self.context.path(best))
+        # sums since the last log line, which differ between ranks
         losses = self.context.signals.all_gather(float(trainer._tr_loss))
         with self.collect_errors():
             if trainer.is_world_process_zero():
@@ -182,6 +187,7 @@ class CheckpointWriter:
         args = self.trainer.args
         own: FileFacts = {}
         with self.collect_errors():
+            # in turn, because neighbours in the sorted list are alike in size
             own = hash_files(staged, list_files(staged)[args.process_index :: args.world_size])
         parts: list[FileFacts] = self.context.signals.all_gather(own)
         self._refuse_failures(step)
@@ -197,6 +203,7 @@ class CheckpointWriter:
         except (OSError, RuntimeError, SafetensorError) as error:
             if self._failures is None or not is_write_error(error):
                 raise
+            # torch appends a C++ stack to the message
             self._failures.append(str(error).splitlines()[0])
 
     def _refuse_failures(self, step: int) -> None:
@@ -231,18 +238,22 @@ class CheckpointWriter:
 
     def _remove_older(self, newest: int) -> None:
         """Keep the newest checkpoints up to the limit, the best one among them; leave damaged ones alone."""
-        if self.limit is None or self.limit <= 0:  # no limit, as for transformers
+        # no limit, as transformers reads these values
+        if self.limit is None or self.limit <= 0:
             return
         complete = self.context.folder.complete_checkpoints()
         best = self.trainer.state.best_global_step
-        kept = {self.context.path(newest)} | ({self.context.path(best)} if best else set())
+        retained = {self.context.path(newest)}
+        if best:
+            retained.add(self.context.path(best))
         for path in reversed(complete):
-            if len(kept) < self.limit:
-                kept.add(path)
-        for path in set(complete) - kept:
+            if len(retained) < self.limit:
+                retained.add(path)
+        for path in set(complete) - retained:
+            # a removal that is interrupted half-way must not look like a damaged checkpoint
             removing = path.parent / f"removing-{step_number(path)}"
             with contextlib.suppress(OSError):
-                path.rename(removing)  # interrupted half-way it would look like a damaged checkpoint
+                path.rename(removing)
                 shutil.rmtree(removing)
 
     def _bytes_needed(self) -> int:
@@ -256,7 +267,8 @@ class CheckpointWriter:
         parameters = list(self.trainer.model.parameters()) if self.trainer.model is not None else []
         counts = [full_numel(parameter) for parameter in parameters]
         trained = sum(count for parameter, count in zip(parameters, counts, strict=True) if parameter.requires_grad)
-        saves_all = trained == sum(counts)  # an adapter is saved without its base
+        # an adapter is saved without its base
+        saves_all = trained == sum(counts)
         weights = sum(
             count * parameter.element_size()
             for parameter, count in zip(parameters, counts, strict=True)

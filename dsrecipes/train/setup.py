@@ -94,7 +94,7 @@ class RunSetup:
             UserError: its sequences a step do not divide among these ranks, or its states cannot be resharded.
         """
         made, here = read_writer(checkpoint), self.made_by()
-        # with other ranks or another stage no equality bit for bit is promised anyway
+        # with other ranks or another stage, equality bit for bit is not promised on the same hardware either
         bit_for_bit = all(made.get(key) == here[key] for key in ("ranks", "zero"))
         if bit_for_bit and made.get("hardware", here["hardware"]) != here["hardware"]:
             self.notes.append(
@@ -131,6 +131,7 @@ class RunSetup:
                 f"share: resume on {' or '.join(suitable)} ranks",
             )
         share = total // world
+        # not larger than requested, which may not fit into memory
         self.micro = largest_divisor(share, self.micro)
         self.accumulation = share // self.micro
 
@@ -175,6 +176,7 @@ def resolve_setup(config: Config) -> RunSetup:
         UserError: launcher and configuration contradict each other, or request what this machine does not have.
     """
     launch = read_launch(os.environ, find_zero(str(config.train["deepspeed"] or "none")))
+    # before anything asks for an accelerator: torch reads CUDA_VISIBLE_DEVICES only once
     if config.train["use_cpu"] or launch.use_cpu:
         hide_accelerators()
     idle = idle_tasks_note(os.environ)
@@ -192,6 +194,7 @@ def resolve_setup(config: Config) -> RunSetup:
             f"{plural(ranks.local_world, 'rank')} on this machine, but {plural(torch.accelerator.device_count(), f'{device} device')}: "
             "start no more ranks than devices, or give --use_cpu true",
         )
+    # DeepSpeed needs a process group, also of one rank
     if zero is None and ranks.world == 1:
         use_single_process(device)
     batch, changed = _batch(config, ranks.world)
@@ -213,6 +216,7 @@ def _batch(config: Config, world: int) -> tuple[Batch, str | None]:
     """The batch, and a note on the defaults that were changed; a run that resumes may need a smaller micro batch on more ranks."""
     values = {key: config.train[key] for key in BATCH_KEYS}
     given = config.layers.by_user()
+    # check_checkpoint may have to make it smaller, so it is no contradiction here
     if config.train["resume_from_checkpoint"] and values["global_batch_size"]:
         given.pop(MICRO, None)
     batch = divide_batch(values, given, world)
@@ -235,11 +239,13 @@ def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | No
             )
         if config.train["require_deepspeed"]:
             raise UserError("DSR397", "--require_deepspeed and --deepspeed none contradict each other: drop one")
-        probe_deepspeed(nvme=False)  # hides one that does not import from accelerate
+        # a DeepSpeed that does not import is hidden from accelerate, which would import it
+        probe_deepspeed(nvme=False)
         return None, None, []
     zero = read_zero(path)
     reason = probe_deepspeed(zero.uses_nvme)
     if reason is None:
+        # before Trainer imports DeepSpeed, which would import torch's compiler for an unused optimizer
         if not zero.uses_muon:
             import_muon_uncompiled()
         return zero, None, zero.notes
@@ -249,6 +255,7 @@ def _engine(config: Config, launch: Launch) -> tuple[ZeroConfig | None, str | No
             f"DeepSpeed cannot start: {reason}. Install it (`pip install 'deepspeed<0.20'`), or drop --require_deepspeed to run on "
             "plain PyTorch",
         )
+    # their values replace those of the flags, so plain PyTorch would train with others than the user gave
     blocks = [key for key in ("optimizer", "scheduler") if key in zero.json]
     if blocks:
         raise UserError(
@@ -264,12 +271,16 @@ def _precision(config: Config, launch: Launch, device: str) -> str:
     requested = [name for name in ("bf16", "fp16") if config.train[name]]
     zero = config.layers.zero_json()
     explicit = {key for key in ("bf16", "fp16") if key in config.given and config.given[key] != zero.origin}
-    precision = requested[0] if requested else ("fp32" if explicit else launch.precision)
+    # a flag such as --bf16 false asks for fp32, whatever accelerate's configuration says
+    precision = "fp32" if explicit else launch.precision
+    if requested:
+        precision = requested[0]
     if precision is None:
         # a ZeRO JSON may turn one off and leave the other to the run
         allowed = [name for name in ("bf16", "fp16") if zero.values.get(name) is not False]
         if device != "cuda" or not allowed:
             return "fp32"
+        # an older GPU only emulates bf16, slowly
         if "bf16" in allowed and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
         return "fp16" if "fp16" in allowed else "fp32"

@@ -84,6 +84,7 @@ class Prepared:
         """Name training rows by the files and lines that they came from."""
         if self.rows.stream is not None:
             return self.rows.stream.places(rows)
+        # a block is no row of a file: it is described by the texts that it was cut from
         block = self.config.data.max_length if self.recipe.cut_into_blocks else None
         files = self.sequences["train"].by_file(rows)
         return "; ".join(RowSources(path).describe(numbers, block) for path, numbers in files)

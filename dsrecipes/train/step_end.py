@@ -15,7 +15,7 @@ class StepEnd:
     """Sets Trainer's control flags by what all ranks agree on."""
 
     def __init__(self, trainer: Trainer, writer: CheckpointWriter) -> None:
-        """Nothing is decided before the first step ends."""
+        """Set up; the first step's end is the first decision."""
         self.trainer, self.writer, self.signals = trainer, writer, writer.context.signals
         self.check: Callable[[], Any] = self.signals.sync
         """Agrees with the other ranks on the result of a step; a collective call."""
@@ -35,8 +35,10 @@ class StepEnd:
             self._ended_step = state.global_step
             self.gradient_norm = grad_norm
             self.signals.step_ended()
+            # before anything is saved: a step with NaN must reach no checkpoint
             self.check()
             epoch = float(state.epoch or 0)
+            # Trainer ends the last epoch at max_steps, also inside the data
             epoch_ends = epoch.is_integer() or state.global_step >= state.max_steps
             is_due = trainer.args.eval_delay <= epoch
             by_epoch = trainer.args.eval_strategy == IntervalStrategy.EPOCH
@@ -48,4 +50,5 @@ class StepEnd:
         if self.signals.leaving:
             if control.should_evaluate:
                 control.should_evaluate, self.writer.owes_evaluation = False, True
+            # also with --save_strategy no, so that the run can resume
             control.should_save = True

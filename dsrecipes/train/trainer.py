@@ -32,8 +32,7 @@ from dsrecipes.train.saving import CheckpointContext, CheckpointWriter
 from dsrecipes.train.speed import SpeedMeter
 from dsrecipes.train.step_end import StepEnd
 
-Items = torch.Tensor | int | None
-"""What divides the loss of a step."""
+Items = torch.Tensor | int | None  # what divides the loss of a step
 
 
 class RecipeTrainer(Trainer):
@@ -63,8 +62,10 @@ class RecipeTrainer(Trainer):
         """
         self.causal: bool = is_causal_lm(model)
         if self.causal:
+            # the evaluation would keep the logits of all validation tokens
             kwargs["compute_metrics"] = None
         else:
+            # Trainer infers this from **kwargs in forward(), but a classifier's own loss ignores num_items_in_batch
             untyped: Any = model
             untyped.accepts_loss_kwargs = False
         self.step_loss = StepLoss(model, self.causal, weighted)
@@ -76,8 +77,7 @@ class RecipeTrainer(Trainer):
         self.resumer = Resumer(self, self.writer)
         self.evaluator = Evaluator(self, watchdog, context, self.causal)
         self.add_callback(PhaseReporter(watchdog))
-        self.step_end = StepEnd(self, self.writer)
-        self.meter = SpeedMeter()
+        self.step_end, self.meter = StepEnd(self, self.writer), SpeedMeter()
         self._learning_rate = 0.0
         self.batches: list[dict[str, torch.Tensor]] = []
         self.losses: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ class RecipeTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             self.resumer.begin(Path(resume_from_checkpoint))
             self.args.eval_on_start = False
-        self.add_callback(self.resumer)  # the last one: it may evaluate, which other callbacks then report
+        self.add_callback(self.resumer)  # the last one, because it may evaluate, which the others then report
         with self.context.signals:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.writer.owes_save:
@@ -150,6 +150,7 @@ class RecipeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> Any:
         """The loss; when the model trains, the backward pass comes next."""
+        # Trainer pops the labels out of `inputs`, and the loss function gets neither weights nor inputs
         self.step_loss.inputs = dict(inputs)
         inputs.pop(WEIGHTS, None)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -227,8 +228,6 @@ class RecipeTrainer(Trainer):
             steps_trained_in_current_epoch,
         )
 
-    # ---- the end of a step ----
-
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -240,7 +239,7 @@ class RecipeTrainer(Trainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        """Log, evaluate and save as all ranks agree, and stop if the run is told to (RunStopped)."""
+        """Log, evaluate and save as all ranks agree, and stop where a signal or the time limit says so (RunStopped)."""
         self.step_end.decide(grad_norm)
         save_is_due = self.control.should_save
         try:
@@ -256,7 +255,7 @@ class RecipeTrainer(Trainer):
         if self.context.signals.leaving:
             raise RunStopped(self.writer.farewell())
 
-    # ---- evaluation ----
+    # ---- evaluation and log ----
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -287,8 +286,6 @@ class RecipeTrainer(Trainer):
             if self.control.should_save:
                 self._save_checkpoint(self.model_wrapped, trial)  # the run can resume with another figure
             raise self.evaluator.no_such_figure(metrics, self.writer.last_complete()) from error
-
-    # ---- what is logged ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed (useful tokens and rows of all ranks, over training time alone) and the greatest peak memory."""

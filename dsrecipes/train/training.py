@@ -58,7 +58,7 @@ class Training:
     """A run of one recipe: prepared, started, trained, finished."""
 
     def __init__(self, recipe: RecipeBase) -> None:
-        """Nothing is loaded and nothing is taken yet."""
+        """Set up; nothing is loaded yet."""
         self.recipe, self.config, self.console = recipe, recipe.config, recipe.console
         self.environment = RunEnvironment()
         self.progress = Progress()
@@ -82,6 +82,7 @@ class Training:
                     return RunResult(run.folder.path, run.trainer.state.global_step, {})
                 return finish_run(run, self.recipe, began)
             except FAILURES as error:
+                # a collective that failed only because another rank died is reported by that rank, or by its watchdog
                 if self.environment.watchdog is not None:
                     self.environment.watchdog.exit_if_peer_left(error)
                 explained = explain(error, self.config, self.progress, self.folder)
@@ -210,6 +211,7 @@ class Training:
             if self.console.main:
                 artifacts.write_start(folder, self.config, prepared.setup)
                 write_data(folder, prepared, step_of(checkpoint)[0] if checkpoint else 0)
+        # not earlier: its records are in the run folder; not later: loading weights is where ranks run out of memory
         watchdog = self._watch(prepared, args, folder)
         context = CheckpointContext(folder, prepared.setup.made_by(), identity, signals, self.console.say, changed)
         trainer = self._build_trainer(prepared, args, watchdog, context)

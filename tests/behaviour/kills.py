@@ -1,9 +1,9 @@
-"""Kill real two-rank runs at random moments, go on with the same command, and compare the ends. Prints a table.
+"""Kill real two-rank runs at random moments, resume with the same command, and compare the results. Prints a table.
 
 PYTHONPATH=tests .venv/bin/python tests/behaviour/kills.py --kills 60 --seed 0
 
-A chain is one run that is killed several times, each time later on the way; the same command goes on from what is there.
-Its end must have the weights and the losses of a run that was never killed, bit for bit. Victims: one rank, all ranks,
+A chain is one run that is killed several times, each time at a later step; the same command resumes it. It must end with
+the weights and the losses of a run that was never killed, bit for bit. Victims: one rank, all ranks,
 the launcher, by SIGKILL. Moments: at the start, in a step, in a save, in an evaluation; where in each is drawn.
 """
 
@@ -46,8 +46,8 @@ def command(small: Small, folder: Path, name: str) -> list[str]:
 
 def ranks_of(launcher: int) -> list[int]:
     """Pids of a launcher's ranks."""
-    found = subprocess.run(["pgrep", "-P", str(launcher), "-f", "dsrecipes.run"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    output = subprocess.run(["pgrep", "-P", str(launcher), "-f", "dsrecipes.run"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in output.split()]
 
 
 def gone(pids: list[int]) -> bool:
@@ -69,7 +69,7 @@ class Start:
         )
 
     def await_moment(self, moment: str, after: int, draw: random.Random) -> bool:
-        """Wait until rank 0 stands in a phase after some step, and a random while more; False where the run ended first."""
+        """Wait until rank 0 is in a phase after some step, and a random time more; False where the run ended first."""
         if moment == "start":
             time.sleep(draw.uniform(0.5, 9))
             return self.process.poll() is None
@@ -78,6 +78,7 @@ class Start:
             if record and record.step >= after and (moment == "step" or PHASES[record.phase] == PHASE_OF[moment]):
                 time.sleep(draw.uniform(0, 0.3 if moment == "step" else 0.08))
                 return self.process.poll() is None
+            # a save of a small model takes some tens of milliseconds
             time.sleep(0.001)
         return False
 
@@ -85,14 +86,14 @@ class Start:
         """SIGKILL the victim; seconds until no process is left."""
         ranks = ranks_of(self.process.pid)
         began = time.monotonic()
-        chosen = (
-            [self.process.pid]
-            if victim == "launcher" or not ranks
-            else ranks
-            if victim == "all ranks"
-            else [draw.choice(ranks)]
-        )
-        for pid in chosen:
+        # before the launcher has started ranks, there is only the launcher to kill
+        if victim == "launcher" or not ranks:
+            victims = [self.process.pid]
+        elif victim == "all ranks":
+            victims = ranks
+        else:
+            victims = [draw.choice(ranks)]
+        for pid in victims:
             os.kill(pid, signal.SIGKILL)
         while time.monotonic() - began < PATIENCE:
             self.process.poll()
@@ -107,7 +108,7 @@ class Start:
 
 
 def end_of(folder: Path) -> tuple[dict, list]:
-    """Final weights, and the figures of log.jsonl."""
+    """The final weights, and the figures of log.jsonl."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate")
     return load_file(folder / "model" / "model.safetensors"), [
@@ -122,6 +123,7 @@ def chain(
     run, log, rows = folder / f"chain-{number}", folder / f"chain-{number}.log", []
     for index, (victim, moment) in enumerate(plan):
         start = Start(command(small, run, name), run, log)
+        # each kill comes at a later step than the one before, so that a chain ends
         after = int(STEPS * (index + 0.2) / (len(plan) + 1)) + draw.randrange(3)
         hit = start.await_moment(moment, after, draw)
         record = read_heartbeat(run / "ranks", 0)
@@ -147,22 +149,22 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="gpt2", help="which small model of tests/support/models.py")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    folder, draw = Path(tempfile.mkdtemp(prefix="kills-")), random.Random(asked.seed)
+    folder, draw = Path(tempfile.mkdtemp(prefix="kills-")), random.Random(options.seed)
     (folder / "small").mkdir()
     small = Small(folder / "small")
-    if Start(command(small, folder / "whole", asked.name), folder / "whole", folder / "whole.log").wait():
+    if Start(command(small, folder / "whole", options.name), folder / "whole", folder / "whole.log").wait():
         raise SystemExit((folder / "whole.log").read_text())
     weights, figures = end_of(folder / "whole")
-    pairs = list(itertools.islice(itertools.cycle(itertools.product(VICTIMS, MOMENTS)), asked.kills))
+    pairs = list(itertools.islice(itertools.cycle(itertools.product(VICTIMS, MOMENTS)), options.kills))
     draw.shuffle(pairs)
     print(
         "| chain | victim | moment | rank 0 stood at | seconds until all were gone | end of the chain |\n|---|---|---|---|---|---|"
     )
     failed = 0
     for number, at in enumerate(range(0, len(pairs), CHAIN)):
-        rows = chain(number, pairs[at : at + CHAIN], small, asked.name, folder, draw)
+        rows = chain(number, pairs[at : at + CHAIN], small, options.name, folder, draw)
         ours, log = end_of(folder / f"chain-{number}") if not rows[0]["end"] else ({}, [])
         same = ours.keys() == weights.keys() and all(ours[key].equal(weights[key]) for key in weights) and log == figures
         failed += not same

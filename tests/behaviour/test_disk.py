@@ -28,7 +28,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def ran(ranks: Ranks, small: Small, folder: Path, events: dict[str, list], **changed: Any) -> dict[str, Any]:
-    """A run of gpt2 at ZeRO-2 in a folder, with things happening."""
+    """Run gpt2 at ZeRO-2 in a folder, with events at some steps."""
     case = small.values("gpt2", deepspeed="zero2", output_dir=str(folder), **changed)
     return ranks.run("disturbed", **case, events=events)[0]
 
@@ -45,7 +45,7 @@ def same_weights(folder: Path, runs: Runs) -> bool:
     return all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_full_disk_puts_a_save_off_until_there_is_room(two_ranks: Ranks, runs: Runs, small: Small, disk: Path) -> None:
+def test_a_full_disk_delays_a_save_until_there_is_room(two_ranks: Ranks, runs: Runs, small: Small, disk: Path) -> None:
     folder = disk / "run"
     run = ran(two_ranks, small, folder, {"4": [["fill", 0, str(disk), 0]], "8": [["free", 0, str(disk)]]})
     assert run["said"].count("step 5 is not saved") == 1 and "each step tries again" in run["said"], run["said"]
@@ -62,7 +62,7 @@ def test_files_that_may_not_grow_cost_no_training(two_ranks: Ranks, runs: Runs, 
     assert steps_logged(folder) == list(range(1, 11)) and same_weights(folder, runs)
 
 
-def test_a_save_that_fails_half_way_ends_the_run_and_leaves_the_last_whole_checkpoint(
+def test_a_save_that_fails_half_way_ends_the_run_and_leaves_the_last_complete_checkpoint(
     two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -75,10 +75,11 @@ def test_a_save_that_fails_half_way_ends_the_run_and_leaves_the_last_whole_check
     assert not (folder / "checkpoints" / "writing").exists()
 
 
-def test_a_folder_that_vanishes_is_made_again(two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_is_created_again(two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = ran(two_ranks, small, folder, {"3": [["remove", 0, str(folder)]]})
     assert run["step"] == 10 and same_weights(folder, runs)
+    # the lines of the first steps were removed with the folder
     assert is_complete(RunFolder(folder).checkpoints / "checkpoint-5") and steps_logged(folder) == list(range(3, 11))
 
 
@@ -101,7 +102,7 @@ class Mine(BertTmmluQa):
 """
 
 
-def test_an_evaluation_that_fails_is_told_and_the_training_goes_on(one_rank: Ranks, small: Small, tmp_path: Path) -> None:
+def test_an_evaluation_that_fails_is_reported_and_training_continues(one_rank: Ranks, small: Small, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(FAILS)
     case = small.values("bert", output_dir=str(tmp_path / "run"))

@@ -40,8 +40,10 @@ def command(line: str, folder: Path, env: dict[str, str]) -> dict[str, Any]:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
-    if words[0] == "deepspeed":  # its fixed port may be another test's
+    # the fixed port of this launcher may be in use by another test
+    if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(free_port())]
+    # an own HF_HOME, since accelerate reads its default configuration there; ranks of several tests share the cores
     ours = {"PATH": f"{BIN}:{os.environ['PATH']}", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "PYTEST_"))}
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def test_a_launcher_line_of_the_readme(line: str, folder: Path, logged: dict):
         assert done.stderr == ""
 
 
-def test_a_command_on_a_finished_run_prints_its_result_alone(folder: Path, logged: dict):
+def test_a_command_on_a_finished_run_prints_only_its_result(folder: Path, logged: dict):
     """In a process of its own, as a user starts it; libraries print their remarks when they are imported."""
     run = folder / "line0"
     if not run.is_dir():
@@ -175,7 +177,7 @@ RUN = "-m dsrecipes.run --recipe gpt2_clm"
     ],
     ids=["one process of two", "two owners", "use_deepspeed and none", "MASTER_PORT"],
 )
-def test_what_was_asked_for_and_cannot_run_is_an_error(line: str, parts: list[str], folder: Path):
+def test_a_request_that_cannot_run_is_an_error(line: str, parts: list[str], folder: Path):
     (folder / "zero.yaml").write_text(ACCELERATE_WITH_ZERO)
     done = start(f"{line} {SMALL.replace('--use_cpu true', '')} --output_dir {folder / 'refused'}", folder)
     assert done.returncode == (2 if line.startswith("MASTER_PORT") else 1)

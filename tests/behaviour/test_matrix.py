@@ -1,4 +1,4 @@
-"""Exact resume: a run that dies at any save goes on to the same end, bit for bit.
+"""Exact resume: a run that is killed after any save resumes to the same end, bit for bit.
 
 CI runs a cover in which each value of each column meets each value of every other; `make test-matrix` runs all.
 """
@@ -103,26 +103,40 @@ def flags(case: Case) -> dict[str, Any]:
         "steps": {"eval_strategy": "steps", "eval_steps": 2},
         "epoch": {"eval_strategy": "epoch"},
         "stopping": {
-            "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 5, "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "early_stopping_patience": 5,
+            "load_best_model_at_end": True,
+            # so high that evaluations get worse and early stopping has something to count
             "learning_rate": 0.1 if case.tuning == "full" else 1.0,
         },
-    }[case.between]  # fmt: skip
+    }[case.between]
     return {
-        "deepspeed": case.engine, "packing": case.packing == "packed", "max_length": 400, "max_steps": 8 if case.between == "stopping" else 6, "save_steps": 1, "save_total_limit": None,
-        "logging_steps": 3, "dataloader_num_workers": case.workers, **tuning, **between,
-    }  # fmt: skip
+        "deepspeed": case.engine,
+        "packing": case.packing == "packed",
+        "max_length": 400,
+        "max_steps": 8 if case.between == "stopping" else 6,
+        "save_steps": 1,
+        "save_total_limit": None,
+        # most checkpoints are between two log lines, so a resume must restore the losses since the last one
+        "logging_steps": 3,
+        "dataloader_num_workers": case.workers,
+        **tuning,
+        **between,
+    }
 
 
 def cut_at(run: dict[str, Any], case: Case) -> int:
-    """The step of the checkpoint to go on from."""
-    steps = [
+    """The step of the checkpoint to resume from."""
+    states = [
         json.loads((path / "trainer_state.json").read_text()) for path in RunFolder(Path(run["path"])).all_checkpoints()
     ]
-    found = [s["global_step"] for s in steps[:-1] if float(s["epoch"]).is_integer() == (case.cut == "end")]
-    return found[len(found) // 2]
+    # not the last one, after which nothing would be left to train
+    steps = [s["global_step"] for s in states[:-1] if float(s["epoch"]).is_integer() == (case.cut == "end")]
+    return steps[len(steps) // 2]
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_cut_off(
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     one_rank: Ranks, two_ranks: Ranks, small: Small, llama: Path, sums: Path, tmp_path: Path, case: Case
 ) -> None:
     ranks = {1: one_rank, 2: two_ranks}[case.ranks]
@@ -140,7 +154,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_cut_off(
     shutil.rmtree(folder.model)
     resumed = run(output_dir=str(folder.path), resume_from_checkpoint="auto")
     assert resumed["step"] == whole["step"] and (case.between == "stopping" or whole["step"] == 6)
-    lines = [[{key: line[key] for key in FIGURES if key in line} for line in each["log"]] for each in (whole, resumed)]
+    lines = [[{key: line[key] for key in FIGURES if key in line} for line in result["log"]] for result in (whole, resumed)]
     assert lines[0] == lines[1]
-    ours, theirs = (load_file(next(Path(each["path"], "model").glob("*.safetensors"))) for each in (resumed, whole))
+    ours, theirs = (load_file(next(Path(result["path"], "model").glob("*.safetensors"))) for result in (resumed, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)

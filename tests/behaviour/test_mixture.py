@@ -120,8 +120,8 @@ def test_a_killed_run_resumes_on_two_ranks_and_on_one(
 def test_blocks_and_questions_are_mixed_too(one_rank: Ranks, small: Small, tmp_path: Path, name: str) -> None:
     recipe, values = small.recipes[name]
     path = Path(values["dataset"])
-    beside = shutil.copytree(path, tmp_path / "more") if path.is_dir() else shutil.copy(path, tmp_path / "more.jsonl")
-    dataset = [{"path": str(path), "weight": 1, "name": "one"}, {"path": str(beside), "weight": 3}]
+    copied = shutil.copytree(path, tmp_path / "more") if path.is_dir() else shutil.copy(path, tmp_path / "more.jsonl")
+    dataset = [{"path": str(path), "weight": 1, "name": "one"}, {"path": str(copied), "weight": 3}]
     case = small.values(name, dataset=dataset, max_steps=2, eval_steps=2, output_dir=str(tmp_path / "run"))
     run = one_rank.run("train", **case)[0]
     sources = json.loads(RunFolder(tmp_path / "run").data.read_text())["train"]["sources"]
@@ -131,10 +131,10 @@ def test_blocks_and_questions_are_mixed_too(one_rank: Ranks, small: Small, tmp_p
     assert run["metrics"]["eval_one_loss"] == pytest.approx(run["metrics"]["eval_loss"], abs=1e-6)
     if name == "bert":
         held = json.loads((tmp_path / "run" / "test_qa_data.json").read_text())
-        assert len(held) == 2 * len({each["question"] for each in held}) > 0
+        assert len(held) == 2 * len({item["question"] for item in held}) > 0
 
 
-def test_what_a_source_lacks_is_refused(small: Small, tmp_path: Path) -> None:
+def test_a_source_without_what_it_needs_is_refused(small: Small, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json", instructions(9))
     bad = write_rows(tmp_path / "bad.json", [{"instruction": "", "output": "x"}])
     for dataset, more, message in (
@@ -154,8 +154,10 @@ def test_what_a_source_lacks_is_refused(small: Small, tmp_path: Path) -> None:
 def test_labels_of_validation_sets_are_numbered_as_the_training_rows(tmp_path: Path) -> None:
     labels = {"train": ["no", "yes", "yes", "no"], "first": ["yes"] * 3, "second": ["no", "yes"]}
     files = {
-        name: write_rows(tmp_path / f"{name}.jsonl", [{"text": f"row {i}", "label": label} for i, label in enumerate(each)])
-        for name, each in labels.items()
+        name: write_rows(
+            tmp_path / f"{name}.jsonl", [{"text": f"row {i}", "label": label} for i, label in enumerate(values)]
+        )
+        for name, values in labels.items()
     }
     story = load_recipe(
         "seq_classification", profile="full", model_name_or_path=tiny_bert(), dataset=files["train"], max_length=16,

@@ -81,6 +81,7 @@ def test_layouts_of_eight_rows_a_step_agree_with_eight_at_once(
         )  # fmt: skip
         return {1: one_rank, 2: two_ranks}[world].run("train", **case)[0]
 
+    # Adam divides by the root of the second moment: a large epsilon keeps rounding of tiny gradients from growing
     whole = run(1, 8, 1, "none")
     rows = whole["rows"]["train"]
     assert rows % 8, "the last step of an epoch must be a short one"
@@ -113,7 +114,7 @@ def plain_loss(folder: Path, auto_class: str, rows: list[dict[str, Any]]) -> flo
                 choices = [
                     model(torch.tensor([[i]]), token_type_ids=torch.tensor([[k]])) for i, k in zip(ids, kinds, strict=True)
                 ]
-                logits, labels = torch.cat([each.logits for each in choices], dim=1), labels[None]
+                logits, labels = torch.cat([choice.logits for choice in choices], dim=1), labels[None]
         total += float(cross_entropy(logits, labels, reduction="sum"))
         count += int((labels != -100).sum())
     return total / count

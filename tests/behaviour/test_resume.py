@@ -1,4 +1,4 @@
-"""Nothing lost: a run that goes on from a checkpoint ends as if it had not been cut off."""
+"""Nothing lost: a run that resumes from a checkpoint ends as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def half_gone(checkpoint: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Turn over one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def flipped(checkpoint: Path) -> None:
-    """A bit of the optimizer's states has turned over on the disk; names and sizes are right."""
+    """A bit of the optimizer's states has flipped on the disk; names and sizes are right."""
     flip(next(checkpoint.rglob("*optim_states.pt")))
 
 
 def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Path:
-    """A copy of a run's folder as a death while it saved step 10 would have left it."""
+    """A copy of a run's folder as a kill during the save of step 10 would have left it."""
     shutil.copytree(run["path"], folder)
     tear(RunFolder(folder).checkpoints / "checkpoint-10")
     shutil.rmtree(folder / "model")
@@ -81,7 +81,7 @@ def died(run: dict[str, Any], folder: Path, tear: Callable[[Path], None]) -> Pat
         ("lora", "zero2", half_gone),
     ],
 )
-def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(
+def test_auto_resumes_from_the_newest_complete_checkpoint_to_the_same_end(
     two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path, name: str, stage: str, tear: Callable[[Path], None]
 ) -> None:
     whole = runs.get(name, stage)
@@ -91,6 +91,7 @@ def test_auto_goes_on_from_the_newest_whole_checkpoint_to_the_same_end(
     assert figures(resumed) == figures(whole)
     cut = next(line["epoch"] for line in whole["log"] if line["step"] == 5)
     assert cut % 1, "the checkpoint must lie inside an epoch"
+    # the times show that the first steps were read from the log and not trained again
     times = [(line["step"], line["time"]) for line in whole["log"] if line["step"] <= 5]
     assert [(line["step"], line["time"]) for line in resumed["log"] if line["step"] <= 5] == times
     assert min(line["time"] for line in resumed["log"] if line["step"] > 5) > max(line["time"] for line in whole["log"])
@@ -112,7 +113,9 @@ def test_one_bit_of_any_file_of_a_checkpoint_is_found_and_the_file_named(runs: R
     assert find_problem(path) is None is find_damage(path)
 
 
-def test_the_same_command_twice_starts_a_run_and_then_finds_it_done(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
+def test_the_same_command_twice_starts_a_run_and_then_finds_it_finished(
+    two_ranks: Ranks, small: Small, tmp_path: Path
+) -> None:
     command = small.values(
         "gpt2", deepspeed="zero2", max_steps=4, save_steps=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint="auto"
     )

@@ -76,18 +76,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_wishes(name, tmp_path, capfd):
+def test_bad_requests(name, tmp_path, capfd):
     changes, parts = CASES[name]
     (tmp_path / "zero.json").write_text('{"zero_optimization":\n oops}')
     (tmp_path / "typo.json").write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
     (tmp_path / "batch.json").write_text(
         '{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}'
     )
+    values = {}
     for key, value in changes.items():
-        changes = changes | {
-            key: value() if callable(value) else str(value).format(tmp=tmp_path) if value is not None else None
-        }
-    message = refusal(main, alpaca(tmp_path, **changes), capfd)
+        # a model is made by a function, and None leaves a flag out
+        if callable(value):
+            values[key] = value()
+        else:
+            values[key] = None if value is None else str(value).format(tmp=tmp_path)
+    message = refusal(main, alpaca(tmp_path, **values), capfd)
     assert all(part in message for part in parts), message
     assert not (tmp_path / "run").exists(), "the corrected command needs no other --output_dir"
 
@@ -187,7 +190,7 @@ def test_a_prequantized_model_with_zero3(tmp_path, capfd):
     assert all(part in message for part in ("pre-quantized (awq)", "ZeRO-3", "--load_in_4bit", "zero2"))
 
 
-def test_skipped_rows_are_counted_for_the_person(tmp_path, capfd):
+def test_skipped_rows_are_counted(tmp_path, capfd):
     rows = write_rows(tmp_path / "bad.jsonl", [*instructions(6), {"instruction": "x"}, {"output": 3}])
     assert main([*alpaca(tmp_path, dataset=rows), "--skip_bad_rows", "--dry_run"]) == 0
     assert "dropped 2 bad rows" in capfd.readouterr().out

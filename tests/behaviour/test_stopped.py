@@ -1,4 +1,4 @@
-"""Runs that end in the middle: a loss that is no number or 0, sick weights, no memory; named with rows and what to do."""
+"""Runs that end early: a loss that is NaN or 0, weights that hold NaN, no memory; the message names rows and remedies."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_a_rate_that_breaks_the_loss(
 ) -> None:
     ranks = one_rank if world == 1 else two_ranks
     said = ends(ranks, small, tmp_path, "gpt2", stage, learning_rate=1e18)
-    found = re.match(r"step (\d): the (loss is (nan|inf) on rank \d in micro batch|gradients hold NaN)", said)
-    assert found, said
+    match = re.match(r"step (\d): the (loss is (nan|inf) on rank \d in micro batch|gradients hold NaN)", said)
+    assert match, said
     assert re.search(r"prose\.jsonl, lines? \d+", said) and "a tenth of the learning rate (--learning_rate 1e+17)" in said
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
-    assert saved == [f"checkpoint-{step}" for step in (2, 4) if step < int(found[1])]
+    assert saved == [f"checkpoint-{step}" for step in (2, 4) if step < int(match[1])]
     if saved:
         assert f"{saved[-1]}: the same command with --output_dir {tmp_path / 'run'} --resume_from_checkpoint auto" in said
 
@@ -70,7 +70,7 @@ def test_rows_that_never_end(one_rank: Ranks, small: Small, tmp_path: Path) -> N
         "    def encode(records, tokenizer, options):\n"
         "        batch = AlpacaLlamaSft.encode(records, tokenizer, options)\n"
         "        eos = tokenizer.eos_token_id\n"
-        "        batch['labels'] = [[-100 if each == eos else each for each in row] for row in batch['labels']]\n"
+        "        batch['labels'] = [[-100 if label == eos else label for label in row] for row in batch['labels']]\n"
         "        return batch\n"
     )
     case = small.values("alpaca", **SHORT, output_dir=str(tmp_path / "run"))["values"]
@@ -81,6 +81,7 @@ def test_rows_that_never_end(one_rank: Ranks, small: Small, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stage", ["none", "zero2"])
 def test_no_memory(fresh_rank: Ranks, small: Small, tmp_path: Path, stage: str) -> None:
+    # large enough that the batch, and not the model, is what does not fit
     batch = {"per_device_train_batch_size": 64, "global_batch_size": 64}
     said = ends(fresh_rank, small, tmp_path, "gpt2", stage, "little_memory", **batch)
     assert re.match(r"rank 0 ran out of host memory in step \d: ", said), said

@@ -1,4 +1,4 @@
-"""Signals and time limits on real ranks: all save at the same step, and what goes on ends as if nothing had been."""
+"""Signals and time limits on real ranks: all save at the same step, and a resumed run ends as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_was_not(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_time_limit_leaves_with_a_checkpoint(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
+def test_a_time_limit_stops_with_a_checkpoint(two_ranks: Ranks, small: Small, tmp_path: Path) -> None:
     case = small.values("gpt2", deepspeed="zero1", max_steps=5000, eval_strategy="no", save_steps=5000, time_limit="3s", output_dir=str(tmp_path / "run"))  # fmt: skip
     stopped = two_ranks.run("disturbed", **case, events={})[0]
     assert "stopped by the time limit at step" in stopped["why"]
@@ -52,7 +52,7 @@ def test_a_time_limit_leaves_with_a_checkpoint(two_ranks: Ranks, small: Small, t
     assert int(saved.name[11:]) < 5000 and str(saved) in stopped["why"]
 
 
-def test_another_learning_rate_is_refused_unless_allowed_and_then_it_counts(
+def test_another_learning_rate_is_refused_unless_allowed_and_then_takes_effect(
     two_ranks: Ranks, runs: Runs, small: Small, tmp_path: Path
 ) -> None:
     run = runs.get("gpt2", "zero1")
@@ -80,7 +80,7 @@ def test_another_learning_rate_is_refused_unless_allowed_and_then_it_counts(
     assert ours and ours == pytest.approx({step: 2 * rates[step] for step in ours})
 
 
-def test_a_checkpoint_of_the_model_alone_is_no_place_to_go_on_from(one_rank: Ranks, small: Small, tmp_path: Path) -> None:
+def test_a_run_cannot_resume_from_a_checkpoint_of_the_model_alone(one_rank: Ranks, small: Small, tmp_path: Path) -> None:
     case = small.values("gpt2", max_steps=2, save_steps=1, save_only_model=True, output_dir=str(tmp_path / "run"))
     one_rank.run("train", **case)
     case["values"] |= {"resume_from_checkpoint": "auto", "max_steps": 4}

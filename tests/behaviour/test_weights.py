@@ -47,6 +47,7 @@ class Mine(RecipeBase):
         weights = [record.get("weights") or [record.get("weight", 1.0)] * len(record["ids"]) for record in records]
         return {{"input_ids": ids, "labels": labels, "weights": weights}}
 """
+# SGD, whose update is proportional to the gradient: Adam would hide a wrong scale of the loss
 SGD = {
     "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "weight_decay": 0.0, "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no",
@@ -139,7 +140,7 @@ def test_a_row_of_weight_2_trains_as_the_row_twice(
     for layout in LAYOUTS[kind]:
         weighted = run("weighted", rows, *layout)
         assert difference(weights, saved(weighted["path"])) <= 1e-6, layout
-        losses = [[line["loss"] for line in each["log"] if "loss" in line] for each in (twice, weighted)]
+        losses = [[line["loss"] for line in result["log"] if "loss" in line] for result in (twice, weighted)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6), layout
 
 
@@ -285,11 +286,11 @@ def test_forms_of_class_weights(words: list[str], weights: list[float]) -> None:
 
 def test_balanced_is_rows_over_classes_times_count() -> None:
     labels = np.random.default_rng(0).choice(4, size=200, p=[0.7, 0.2, 0.1, 0])
-    found = class_weights(["balanced"], labels, list("abcd"))
+    weights = class_weights(["balanced"], labels, list("abcd"))
     expected = [200 / (3 * int((labels == index).sum())) for index in range(3)]
-    assert found[:3] == pytest.approx(expected, rel=1e-6) and found[3] == 1
-    # each class has the same weight in all
-    assert [found[index] * (labels == index).sum() for index in range(3)] == pytest.approx([200 / 3] * 3, rel=1e-5)
+    assert weights[:3] == pytest.approx(expected, rel=1e-6) and weights[3] == 1
+    # each class has the same total weight
+    assert [weights[index] * (labels == index).sum() for index in range(3)] == pytest.approx([200 / 3] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +348,9 @@ def test_class_weights_train_as_cross_entropy_loss_with_weight(two_ranks: Ranks,
         losses[-1].backward()
         optimizer.step()
     assert [line["loss"] for line in run["log"] if "loss" in line] == pytest.approx(
-        [each.item() for each in losses], abs=1e-6
+        [loss.item() for loss in losses], abs=1e-6
     )
-    assert difference(saved(run["path"]), {name: each.detach() for name, each in model.state_dict().items()}) <= 1e-6
+    assert difference(saved(run["path"]), {name: tensor.detach() for name, tensor in model.state_dict().items()}) <= 1e-6
     assert run["metrics"]["eval_loss"] == pytest.approx(plain_loss(held_out).item(), abs=1e-6)
 
 

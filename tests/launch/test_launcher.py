@@ -73,6 +73,7 @@ def test_hung_and_killed_ranks_are_named_and_the_run_ends_with_the_same_weights(
 ):
     recipe, run, output = tmp_path / "hangs.py", tmp_path / "run", tmp_path / "output.txt"
     recipe.write_text(HANGS)
+    # a recipe in a file has no profiles; 20 s are longer than any step here, and keep the test short
     changed = {"max_steps": 50, "save_steps": 10, "eval_steps": 20, "profile": "auto", "hang_timeout": 20}
     values = small.values("gpt2", **changed)["values"]
     two_ranks.run("train", recipe=str(recipe), values={**values, "output_dir": str(tmp_path / "undisturbed")})
@@ -127,10 +128,10 @@ def test_ranks_end_with_their_launcher_and_a_stopped_one_is_named(small: Small, 
     ranks = {run.name: [read_heartbeat(run / "ranks", rank) for rank in (0, 1)] for run in runs}
     processes[0].kill()
     processes[0].wait()
-    until(lambda: all(process_state(each) == "X" for each in ranks["orphaned"]), 15, output)
+    until(lambda: all(process_state(rank) == "X" for rank in ranks["orphaned"]), 15, output)
 
     stopped = ranks["stopped"][0]
     os.kill(stopped.pid, signal.SIGSTOP)
     assert processes[1].wait(30) == 75
     assert f"error: rank 0 (pid {stopped.pid}) was stopped (SIGSTOP" in output.read_text()
-    assert all(process_state(each) == "X" for each in ranks["stopped"])
+    assert all(process_state(rank) == "X" for rank in ranks["stopped"])

@@ -36,7 +36,7 @@ def test_a_signal_stops_the_run(number, reason):
     assert signal.getsignal(number) is before
 
 
-def test_sigusr1_asks_for_one_save():
+def test_sigusr1_requests_one_save():
     with StopSignals(None) as signals:
         send(signal.SIGUSR1)
         signals.sync()
@@ -46,11 +46,12 @@ def test_sigusr1_asks_for_one_save():
         assert not signals.saving
 
 
-def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not():
+def test_ctrl_c_twice_stops_at_once_but_a_signal_delivered_twice_does_not():
     with StopSignals(None) as signals:
         send(signal.SIGINT), send(signal.SIGINT)
         signals.sync()
         assert signals.leaving
+        # longer than _SAME_PRESS, within which a second signal is the same key press
         time.sleep(0.6)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
@@ -61,6 +62,7 @@ def test_ctrl_c_twice_leaves_now_but_a_signal_that_came_twice_at_once_does_not()
 )
 def test_what_nohup_and_background_jobs_ignore_stays_ignored(ignored, leaving):
     program = "import os, signal\nfrom dsrecipes.launch.signals import StopSignals\nwith StopSignals(None) as o:\n os.kill(os.getpid(), signal.SIG{}); o.sync(); print(o.leaving)"
+    # exec keeps what the shell ignores, as nohup and a background job pass it on
     shell = f"trap '' {ignored}; exec \"$@\"" if ignored else 'exec "$@"'
     command = ["bash", "-c", shell, "bash", sys.executable, "-c", program.format(ignored or "HUP")]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Ranks of srun, mpirun and other launchers that tell each process its rank in variables of their own."""
+"""Ranks of srun, mpirun and other launchers that give each process its rank in variables of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heartbeats of real processes, which rank is blamed, and how the others end."""
+"""Heartbeats of real processes, which rank is at fault, and how the others end."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def start(run: Path, fault: str) -> list[subprocess.Popen]:
     """Two ranks that wait for each other at every step."""
     run.mkdir()
     words = [[sys.executable, "-c", RANK, str(run), str(rank), fault] for rank in (0, 1)]
+    # with it, the watchdog would leave the message to the launcher
     env = {key: value for key, value in os.environ.items() if key != environment.RUN_FOLDER_FILE}
-    return [subprocess.Popen(each, env=env, stderr=subprocess.PIPE, text=True) for each in words]
+    return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in words]
 
 
 def reach(run: Path, step: int) -> Heartbeat:
@@ -88,7 +89,7 @@ def reach(run: Path, step: int) -> Heartbeat:
 def test_ranks_that_are_killed_stopped_or_hang_are_named_once_and_all_end(tmp_path: Path, started: list):
     runs = {fault: tmp_path / fault for fault in ("killed", "stopped", "hangs", "ends")}
     ranks = {fault: start(run, fault) for fault, run in runs.items()}
-    started += [each for pair in ranks.values() for each in pair]
+    started += [process for pair in ranks.values() for process in pair]
     records = {fault: reach(run, 20) for fault, run in runs.items()}
     os.kill(records["killed"].pid, signal.SIGKILL)
     os.kill(records["stopped"].pid, signal.SIGSTOP)
@@ -134,19 +135,14 @@ def record(step: int, count: int, phase: str, moved: float, longest: float = 0.1
 def test_who_is_waited_for(records: list[Heartbeat], expected: list[str]):
     ranks = dict(enumerate(records))
     faults = find_stalled(ranks, dict.fromkeys(ranks, "S"), 100, awake_since=0, hang_timeout=25, slow_timeout=1800)
-    assert [f"rank {each.rank} {each.what}" for each in faults] == expected
-    assert not find_stalled(
-        ranks, dict.fromkeys(ranks, "S"), 100, awake_since=90, hang_timeout=25, slow_timeout=1800
-    )  # was asleep itself
-    assert not find_stalled(
-        ranks, dict.fromkeys(ranks, "S"), 100, awake_since=0, hang_timeout=0, slow_timeout=1800
-    )  # turned off
-    assert (
-        find_stalled(ranks, dict.fromkeys(ranks, "S") | {1: "X"}, 100, awake_since=0, hang_timeout=0, slow_timeout=1800)[
-            0
-        ].what
-        == "died"
-    )
+    assert [f"rank {fault.rank} {fault.what}" for fault in faults] == expected
+    sleeping = dict.fromkeys(ranks, "S")
+    # the watcher itself was suspended until 90
+    assert not find_stalled(ranks, sleeping, 100, awake_since=90, hang_timeout=25, slow_timeout=1800)
+    # --hang_timeout 0 turns the check for hanging off, and not the one for deaths
+    assert not find_stalled(ranks, sleeping, 100, awake_since=0, hang_timeout=0, slow_timeout=1800)
+    died = find_stalled(ranks, sleeping | {1: "X"}, 100, awake_since=0, hang_timeout=0, slow_timeout=1800)
+    assert died[0].what == "died"
 
 
 def test_a_debugger_is_no_fault_and_a_stop_is_one_after_ten_seconds():
@@ -156,23 +152,24 @@ def test_a_debugger_is_no_fault_and_a_stop_is_one_after_ten_seconds():
     assert find_stalled(ranks, {0: "S", 1: "T"}, 94, awake_since=0, hang_timeout=25, slow_timeout=1800) == []
 
 
-def test_a_record_says_where_its_process_stands_and_goes_when_the_run_ends_well(tmp_path: Path):
+def test_a_record_says_where_its_process_is_and_is_removed_when_the_run_succeeds(tmp_path: Path):
     watchdog = Watchdog(tmp_path, 0, range(1), hang_timeout=25, slow_timeout=1800, error_fd=2)
     began = time.perf_counter()
     for step in range(1, 1001):
         for phase in ("reading rows", "forward", "backward"):
             watchdog.enter(phase, step if phase == "reading rows" else None)
+    # a few records for each micro batch must cost next to nothing
     assert (time.perf_counter() - began) / 3000 < 50e-6
     stored = read_heartbeat(tmp_path / "ranks", 0)
     assert stored and (stored.pid, stored.position()) == (os.getpid(), "step 1000, backward (micro batch 1)")
-    assert (
-        process_state(stored) in ("R", "S") and process_state(record(1, 1, "forward", 0, pid=stored.pid)) == "X"
-    )  # another's pid, reused
+    assert process_state(stored) in ("R", "S")
+    # a record of another process, whose pid was reused
+    assert process_state(record(1, 1, "forward", 0, pid=stored.pid)) == "X"
     watchdog.end(failed=False)
     assert not (tmp_path / "ranks").exists() and read_heartbeat(tmp_path / "ranks", 0) is None
 
 
-def test_a_folder_that_cannot_be_written_is_no_end_of_the_training(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_does_not_end_the_training(tmp_path: Path):
     watchdog = Watchdog(tmp_path / "gone", 0, range(2), hang_timeout=25, slow_timeout=1800, error_fd=2)
     watchdog.enter("forward", 1)
     watchdog.end(failed=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is not byte for byte as it was saved, or would run code, is named and not taken."""
+"""Checkpoints: one that differs from what was saved, or would run code, is reported and not loaded."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def checkpoint(run: Path, step: int, whole: bool = True) -> Path:
     return path
 
 
-def flip(path: Path, place: int) -> None:
-    """Turn one bit over."""
+def flip(path: Path, position: int) -> None:
+    """Flip one bit of a byte."""
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
 
 
@@ -54,12 +54,13 @@ def test_one_bit_of_any_file_is_found_and_the_file_named(tmp_path, name):
     assert is_complete(path) and find_damage(path) is None
 
 
-def test_each_rank_looks_at_a_part_and_together_at_all(tmp_path):
+def test_each_rank_checks_a_part_of_the_files_and_together_all(tmp_path):
     path = checkpoint(tmp_path, 5)
     for name in list_files(path):
         flip(path / name, 3)
-        found = [find_damage(path, part, 2) for part in range(2)]
-        assert sum(each is not None for each in found) == 1 and name in "".join(filter(None, found))
+        problems = [find_damage(path, part, 2) for part in range(2)]
+        (problem,) = [text for text in problems if text is not None]
+        assert name in problem
         flip(path / name, 3)
 
 
@@ -78,6 +79,7 @@ def test_a_file_that_was_not_saved_is_found(tmp_path):
     torch.save({}, path / "scaler.pt")
     assert find_problem(path) == f"scaler.pt is not in its {MANIFEST.split('.')[0]}"
     (path / "scaler.pt").unlink()
+    # a link passes a check that looks at regular files only
     (path / "scheduler.pt").symlink_to(path / "latest")
     assert "scheduler.pt" in find_problem(path)
 
@@ -85,7 +87,7 @@ def test_a_file_that_was_not_saved_is_found(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"files": [1]}', '{"files"', '{"checksum": 1}', "[" * 5000, '{"checksum": "x"}']
 )
-def test_a_manifest_that_is_none(tmp_path, text):
+def test_a_damaged_manifest_is_refused(tmp_path, text):
     path = checkpoint(tmp_path, 5)
     (path / MANIFEST).write_text(text)
     assert MANIFEST in find_problem(path)
@@ -108,34 +110,35 @@ def test_a_pickle_that_runs_code_is_refused_though_its_manifest_matches(tmp_path
     write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
     assert is_complete(path)
     assert find_damage(path) == f"{name} would run posix.mkdir when it is loaded"
+    # a bare pickle, without the zip format of torch.save
     (path / name).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     write_manifest(path, hash_files(path, list_files(path)), MADE_BY, CONTRACT)
     assert "is not a file of torch.save" in find_damage(path)
     assert not (tmp_path / "canary").exists()
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path):
-    run, told = RunFolder(tmp_path), []
-    assert find_checkpoints("auto", run, told.append) == [] == find_checkpoints("auto", None, told.append)
+def test_the_newest_complete_checkpoint_is_taken_and_damaged_ones_are_reported(tmp_path):
+    run, reports = RunFolder(tmp_path), []
+    assert find_checkpoints("auto", run, reports.append) == [] == find_checkpoints("auto", None, reports.append)
     five, hundred, newest = checkpoint(tmp_path, 5), checkpoint(tmp_path, 100), checkpoint(tmp_path, 150)
     checkpoint(tmp_path, 200, whole=False)
     (tmp_path / "checkpoints" / "writing" / "checkpoint-250").mkdir(parents=True)
     assert run.complete_checkpoints() == [five, hundred, newest]
-    for asked in ("auto", "true", str(tmp_path)):
-        assert find_checkpoints(asked, run, told.append) == [newest, hundred, five]
-    assert len(told) == 3 and "checkpoint-200: manifest.json is missing" in told[0] and "[DSR343]" in told[0]
-    assert find_checkpoints("step5", run, told.append) == [five] == find_checkpoints(str(five), None, told.append)
+    for requested in ("auto", "true", str(tmp_path)):
+        assert find_checkpoints(requested, run, reports.append) == [newest, hundred, five]
+    assert len(reports) == 3 and "checkpoint-200: manifest.json is missing" in reports[0] and "[DSR343]" in reports[0]
+    assert find_checkpoints("step5", run, reports.append) == [five] == find_checkpoints(str(five), None, reports.append)
     flip(newest / "model.safetensors", 100)
-    told.clear()
-    assert first_intact([newest, hundred, five], find_damage, told.append) == hundred
-    assert len(told) == 1 and "checkpoint-150: model.safetensors is damaged" in told[0]
+    reports.clear()
+    assert first_intact([newest, hundred, five], find_damage, reports.append) == hundred
+    assert len(reports) == 1 and "checkpoint-150: model.safetensors is damaged" in reports[0]
     with pytest.raises(UserError, match=r"checkpoint-150: model.safetensors is damaged.*DSR340"):
-        first_intact([newest], find_damage, told.append)
+        first_intact([newest], find_damage, reports.append)
     assert newest.is_dir() and (tmp_path / "checkpoints" / "checkpoint-200").is_dir()
 
 
 @pytest.mark.parametrize(
-    ("asked", "parts"),
+    ("requested", "parts"),
     [
         ("step7", ["checkpoint-7", "does not exist", "step5"]),
         ("step200", ["checkpoint-200", "manifest.json is missing: a save was cut off", "step5"]),
@@ -144,14 +147,14 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_are_named(tmp_path
         ("x" * 300, ["--resume_from_checkpoint xxx", "File name too long"]),
     ],
 )
-def test_a_checkpoint_that_cannot_be_taken(tmp_path, asked, parts):
+def test_a_checkpoint_that_cannot_be_taken(tmp_path, requested, parts):
     checkpoint(tmp_path, 5), checkpoint(tmp_path, 200, whole=False)
     with pytest.raises(UserError) as error:
-        find_checkpoints(asked, RunFolder(tmp_path), print)
-    assert all(part in str(error.value) for part in (*parts, "DSR339" if len(asked) < 300 else "")), error.value
+        find_checkpoints(requested, RunFolder(tmp_path), print)
+    assert all(part in str(error.value) for part in (*parts, "DSR339" if len(requested) < 300 else "")), error.value
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart(tmp_path):
     checkpoint(tmp_path, 5, whole=False)
     with pytest.raises(UserError, match=r"\(checkpoint-5: manifest.json is missing.*DSR340"):
         find_checkpoints("auto", RunFolder(tmp_path), print)

@@ -7,7 +7,7 @@ from dsrecipes.errors import UserError
 from dsrecipes.runs.folder import check_output, default_path
 
 
-def test_an_existing_folder_is_never_overwritten_untold(tmp_path):
+def test_an_existing_folder_is_overwritten_only_on_request(tmp_path):
     run = tmp_path / "run"
     check_output(run, resuming=False, overwrite=False)
     run.mkdir()
@@ -30,7 +30,7 @@ def test_an_existing_folder_is_never_overwritten_untold(tmp_path):
         check_output(run / "below", resuming=False, overwrite=False)
 
 
-def test_a_full_disk_is_told_before_anything_starts(tmp_path):
+def test_a_full_disk_is_refused_before_anything_starts(tmp_path):
     with small_disk(tmp_path / "disk") as disk, pytest.raises(UserError, match=r"\(\d MB free\).*DSR338"):
         check_output(disk / "run", resuming=False, overwrite=False)
 

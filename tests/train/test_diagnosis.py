@@ -1,4 +1,4 @@
-"""What ails a step, what to try, and what to change when memory ran out."""
+"""What is wrong with a step, what to try, and what to change when memory ran out."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ LOAD = Load(
 )  # fmt: skip
 
 
-def test_the_greatest_of_the_ranks_says_how_a_step_fared():
+def test_the_greatest_result_of_the_ranks_is_that_of_the_step():
     nan, inf = math.nan, math.inf
     assert health([1.0, 0.0], 2.0, False) == Health.OK
     assert health([0.0, 0.0], None, False) == Health.NO_LOSS
     assert health([1.0, nan], 2.0, False) == health([-inf], nan, False) == Health.BAD_LOSS
     assert health([1.0], inf, False) == health([0.0], nan, False) == Health.BAD_NORM
     assert health([1.0], inf, overflowed=True) == Health.OK
-    # a rank may have nothing but fillers in an epoch's last step
+    # a rank may have only padding in an epoch's last step
     assert max(Health.NO_LOSS, Health.OK) == Health.OK and max(Health.OK, Health.BAD_NORM) == Health.BAD_NORM
 
 
 def test_remedies_are_those_that_are_on():
     on = {"zero_optimization": {"overlap_comm": True}}
-    assert [each[:12] for each in nan_remedies(Health.BAD_LOSS, RUN | {"max_grad_norm": 0}, on, "fp16")] == [
+    assert [text[:12] for text in nan_remedies(Health.BAD_LOSS, RUN | {"max_grad_norm": 0}, on, "fp16")] == [
         "set overlap_", "--bf16 true ", "--max_grad_n", "a tenth of t",
     ]  # fmt: skip
     assert nan_remedies(Health.BAD_NORM, RUN, {}, "bf16") == [
         "a tenth of the learning rate (--learning_rate 2e-05) or a longer warmup (--warmup_steps)"
     ]
-    assert ["labels" in each for each in nan_remedies(Health.NO_LOSS, RUN, on, "fp16")] == [False, True]
+    assert ["labels" in text for text in nan_remedies(Health.NO_LOSS, RUN, on, "fp16")] == [False, True]
 
 
 def names(**changed: object) -> list[str]:
     """The flags that are proposed, in order."""
-    return [each.split(" (")[0] for each in remedies(dataclasses.replace(LOAD, **changed))]
+    return [text.split(" (")[0] for text in remedies(dataclasses.replace(LOAD, **changed))]
 
 
 def test_what_to_change_has_the_numbers_of_the_run():

@@ -74,6 +74,7 @@ def test_only_code_of_a_users_own_file_counts(tmp_path, monkeypatch):
         module.__file__ = str(path)
         monkeypatch.setitem(sys.modules, "mine", module)
         exec(compile(text, str(path), "exec"), vars(module))
+        # inspect.getsource reads through this cache, which would return the first text
         __import__("linecache").checkcache(str(path))
         hashes.append(_own_code(module.Mine))
     assert hashes[0] == hashes[1] != hashes[2]

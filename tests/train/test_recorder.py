@@ -13,10 +13,11 @@ from dsrecipes.runs.log import read_log, truncate_log
 from dsrecipes.train.recorder import Recorder
 
 
-def test_lines_after_the_resumed_step_are_forgotten(tmp_path):
+def test_lines_after_the_resumed_step_are_removed(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)] + [{"step": 4, "eval_loss": 0.5}]
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')  # the last one cut off by a death
+    # the last line was cut off when the run was killed
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
     assert read_log(log) == lines
     truncate_log(log, 3)
     assert read_log(log) == lines[:3]
@@ -43,6 +44,7 @@ def test_what_is_logged_reaches_file_board_and_bar(tmp_path, capfd):
     recorder.on_log(None, state, control, {"train_runtime": 3.0})
     recorder.on_train_end(None, state, control)
     recorder.board.close()
+    # Python reads NaN, which is no JSON and which other parsers refuse
     lines = [json.loads(line, parse_constant=pytest.fail) for line in folder.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and all({"epoch", "time"} <= set(line) for line in lines)
     assert (lines[0]["loss"], lines[1]["loss"], lines[2]["eval_loss"]) == (2.0, "nan", 1.5)

@@ -1,4 +1,4 @@
-"""Ranks, device, engine, precision and batch, settled from environment and configuration."""
+"""Ranks, device, engine, precision and batch, resolved from environment and configuration."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from support.tiny import SHARED, needs_shared
 from dsrecipes.config.layers import layer
 from dsrecipes.config.parse import build_config
 from dsrecipes.config.train_config import TrainConfig
-from dsrecipes.errors import UserError
+from dsrecipes.errors import UserError, plural
 from dsrecipes.runs.checkpoint_manifest import write_manifest
 from dsrecipes.train.setup import resolve_setup
 from dsrecipes.zero.limits import check_zeropp
@@ -22,10 +22,11 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    """Settling a place completes the environment; give it back as it was."""
+    """Restore the environment, which resolving a setup completes."""
     threads = torch.get_num_threads()
     monkeypatch.setattr("dsrecipes.train.setup.computes_bf16", lambda: False)
     for key in (*RANKS, "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        # set and deleted, so that monkeypatch also removes what the code under test sets
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
     yield
@@ -57,7 +58,8 @@ def test_the_batch_is_the_same_on_more_ranks(monkeypatch):
         monkeypatch.setenv(key, value)
     here = place(per_device_train_batch_size=2)
     assert (here.ranks.rank, here.micro, here.accumulation) == (1, 2, 2)
-    odd = place(per_device_train_batch_size=3)  # 8 is the profile's: it gives way
+    # the global batch of 8 is the profile's, and gives way to the user's value
+    odd = place(per_device_train_batch_size=3)
     assert (odd.micro, odd.accumulation) == (3, 1) and odd.notes[0].startswith("global_batch_size 8 became 6")
     with pytest.raises(UserError, match=r"global_batch_size 8 \(flag\) = per_device_train_batch_size 3 \(flag\)"):
         place(per_device_train_batch_size=3, global_batch_size=8)
@@ -94,14 +96,14 @@ def test_precision_and_dtype(values, precision, plain):
         ({"deepspeed": "zero5"}, "--deepspeed zero5: no such file or name"),
     ],
 )
-def test_wishes_that_cannot_be_had(values, problem):
+def test_requests_that_cannot_be_met_are_refused(values, problem):
     with pytest.raises(UserError, match=problem):
         place(**values)
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Two GPUs without bf16, as far as settling a place asks."""
+    """Two GPUs without bf16, as far as the setup can see."""
     monkeypatch.setattr("dsrecipes.train.setup._accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -174,7 +176,7 @@ def test_zeropp_json_of_others():
         place(deepspeed=str(SHARED / "cases" / "zero" / "zeropp.json"))
 
 
-def test_without_deepspeed_the_place_is_plain_and_says_why(monkeypatch):
+def test_without_deepspeed_the_setup_is_plain_and_says_why(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
@@ -191,7 +193,7 @@ def test_accelerates_deepspeed_and_none_contradict(monkeypatch):
 
 
 def resumed(tmp_path, made, world, monkeypatch, **values):
-    """The place of a run that goes on from a checkpoint written elsewhere."""
+    """The setup of a run that resumes from a checkpoint written elsewhere."""
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
     write_manifest(tmp_path, {}, made, {})
@@ -206,7 +208,7 @@ def resumed(tmp_path, made, world, monkeypatch, **values):
 
 
 @pytest.mark.parametrize(
-    ("world", "asked", "batch"),
+    ("world", "values", "batch"),
     [
         (1, {}, (4, 2)),
         (4, {}, (2, 1)),
@@ -215,11 +217,11 @@ def resumed(tmp_path, made, world, monkeypatch, **values):
         (8, {"global_batch_size": None, "per_device_train_batch_size": 4}, (1, 1)),
     ],
 )
-def test_a_checkpoint_of_other_ranks_keeps_its_sequences_a_step(tmp_path, monkeypatch, world, asked, batch):
-    asked = {"per_device_train_batch_size": 4} | asked
-    here = resumed(tmp_path, {"ranks": 16, "zero": 3, "sequences": 8}, world, monkeypatch, **asked)
+def test_a_checkpoint_of_other_ranks_keeps_its_sequences_a_step(tmp_path, monkeypatch, world, values, batch):
+    values = {"per_device_train_batch_size": 4} | values
+    here = resumed(tmp_path, {"ranks": 16, "zero": 3, "sequences": 8}, world, monkeypatch, **values)
     assert (here.micro, here.accumulation) == batch and here.made_by()["sequences"] == 8
-    assert here.notes[-1] == f"checkpoint of 16 ranks, ZeRO-3 resharded for {world} rank{'s' * (world > 1)}, ZeRO-2"
+    assert here.notes[-1] == f"checkpoint of 16 ranks, ZeRO-3 resharded for {plural(world, 'rank')}, ZeRO-2"
 
 
 @pytest.mark.parametrize(
@@ -232,16 +234,17 @@ def test_a_checkpoint_of_other_ranks_keeps_its_sequences_a_step(tmp_path, monkey
         ),
     ],
 )
-def test_a_checkpoint_whose_steps_cannot_be_had_is_refused(tmp_path, monkeypatch, made, problem):
+def test_a_checkpoint_whose_steps_cannot_be_divided_is_refused(tmp_path, monkeypatch, made, problem):
     with pytest.raises(UserError, match=problem):
         resumed(tmp_path, made, 3, monkeypatch, global_batch_size=None, per_device_train_batch_size=2)
 
 
-def test_the_same_place_and_undivided_states_are_loaded_as_they_are(tmp_path, monkeypatch):
+def test_the_same_setup_and_unsharded_states_are_loaded_directly(tmp_path, monkeypatch):
     assert not resumed(tmp_path, {"ranks": 2, "zero": None, "sequences": 8}, 1, monkeypatch, deepspeed="none").notes
     assert not resumed(tmp_path, {"ranks": 1, "zero": 2, "sequences": 8}, 1, monkeypatch).notes
     elsewhere = {"ranks": 1, "zero": 2, "sequences": 8, "layout": [None, True, False]}
-    assert resumed(tmp_path, elsewhere, 1, monkeypatch).notes  # DeepSpeed would load it, each state into a wrong place
+    # DeepSpeed would load it without an error, with each state in a wrong position
+    assert resumed(tmp_path, elsewhere, 1, monkeypatch).notes
 
 
 def test_a_checkpoint_of_another_cpu_is_resumed_with_a_note(tmp_path, monkeypatch):

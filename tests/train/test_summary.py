@@ -1,4 +1,4 @@
-"""Words and files about a run: nothing secret is written, and config.yaml runs the same again."""
+"""Texts and files about a run: no token is written, and config.yaml repeats the run."""
 
 import json
 import sys
@@ -99,7 +99,7 @@ def test_the_footer_names_result_places_and_next_commands(tmp_path):
         assert part in text, part
 
 
-def test_the_data_line_tells_what_was_dropped():
+def test_the_data_line_counts_dropped_rows():
     stats = SplitStats(
         rows=1003, kept=1000, dropped={"bad row": 2, "longer than 512 tokens": 1}, tokens=5000, supervised=2500, tail=7
     )
