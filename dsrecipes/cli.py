@@ -161,9 +161,11 @@ def _as_yaml(value: Any) -> str:
 
 
 def _take(argv: list[str], name: str) -> str | None:
-    """Remove `--name VALUE` or `--name=VALUE` from argv and return VALUE."""
+    """Remove `--name VALUE` or `--name=VALUE` from argv and return VALUE (UserError: it is the last word, without a value)."""
     for index, word in enumerate(argv):
-        if word == f"--{name}" and index + 1 < len(argv):
+        if word == f"--{name}":
+            if index + 1 == len(argv):
+                raise UserError("DSR045", f"--{name}: the value is missing; give a number, such as --{name} 2")
             value = argv[index + 1]
             del argv[index : index + 2]
             return value

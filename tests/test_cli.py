@@ -135,6 +135,8 @@ def test_help_all_lists_every_flag_that_is_not_refused(capfd):
         (["train", "gpt2_cml", "--help"], ["'gpt2_cml'", "did you mean gpt2_clm?", "DSR030"]),
         (["train", "gpt2_clm", "--procs", "none"], ["--procs none", "DSR044"]),
         (["train", "gpt2_clm", "--procs", "0"], ["--procs 0", "DSR044"]),
+        (["train", "gpt2_clm", "--procs"], ["--procs: the value is missing", "DSR045"]),
+        (["show", "gpt2_clm", "--procs"], ["--procs: the value is missing", "DSR045"]),
         (["train", "gpt2_clm", "--max_restarts", "often"], ["--max_restarts often", "DSR642"]),
         (["train", "gpt2_clm", "again"], ["'again'", "DSR033"]),
         (["train", "gpt2_clm", "--max_step", "3"], ["'max_step'", "max_steps", "DSR040"]),

@@ -20,6 +20,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.data.rows import Row, fingerprint
+from dsrecipes.errors import UserError
 
 CACHE_VERSION = 1
 """Part of every cache key. Raise it with each change to dsrecipes/data/ that changes the prepared files of some rows:
@@ -33,7 +34,7 @@ def cache_key(recipe: type, splits: dict[str, Iterable[Row]], tokenizer: PreTrai
     """Hash all that prepared rows depend on: rows, tokenizer, settings, the recipe's code and CACHE_VERSION."""
     parts = [
         f"version {CACHE_VERSION}",
-        *(inspect.getsource(sys.modules[name]) for name in _own_modules(recipe)),
+        *map(module_source, _own_modules(recipe)),
         *(f"{name}={fingerprint(rows)}" for name, rows in splits.items()),
         describe_tokenizer(tokenizer),
         repr(settings),
@@ -56,6 +57,21 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special_tokens = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return "\0".join([vocabulary, special_tokens, str(tokenizer.chat_template)])
+
+
+def module_source(name: str) -> str:
+    """Return the code of an imported module.
+
+    Raises:
+        UserError: it has none: `__main__` of a notebook or of `python -`.
+    """
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError) as error:
+        raise UserError(
+            "DSR185",
+            f"the recipe's code is in {name}, which has no file to read it from: save the class as a .py file and import it",
+        ) from error
 
 
 def _own_modules(recipe: type) -> list[str]:

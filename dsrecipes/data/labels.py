@@ -129,13 +129,15 @@ def target(value: Any, kind: str, names: list[str]) -> Any:
         return number
     if kind == ONE:
         return _class_index(value, names)
-    # vectors have positions instead of names
-    if names[0] == _UNNAMED.format(0):
+    labels = _split_labels(value)
+    # vectors have positions instead of names; a text is a name, because classes may be called LABEL_0 as well
+    has_numbers = any(not isinstance(label, str) for label in labels)
+    if has_numbers and names == [_UNNAMED.format(index) for index in range(len(names))]:
         if not isinstance(value, list) or len(value) != len(names) or any(entry not in (0, 1) for entry in value):
             raise ValueError(f"label {value!r} is not a list of {len(names)} numbers 0 or 1, as the training labels are")
         return [float(entry) for entry in value]
     vector = [0.0] * len(names)
-    for label in _split_labels(value):
+    for label in labels:
         vector[_class_index(label, names)] = 1.0
     return vector
 

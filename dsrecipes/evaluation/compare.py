@@ -101,11 +101,15 @@ def _difference(first: list[Json], second: list[Json], metric: Metric, seed: int
     """The mean of each, their difference, and its 95% bootstrap interval."""
     from dsrecipes.evaluation.statistics import paired_interval
 
-    # Both results have the same items, and therefore the same weights of rows.
-    values, weights = [metric.values(first), metric.values(second)], metric.weights(first)
+    values = [metric.values(first), metric.values(second)]
+    weights = [metric.weights(first), metric.weights(second)]
     # Differences are resampled, not the two results: items that are hard for both add no uncertainty.
-    low, high = paired_interval(values[1] - values[0], weights, seed=seed)
-    means = [float(numbers.sum() / weights.sum()) for numbers in values]
+    if (weights[0] == weights[1]).all():
+        low, high = paired_interval(values[1] - values[0], weights[1], seed=seed)
+    else:
+        # Two classifiers that were trained with other --class_weights: each mean has its own weights, as in evaluate.
+        low, high = paired_interval(values[1], weights[1], against=(values[0], weights[0]), seed=seed)
+    means = [metric.mean(first), metric.mean(second)]
     return {
         "first": means[0],
         "second": means[1],
@@ -143,17 +147,14 @@ def overlap(evaluation: Evaluation) -> Json:
     Returns:
         run, the number of measured rows, and `met`: pairs {"item", "training row"} of places.
     """
-    from dsrecipes.evaluation.rows import EvaluationRows, contents
+    from dsrecipes.evaluation.rows import EvaluationRows, contents, counted
 
     trained: dict[str, str] = {}
     # Rows are compared by content: a copy may be in another file, under another number.
-    for item in EvaluationRows(evaluation.run).items("train"):
+    for item in counted(EvaluationRows(evaluation.run).items("train"), evaluation.task):
         for content in contents(item.record):
             trained.setdefault(content, item.where)
-    measured = evaluation.rows.items(evaluation.split)
-    # The limit of --task loss counts sequences, not rows.
-    if evaluation.task != "loss":
-        measured = measured[: evaluation.settings.limit]
+    measured = evaluation.items()
     met = [
         {"item": item.where, "training row": trained[content]}
         for item in measured

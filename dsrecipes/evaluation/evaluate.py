@@ -114,16 +114,15 @@ class Evaluation:
         return measure_choices.measure_choices_by_likelihood(run, items, shots, settings)
 
     def items(self) -> list[Item]:
-        """The rows of the split, up to the limit; those of weight 0 are left out, as in training.
+        """The rows of the split that count, up to the limit; for --task loss all, because its limit counts sequences.
 
         Raises:
             UserError: there are none.
         """
-        items = [item for item in self.rows.items(self.split) if item.record.get("weight") != 0]
-        # A hub data set may have rows without a label.
-        if self.task == "labels":
-            items = [item for item in items if item.record.get("label", "") is not None]
-        items = items[: self.settings.limit]
+        from dsrecipes.evaluation.rows import counted
+
+        limit = None if self.task == "loss" else self.settings.limit
+        items = counted(self.rows.items(self.split), self.task)[:limit]
         if not items:
             raise UserError("DSR475", f"{self.rows.name}: no rows in {self.split}")
         return items

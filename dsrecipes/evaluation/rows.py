@@ -40,6 +40,16 @@ class Item:
     """Its data set's name, where a run has several."""
 
 
+def counted(items: list[Item], task: str) -> list[Item]:
+    """The rows that count: those of weight 0 are left out, as in training, and a classifier's rows without a label."""
+    # A hub data set may have rows without a label.
+    return [
+        item
+        for item in items
+        if item.record.get("weight") != 0 and (task != "labels" or item.record.get("label", "") is not None)
+    ]
+
+
 @dataclass
 class EvaluationRows:
     """The rows of a run, or of another data set read by the run's recipe, by split."""

@@ -11,13 +11,21 @@ _CHUNK = 1 << 22
 
 
 def paired_interval(
-    differences: np.ndarray, weights: np.ndarray, *, seed: int = 0, samples: int = 10_000, level: float = 0.95
+    differences: np.ndarray,
+    weights: np.ndarray,
+    *,
+    against: tuple[np.ndarray, np.ndarray] | None = None,
+    seed: int = 0,
+    samples: int = 10_000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of sum(differences) / sum(weights) over resampled items (Efron 1979).
 
     Args:
         differences: (items,), second minus first; a sum where an item weighs more than one.
         weights: (items,): 1, or the item's number of tokens.
+        against: values and weights (items,) of the first, where its weights are others; `differences` and `weights` are then
+            the second's alone, and the mean of the first is subtracted from theirs.
         seed: of the resampling.
         samples: resamples, each of as many items as there are, with replacement.
         level: the interval's coverage.
@@ -27,7 +35,10 @@ def paired_interval(
     means = []
     for begin in range(0, samples, step):
         chosen = random.integers(count, size=(min(step, samples - begin), count))
-        means.append(differences[chosen].sum(1) / weights[chosen].sum(1))
+        mean = differences[chosen].sum(1) / weights[chosen].sum(1)
+        if against is not None:
+            mean -= against[0][chosen].sum(1) / against[1][chosen].sum(1)
+        means.append(mean)
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -71,8 +71,6 @@ class Conversation:
         Raises:
             UserError: the recipe cannot take this text, or it does not fit into the model's positions.
         """
-        if self.prompt_field.continues:
-            self.first = len(self.turns)
         return self._answer(text, lambda: self._prompt(text), write)
 
     def more(self, write: Callable[[str], None] = lambda text: None) -> str:
@@ -93,8 +91,11 @@ class Conversation:
     @memory_errors("/reset", "a smaller --max_new_tokens")
     def _answer(self, said: str, prompt: Callable[[], list[int]], write: Callable[[str], None]) -> str:
         settings = generation_settings(self.run, self.model, **self.settings)
-        ids = self._fitting_prompt(prompt, settings)
         continues = self.prompt_field.continues
+        if continues:
+            # The prompt holds no whole turns that could be left out.
+            self.first = len(self.turns)
+        ids = self._fitting_prompt(prompt, settings)
         stream = _Stream(self.run.tokenizer, write, strip=not continues)
         try:
             self._generate(ids, settings, stream)
@@ -154,10 +155,11 @@ class Conversation:
                 earlier = [message for turn in turns if turn.answer for message in _messages(turn, self._content(turn))]
                 return prompt_of(self.run, {"messages": [*opening, *earlier, question]}).ids
             ids: list[int] = []
+            end = self.run.tokenizer.eos_token_id
             for turn in turns:
                 ids += self._prompt_of_turn(turn.said, bool(ids)) + turn.ids
                 # An answer that was cut off lacks the end token that separates examples in training.
-                ids += [] if self._ended(turn.ids) else [self.run.tokenizer.eos_token_id]
+                ids += [] if end is None or self._ended(turn.ids) else [end]
             return ids + self._prompt_of_turn(text, bool(ids))
         except BAD_ROW as error:
             raise UserError("DSR454", str(error)) from error

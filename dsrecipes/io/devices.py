@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+_DEVICES = Path("/dev")
+
 
 def accelerators() -> int:
     """Count the visible accelerators: torch's number where torch is loaded, else the drivers' (NVIDIA, AMD)."""
@@ -22,12 +24,18 @@ def accelerators() -> int:
 
 def listed_accelerators() -> int:
     """Count the GPUs that the drivers list and no environment variable hides; torch may find fewer."""
-    # ROCm honours CUDA's variable too
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
+    # where it hides all, no driver is queried; ROCm honours CUDA's variable too
+    if not _visible(1, "CUDA_VISIBLE_DEVICES"):
         return 0
-    count = _nvidia() or _amd()
-    return min(count, len(visible.split(","))) if visible else count
+    return _visible(_nvidia() or _amd(), "CUDA_VISIBLE_DEVICES")
+
+
+def _visible(count: int, variable: str) -> int:
+    """The number of GPUs that an environment variable leaves of `count`: it lists some of them, or none ("" and -1)."""
+    listed = os.environ.get(variable)
+    if listed is None:
+        return count
+    return 0 if listed.strip() in ("", "-1") else min(count, len(listed.split(",")))
 
 
 def _nvidia() -> int:
@@ -35,7 +43,7 @@ def _nvidia() -> int:
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return len([device for device in Path("/dev").glob("nvidia*") if device.name[6:].isdigit()])
+        return len([device for device in _DEVICES.glob("nvidia*") if device.name[6:].isdigit()])
     if re.search(r"^\s+MIG ", listing, flags=re.MULTILINE):
         return 1  # CUDA gives a process one MIG instance, however many there are
     return len(re.findall(r"^GPU \d+:", listing, flags=re.MULTILINE))
@@ -43,6 +51,8 @@ def _nvidia() -> int:
 
 def _amd() -> int:
     # /dev/kfd is the compute driver; without it the render nodes are those of displays
-    if not Path("/dev/kfd").exists() or os.environ.get("HIP_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+    if not (_DEVICES / "kfd").exists():
         return 0
-    return len(list(Path("/dev/dri").glob("renderD*")))
+    count = len(list((_DEVICES / "dri").glob("renderD*")))
+    # HIP selects from what ROCm's runtime leaves
+    return _visible(_visible(count, "ROCR_VISIBLE_DEVICES"), "HIP_VISIBLE_DEVICES")

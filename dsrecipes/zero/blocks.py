@@ -74,7 +74,7 @@ def fill_optimizer(block: Json, train: Json) -> None:
     )
     # The eps of other families is another quantity, to which adam_epsilon does not apply.
     if "betas" not in accepted:
-        accepted -= {"eps"}
+        accepted = accepted - {"eps"}
     values = {
         "lr": train["learning_rate"],
         "betas": [train["adam_beta1"], train["adam_beta2"]],
@@ -172,9 +172,9 @@ def _check_scheduler(block: Json, path: Path) -> None:
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         suggestion = nearest(kind, lr_schedules.VALID_LR_SCHEDULES)
         raise UserError("DSR267", f"{source}: there is no such scheduler{suggestion}; there are {known}")
-    total = params.get("total_num_steps", 1)
-    if total != "auto" and (not float(total).is_integer() or total < 1):
-        raise UserError("DSR268", f"{source}: total_num_steps is {total}; give a whole number of steps, 1 or more")
+    for name, steps in fixed_steps({"scheduler": block}).items():
+        if not isinstance(steps, (int, float)) or not float(steps).is_integer() or steps < 1:
+            raise UserError("DSR268", f"{source}: {name} is {steps!r}; give a whole number of steps, 1 or more")
     if params.get("warmup_type", "log") not in ("log", "linear"):
         raise UserError("DSR268", f"{source}: warmup_type is {params['warmup_type']!r}; choose log or linear")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
@@ -236,8 +236,8 @@ def _trial_config(config: Json) -> Json:
     return trial
 
 
-def fixed_steps(config: Json) -> dict[str, int]:
-    """Step counts that the user fixed in a scheduler block; Trainer would insist on its own."""
+def fixed_steps(config: Json) -> Json:
+    """Step counts that the user fixed in a scheduler block, unchecked; Trainer would insist on its own."""
     params = config.get("scheduler", {}).get("params", {})
     return {key: params[key] for key in ("warmup_num_steps", "total_num_steps") if params.get(key, "auto") != "auto"}
 

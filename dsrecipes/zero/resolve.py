@@ -210,6 +210,9 @@ def _drop_auto(block: Json, path: str) -> list[str]:
 def _fixed_schedule(config: Json, zero: ZeroConfig) -> list[str]:
     """A note on a schedule whose length the JSON fixes."""
     steps = fixed_steps(config)
+    if not all(isinstance(number, (int, float)) for number in steps.values()):
+        # check_blocks refuses it, with a message.
+        return []
     if "total_num_steps" in steps:
         total, warmup = steps["total_num_steps"], steps.get("warmup_num_steps", 0)
         no_decay = f"; its warm-up takes {warmup} of them, so it never decays" if total <= warmup else ""

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -217,6 +219,14 @@ def test_the_cache_key_covers_the_content(tokenizer, tmp_path):
     assert tokenized(path, tokenizer) == 20
     (tmp_path / "a.jsonl").write_bytes(raw)
     assert tokenized(path, tokenizer) == 0
+
+
+def test_a_recipe_of_a_notebook_is_refused(tokenizer, monkeypatch):
+    """Its `__main__` has no file, so the cache key could not cover the code."""
+    monkeypatch.setitem(sys.modules, "notebook_main", types.ModuleType("notebook_main"))
+    recipe = type("Mine", (Lines,), {"__module__": "notebook_main"})
+    with pytest.raises(UserError, match=r"notebook_main.*DSR185"):
+        prepared(recipe, {"train": [{"text": "one two"}]}, tokenizer)
 
 
 def test_the_learning_rate_is_not_part_of_the_cache_key(tmp_path):

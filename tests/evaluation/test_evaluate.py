@@ -8,9 +8,11 @@ from support.tiny import STARTER, instructions, refusal, tiny_bert, tiny_gpt2, t
 from dsrecipes import load_recipe
 from dsrecipes.cli import main
 from dsrecipes.errors import UserError
-from dsrecipes.evaluation.compare import compare, pair
-from dsrecipes.evaluation.evaluate import evaluate
+from dsrecipes.evaluation.compare import compare, overlap, pair
+from dsrecipes.evaluation.evaluate import Evaluation, evaluate
 from dsrecipes.evaluation.metrics import METRICS, Metric
+from dsrecipes.evaluation.tasks import Settings
+from dsrecipes.inference.finished import open_run
 
 RUN = {
     "profile": "starter", "use_cpu": True, "deepspeed": "none", "max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -107,6 +109,36 @@ def test_rows_that_were_trained_on_are_named(done, tmp_path):
     assert found["rows"] == 25 and len(kept) == 6
     assert {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*range(1, 25)} - kept
     assert all(each["training row"].rpartition(" ")[2] == each["item"].rpartition(" ")[2] for each in found["met"])
+
+
+@pytest.mark.parametrize(("task", "rows"), [("answers", range(5, 10)), ("loss", range(5, 25))])
+def test_overlap_is_of_the_rows_that_are_measured(done, tmp_path, task, rows):
+    """Not of those of weight 0; --limit counts rows, but sequences for --task loss."""
+    path = str(done["answers"].path)
+    own = evaluate(path, split="validation", task="answers", max_new_tokens=1)["items"]
+    held_out = {int(item["item"].rpartition(" ")[2]) for item in own}
+    data = write_rows(tmp_path / "all.jsonl", [row | {"weight": int(n >= 4)} for n, row in enumerate(instructions(24))])
+    found = overlap(Evaluation(open_run(path), data, None, task, False, Settings(limit=5), None))
+    assert (
+        found["rows"] == len(rows) and {int(each["item"].rpartition(" ")[2]) for each in found["met"]} == {*rows} - held_out
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "first", "second"),
+    [([1.0, 2.0], ([3.0, 1.0], [1.0, 1.0]), 1.25, 1.5), ([2.0, 2.0], ([3.0, 1.0], [1.0, 5.0]), 2.0, 2.0)],
+)
+def test_runs_with_other_class_weights_are_each_weighted_by_their_own(losses, weights, first, second):
+    results = []
+    for own in weights:
+        items = [
+            {"key": str(n), "loss": loss, "tokens": 1, "weight": weight}
+            for n, (loss, weight) in enumerate(zip(losses, own, strict=True))
+        ]
+        results.append({"run": "r", "weights": "tuned", "task": "labels", "rows": 2, "items": items})
+    row = pair(*results)["differences"]["loss"]
+    assert (row["first"], row["second"], row["difference"]) == (first, second, second - first)
+    assert row["low"] == 0 and row["high"] == second - first and not row["shown"]
 
 
 def test_flips_are_counted_and_named():

@@ -25,6 +25,17 @@ from dsrecipes.inference.generate import generate
 from dsrecipes.inference.session import Terminal, TextSession
 
 LORA = {"lora_r": 4, "prompt_style": "chat"}
+TITLES = """
+from dsrecipes import RecipeBase
+
+class Titles(RecipeBase):
+    format_row = staticmethod(lambda row: {"title": row["title"]})
+    prompt = staticmethod(lambda record, options: [(record["title"], False)])
+    @staticmethod
+    def encode(records, tokenizer, options):
+        ids = [tokenizer(record["title"], add_special_tokens=False)["input_ids"] for record in records]
+        return {"input_ids": ids, "labels": ids}
+"""
 
 
 def _add_adapter(run: Path, model: str) -> None:
@@ -183,6 +194,22 @@ def test_a_text_goes_on(runs: dict[str, FinishedRun]):
     assert ids[1] + ids[2] == long.conversations["tuned"].turns[0].ids
     session, _, notices = _session(runs["text"], ["The ferry", *["/more"] * 3], max_new_tokens=100)
     assert notices and "beginning of the text" in notices[0] and len(session.conversations["tuned"].turns) == 4
+
+
+def test_more_leaves_out_no_turns_of_a_text(runs: dict[str, FinishedRun]):
+    """The answer becomes shorter instead, where --max_new_tokens is not below the model's positions."""
+    lines = ["The ferry", "/params max_new_tokens=4096", "/more"]
+    session, _, notices = _session(runs["text"], lines, max_new_tokens=5)
+    assert len(session.conversations["tuned"].turns) == 2 and not any("oldest turn" in line for line in notices), notices
+
+
+def test_a_tokenizer_without_eos_separates_turns_by_nothing(tmp_path: Path):
+    """There is no token to add after an answer; the shipped encoders need eos, so the recipe has one of its own."""
+    (tmp_path / "mine.py").write_text(TITLES)
+    run = open_run(str(made_run(tmp_path / "run", str(tmp_path / "mine.py"), tiny_llama())))
+    run.tokenizer.eos_token = None
+    session, _, notices = _session(run, ["Hello", "Again"])
+    assert len(session.conversations["tuned"].turns) == 2 and not notices
 
 
 def test_base_and_tuned_side_by_side(runs: dict[str, FinishedRun]):

@@ -154,6 +154,21 @@ def test_labels_that_leave_it_open_are_refused(values, asked, problem):
         kind_and_names(values, asked)
 
 
+@pytest.mark.parametrize(
+    ("values", "targets"),
+    [
+        ([["LABEL_0"], ["LABEL_0", "spam"], []], [[1, 0], [1, 1], [0, 0]]),
+        ([["LABEL_1"], ["LABEL_0", "LABEL_1"], []], [[0, 1], [1, 1], [0, 0]]),
+        (["LABEL_0|LABEL_2", "LABEL_2"], [[1, 1], [0, 1]]),
+    ],
+)
+def test_classes_that_are_called_label_0_are_classes(values, targets):
+    kind, names = kind_and_names(values, SEVERAL)
+    assert [target(value, kind, names) for value in values] == targets
+    with pytest.raises(ValueError, match="none of the training labels"):
+        target(["LABEL_9"], kind, names)
+
+
 def test_targets():
     assert target("b", ONE, ["a", "b"]) == 1 and target(2.0, ONE, ["1", "2"]) == 1
     assert target(["b", "a"], SEVERAL, ["a", "b", "c"]) == [1, 1, 0] and target("c", SEVERAL, ["a", "b", "c"]) == [0, 0, 1]
