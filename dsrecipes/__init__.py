@@ -28,7 +28,7 @@ _EXPORTS = {
     # a recipe of one's own
     "RecipeBase": "base",
     "Metrics": "base",
-    "Row": "data.rows",
+    "Row": "data.row",
     "EncodeOptions": "config.encoding",
     "Segments": "data.encode",
     "encode_segments": "data.encode",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from dsrecipes.data.fields import text_field as text_field
     from dsrecipes.data.parse import instruction_record as instruction_record
     from dsrecipes.data.parse import text_record as text_record
-    from dsrecipes.data.rows import Row as Row
+    from dsrecipes.data.row import Row as Row
     from dsrecipes.data.sources import MixedSplit as MixedSplit
     from dsrecipes.data.sources import SourceRows as SourceRows
     from dsrecipes.data.split import Split as Split

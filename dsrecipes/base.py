@@ -17,7 +17,7 @@ from dsrecipes.config.schema import Config
 from dsrecipes.config.sources import Source
 from dsrecipes.data.load import load_splits
 from dsrecipes.data.renamed import renamed
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.errors import UserError
 from dsrecipes.io.console import Console
 

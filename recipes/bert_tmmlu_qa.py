@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PretrainedConfig, PreTrainedTokenizerBa
 from dsrecipes import EncodeOptions, Metrics, MixedSplit, RecipeBase, Row, SourceRows, Split, row_weights
 from dsrecipes.data.questions import LETTERS, SHARES, pool, question_record
 from dsrecipes.data.questions import sources as question_sources
-from dsrecipes.data.rows import LocatedRows, located
+from dsrecipes.data.row import LocatedRows, located
 from dsrecipes.data.weights import WEIGHTS
 
 

@@ -19,7 +19,7 @@ from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.columns import read_columns
 from dsrecipes.data.labelled import has_labels, labelled_record, with_class_names
 from dsrecipes.data.labels import NUMBER, ONE, SEVERAL, list_names, number_labels
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.sources import MixedSplit
 from dsrecipes.data.split import Split
 from dsrecipes.data.weights import row_weights

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dsrecipes.data.rows import Row, fingerprint
+from dsrecipes.data.row import Row, fingerprint
 from dsrecipes.errors import UserError
 
 CACHE_VERSION = 1

@@ -20,7 +20,7 @@ from dsrecipes.data.columns import record_batch
 from dsrecipes.data.encode import IGNORE, RowHooks
 from dsrecipes.data.provenance import RowSources
 from dsrecipes.data.records import Records, encode_group, record_hash
-from dsrecipes.data.rows import LocatedRows, Row
+from dsrecipes.data.row import LocatedRows, Row
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.data.weights import WEIGHTS, normalize_weights
 from dsrecipes.errors import UserError

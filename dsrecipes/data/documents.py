@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from dsrecipes.data.rows import Row, fingerprint
+from dsrecipes.data.row import Row, fingerprint
 
 _PIECE = 4096
 """Approximate characters of a piece: a row that is short enough to be named in a message and encoded at once."""

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values of a field without content; 0 and false are content."""

@@ -12,7 +12,7 @@ from dsrecipes.data.decode import open_text, readable, suffix
 from dsrecipes.data.documents import pieces
 from dsrecipes.data.json_files import read_json, read_json_lines
 from dsrecipes.data.parquet import read_parquet
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.table import table_rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.data.decode import PIECE, open_text, suffix
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.shapes import SPLITS, kind, row_of, rows_in, splits_in
 from dsrecipes.errors import UserError
 from dsrecipes.io.json_stream import JsonStream

@@ -15,7 +15,7 @@ from typing import Any
 
 from dsrecipes.data.fields import as_text
 from dsrecipes.data.renamed import RenamedRows
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.usage import LowerNames, name_format
 from dsrecipes.data.weights import row_weight
 

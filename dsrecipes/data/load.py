@@ -9,7 +9,7 @@ from pathlib import Path
 from dsrecipes.data.decode import SUFFIXES, suffix
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.json_files import json_splits
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.shapes import SPLITS
 from dsrecipes.errors import UserError
 from dsrecipes.io.paths import starter_path, user_path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrecipes.data.decode import open_bytes
-from dsrecipes.data.rows import Row, without_nulls
+from dsrecipes.data.row import Row, without_nulls
 from dsrecipes.errors import UserError
 
 _ROWS = 1024

@@ -27,7 +27,7 @@ from dsrecipes.data.encode import RowHooks
 from dsrecipes.data.holdout import HoldOut, hold_out
 from dsrecipes.data.pack import BlockCutter
 from dsrecipes.data.provenance import RowSources
-from dsrecipes.data.rows import Row, located
+from dsrecipes.data.row import Row, located
 from dsrecipes.data.split import Split, SplitStats, read_splits, refuse_empty
 from dsrecipes.data.workers import cores, in_order
 from dsrecipes.io.console import Console

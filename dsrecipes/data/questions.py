@@ -12,7 +12,7 @@ from typing import Any
 
 from dsrecipes.data.load import data_files, fetch_csv, load_splits, split_of
 from dsrecipes.data.renamed import with_names
-from dsrecipes.data.rows import Row, located
+from dsrecipes.data.row import Row, located
 from dsrecipes.data.shapes import SPLITS
 from dsrecipes.data.usage import LowerNames, name_format
 from dsrecipes.data.weights import row_weight

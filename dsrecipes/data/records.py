@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.encode import RowHooks
-from dsrecipes.data.rows import Row, located
+from dsrecipes.data.row import Row, located
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 

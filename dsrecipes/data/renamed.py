@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from dsrecipes.data.rows import Row, fingerprint, located
+from dsrecipes.data.row import Row, fingerprint, located
 from dsrecipes.errors import UserError, nearest
 
 _LOOKED_AT = 1000

@@ -19,7 +19,7 @@ from dsrecipes.data.encode import RowHooks
 from dsrecipes.data.holdout import HoldOut, hold_out, hold_out_alone
 from dsrecipes.data.prepare import prepare
 from dsrecipes.data.renamed import renamed
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.split import Split, SplitStats
 from dsrecipes.errors import UserError, coded
 

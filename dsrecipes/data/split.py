@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from dsrecipes.data.chunk import Chunk
 from dsrecipes.data.columns import view
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.data.weights import WEIGHTS, other_weights
 from dsrecipes.errors import UserError, plural

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.errors import UserError, plural
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}

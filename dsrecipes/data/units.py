@@ -20,7 +20,7 @@ from dsrecipes.data.decode import BYTE_ORDER_MARKS, readable, suffix
 from dsrecipes.data.documents import pieces
 from dsrecipes.data.files import read_file
 from dsrecipes.data.parquet import parquet_readable
-from dsrecipes.data.rows import Row, without_nulls
+from dsrecipes.data.row import Row, without_nulls
 from dsrecipes.data.shapes import row_of
 from dsrecipes.data.table import table_rows
 from dsrecipes.errors import UserError

@@ -31,7 +31,7 @@ def read_rows(run: FinishedRun, prompts: str | None, limit: int | None) -> list[
     from dsrecipes.data.decode import SUFFIXES, suffix
     from dsrecipes.data.load import load_splits
     from dsrecipes.data.renamed import OptionalColumns, renamed
-    from dsrecipes.data.rows import located
+    from dsrecipes.data.row import located
     from dsrecipes.evaluation.rows import EvaluationRows
 
     if prompts:

@@ -14,7 +14,7 @@ from dsrecipes.config.sources import paths_of
 from dsrecipes.data.questions import plain, question_record, sources
 from dsrecipes.data.records import Records, record_hash
 from dsrecipes.data.renamed import OptionalColumns
-from dsrecipes.data.rows import LocatedRows, Row
+from dsrecipes.data.row import LocatedRows, Row
 from dsrecipes.data.sources import SourceRows, prepare_source, source_rows
 from dsrecipes.errors import UserError
 

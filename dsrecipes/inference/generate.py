@@ -157,7 +157,7 @@ def _located(prompts: str | Path | Iterable[Json]) -> Iterator[tuple[str, Json |
     from dsrecipes.data.decode import suffix
     from dsrecipes.data.files import FileRows
     from dsrecipes.data.load import load_splits
-    from dsrecipes.data.rows import located
+    from dsrecipes.data.row import located
     from dsrecipes.io.paths import starter_path
 
     if not isinstance(prompts, (str, Path)):

@@ -44,8 +44,8 @@ from dsrecipes.train.finishing import finish_run, write_data
 from dsrecipes.train.first_step import FirstStep
 from dsrecipes.train.header import loading
 from dsrecipes.train.identity import check_identity, run_identity
+from dsrecipes.train.preparing import make_sequences, packs, prepare_rows, read_first_rows, take_notes, unused_settings
 from dsrecipes.train.recorder import Recorder
-from dsrecipes.train.rows import make_sequences, packs, prepare_rows, read_first_rows, take_notes, unused_settings
 from dsrecipes.train.run_folder import choose_checkpoint, choose_folder, claim_folder
 from dsrecipes.train.saving import CheckpointContext, step_of
 from dsrecipes.train.setup import RunSetup, resolve_setup

@@ -12,7 +12,7 @@ from support.tiny import SHARED, needs_shared
 
 from dsrecipes.data.files import FileRows
 from dsrecipes.data.load import load_splits
-from dsrecipes.data.rows import fingerprint, located
+from dsrecipes.data.row import fingerprint, located
 from dsrecipes.errors import UserError
 
 ROWS = [{"a": "1", "text": 'eins\nzwei, "drei"'}, {"a": "", "text": "水"}]

@@ -16,7 +16,7 @@ from dsrecipes.data.load import load_splits
 from dsrecipes.data.parse import instruction_record, with_answer
 from dsrecipes.data.records import Records
 from dsrecipes.data.renamed import renamed
-from dsrecipes.data.rows import located
+from dsrecipes.data.row import located
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 

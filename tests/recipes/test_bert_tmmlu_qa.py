@@ -16,7 +16,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer, EvalPredicti
 from dsrecipes import load_recipe
 from dsrecipes.config.encoding import EncodeOptions
 from dsrecipes.data.questions import GROUPS, SUBJECTS, pool, subject_of, wanted_subjects
-from dsrecipes.data.rows import located
+from dsrecipes.data.row import located
 from dsrecipes.data.usage import ColumnUsage
 from dsrecipes.errors import UserError
 from dsrecipes.evaluation.choice_scores import accuracy

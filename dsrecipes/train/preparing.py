@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dsrecipes.base import RecipeBase
 from dsrecipes.config.schema import Config
 from dsrecipes.data.mixture import JoinedSequences, Mixture, rows_by_epoch
-from dsrecipes.data.rows import Row
+from dsrecipes.data.row import Row
 from dsrecipes.data.sequences import Sequences
 from dsrecipes.data.sources import (
     MixedSplit,
