@@ -275,8 +275,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `dsrecipes` command: 0, the exit code of a run, or 2 after one message on stderr."""
-    # A shell's `>&-` closes it.
-    if sys.stdout is None:
+    if sys.stdout is None:  # closed, as by `>&-`
         sys.stdout = open(os.devnull, "w")
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
