@@ -22,7 +22,9 @@ _READ_FIRST = (
     "dsrecipes/cli.py",
     "dsrecipes/run.py",
     "dsrecipes/explain.py",
+    "dsrecipes/completion.py",
     "dsrecipes/base.py",
+    "dsrecipes/recipe_class.py",
     "dsrecipes/errors.py",
     "dsrecipes/train/training.py",
 )

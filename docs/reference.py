@@ -92,7 +92,7 @@ class Words:
 
 
 def escape(text: Any) -> str:
-    """Text as Markdown in a table's cell; what stands in backticks is left alone."""
+    """Escape a text for a cell of a Markdown table; code in backticks stays as it is."""
     parts = re.split(r"(`[^`]*`)", " ".join(str(text).split()))
     escaped = [
         re.sub(r"([\\*_<>\[\]{}$~^#])", r"\\\1", part) if index % 2 == 0 else part for index, part in enumerate(parts)

@@ -103,7 +103,7 @@ def _yaml_of(module: Path) -> Path | None:
 def find_config(name: str) -> Path:
     """Find a YAML by path, by run folder, or by the name of a shipped variant (UserError: none of these)."""
     path = user_path(name)
-    # A run folder stands for the configuration that it recorded: the same run again.
+    # A run folder means the configuration that it recorded: the same run again.
     if path.is_dir() and (path / "config.yaml").is_file():
         return path / "config.yaml"
     if path.is_file():

@@ -224,7 +224,7 @@ def _short(values: dict[str, Any], layers: Layers | None) -> Iterator[str]:
     rest = [f"--{key} {_word(values[key])}" for key in (layers.merged() if layers else ()) if key not in _SHORT_ABOUT]
     if rest:
         yield "\nalso set"
-        # A flag and its value stay on one line: \0 stands for the spaces inside them.
+        # A flag and its value stay on one line: \0 replaces the spaces inside them.
         pairs = "  ".join(pair.replace(" ", "\0") for pair in rest)
         lines = textwrap.fill(pairs, _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
         yield textwrap.indent(lines.replace("\0", " "), "  ")

@@ -87,7 +87,7 @@ def _append(batch: dict[str, list], ids: list[int], answers: list[Answer]) -> No
     labels = [IGNORE] * len(ids)
     for first, end, _ in answers:
         labels[first:end] = ids[first:end]
-    # an empty list stands for weights of 1: most chats have no others, and then the column costs nothing
+    # an empty list means weights of 1: most chats have no others, and then the column costs nothing
     weights = []
     if any(weight != 1 for *_, weight in answers):
         weights = [1.0] * len(ids)

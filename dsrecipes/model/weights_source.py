@@ -104,7 +104,7 @@ def _explain(error: Exception, name: str, alternative: str) -> UserError:
     hub_problem = hub_error(error, name, "model", alternative)
     if hub_problem is not None:
         return UserError("DSR206", hub_problem)
-    # transformers raises one type for all causes; the option that the message names tells them apart.
+    # transformers raises one type for all causes; the option that the message names distinguishes them.
     if "trust_remote_code" in str(error):
         advice = "read it, then give --trust_remote_code true to run it"
         return UserError("DSR203", f"model {name} comes with Python code of its own: {advice}")
